@@ -1,0 +1,1 @@
+"""The daemon: composition root, configuration, HTTP API, metrics and serving sessions."""

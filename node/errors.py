@@ -15,7 +15,8 @@
             ContextTooLong          prompt and answer do not fit the model's context
         ControlProblem              an order of the owner (invite, add, join) that cannot be carried out
 
-Every message is one line that a person can act on. It imports nothing, so that the command line can use it cheaply.
+Every message is one line that a person can act on. It imports nothing, so that the command line can use
+it cheaply.
 """
 
 from __future__ import annotations

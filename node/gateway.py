@@ -1,8 +1,8 @@
 """The face between whoever asks for text (the HTTP API) and whoever makes it (the mesh).
 
-Requests carry token ids, not text: tokenising, stop strings and chat templates belong to the API's side. The types are
-plain data; the protocols have one implementation over the mesh and one fake in the tests. `Control` is what only the
-owner of the node may do.
+Requests carry token ids, not text: tokenising, stop strings and chat templates belong to the API's side. The
+types are plain data; the protocols have one implementation over the mesh and one fake in the tests. `Control`
+is what only the owner of the node may do.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One continuation of `prompt` (token ids). temperature 0 is greedy; top_k 0 is no limit; deadline_s None is none."""
+    """One continuation of `prompt` (token ids). temperature 0 is greedy; top_k 0, deadline_s None: no limit."""
 
     request_id: str
     model: str
@@ -73,7 +73,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """The token at `index` (0 is the first new one). An eos token arrives with finish "stop" and is not shown."""
+    """The token at `index` (0 is the first new one). An eos token has finish "stop" and is not shown."""
 
     token: int
     index: int

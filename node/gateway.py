@@ -57,7 +57,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One continuation of `prompt` (token ids). temperature 0 is greedy; top_k 0, deadline_s None: no limit."""
+    """One continuation of `prompt` (token ids). temperature 0: greedy; top_k 0, deadline_s None: no limit."""
 
     request_id: str
     model: str

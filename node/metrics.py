@@ -1,0 +1,179 @@
+"""What this node counts, as Prometheus text: vLLM's names under the prefix `shoal_`, plus gauges of the mesh.
+
+One `Metrics` a node with its own registry, so that several nodes live in one process. Gauges of the mesh
+are read from the `/mesh` document when scraped. It measures nothing itself but the times between the calls
+it receives.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+FIRST_TOKEN_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+BETWEEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+WHOLE_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+QUANTILES = (0.5, 0.9, 0.99)
+
+
+class Running:
+    """One generation: call `entered` once, `token` for each token, `finished` at a good end."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._began_s = metrics.clock_s()
+        self._last_s: float | None = None
+        self._entered = False
+        metrics.waiting.labels(model).inc()
+
+    def entered(self) -> None:
+        """The mesh took the request: it no longer waits."""
+        if not self._entered:
+            self._entered = True
+            self._metrics.waiting.labels(self._model).dec()
+            self._metrics.running.labels(self._model).inc()
+
+    def token(self) -> None:
+        """One more token arrived."""
+        now_s = self._metrics.clock_s()
+        if self._last_s is None:
+            self._metrics.first_token.labels(self._model).observe(now_s - self._began_s)
+        else:
+            self._metrics.between.labels(self._model).observe(now_s - self._last_s)
+        self._last_s = now_s
+        self._metrics.generated.labels(self._model).inc()
+
+    def finished(self, reason: str) -> None:
+        """The generation ended as it should."""
+        self._metrics.success.labels(self._model, reason).inc()
+        self._metrics.whole.labels(self._model).observe(self._metrics.clock_s() - self._began_s)
+
+    def close(self) -> None:
+        gauge = self._metrics.running if self._entered else self._metrics.waiting
+        gauge.labels(self._model).dec()
+
+
+class Metrics:
+    """Counters and gauges of one node. `clock_s` is any steady clock, in seconds."""
+
+    def __init__(self, clock_s: Callable[[], float] = time.perf_counter) -> None:
+        self.clock_s = clock_s
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._build_requests()
+        self._build_mesh()
+
+    def _build_requests(self) -> None:
+        model, registry = ["model_name"], self.registry
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, model, registry=registry)
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(name, text, [*model, *more], registry=registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            return Histogram(name, text, model, buckets=buckets, registry=registry)
+
+        self.running = gauge(
+            "shoal_num_requests_running", "Generations that the mesh works on for this node."
+        )
+        self.waiting = gauge("shoal_num_requests_waiting", "Generations not yet taken by the mesh.")
+        self.kv_usage = gauge("shoal_kv_cache_usage_perc", "Share of this node's KV cache in use, 0 to 1.")
+        self.prefix_queries = counter("shoal_prefix_cache_queries", "Prompt tokens looked up in the cache.")
+        self.prefix_hits = counter("shoal_prefix_cache_hits", "Prompt tokens found in the cache.")
+        self.prompt = counter("shoal_prompt_tokens", "Prompt tokens taken.")
+        self.generated = counter("shoal_generation_tokens", "Tokens generated.")
+        self.success = counter("shoal_request_success", "Generations ended well.", "finished_reason")
+        self.failure = counter("shoal_request_failure", "Generations that failed or were left.", "code")
+        self.replays = counter("shoal_replays", "Spans recomputed after a node was lost.")
+        self.first_token = histogram(
+            "shoal_time_to_first_token_seconds", "Seconds until the first token.", FIRST_TOKEN_BUCKETS_S
+        )
+        self.between = histogram(
+            "shoal_inter_token_latency_seconds", "Seconds between two tokens.", BETWEEN_BUCKETS_S
+        )
+        self.whole = histogram(
+            "shoal_e2e_request_latency_seconds", "Seconds of a whole generation.", WHOLE_BUCKETS_S
+        )
+
+    def _build_mesh(self) -> None:
+        registry = self.registry
+        self.nodes = Gauge(
+            "shoal_mesh_nodes", "Nodes in this node's view, itself included.", registry=registry
+        )
+        self.connected = Gauge(
+            "shoal_mesh_connected_peers", "Peers connected to this node.", registry=registry
+        )
+        self.relayed = Gauge(
+            "shoal_mesh_relayed_share",
+            "Share of connected peers that are reached by relay.",
+            registry=registry,
+        )
+        self.ping = Gauge(
+            "shoal_mesh_ping_seconds", "Round trips to connected peers.", ["quantile"], registry=registry
+        )
+        self.copies = Gauge(
+            "shoal_mesh_rarest_layer_replicas",
+            "Copies of the rarest layer.",
+            ["model_name"],
+            registry=registry,
+        )
+        self.ready = Gauge(
+            "shoal_mesh_model_ready", "1 where every layer is served.", ["model_name"], registry=registry
+        )
+
+    @contextmanager
+    def track(self, model: str, prompt_tokens: int) -> Iterator[Running]:
+        """Follow one generation of a known model; leaving the block ends it, however that comes about."""
+        self.prompt.labels(model).inc(prompt_tokens)
+        running = Running(self, model)
+        try:
+            yield running
+        finally:
+            running.close()
+
+    def count_failure(self, model: str, code: str) -> None:
+        """A generation ended with an error of this code, or "disconnect" where the client left."""
+        self.failure.labels(model, code).inc()
+
+    def count_replay(self, model: str) -> None:
+        """A lost span was recomputed elsewhere."""
+        self.replays.labels(model).inc()
+
+    def count_prefix(self, model: str, queries: int, hits: int) -> None:
+        """`queries` prompt tokens were looked up in the prefix cache, `hits` were there."""
+        self.prefix_queries.labels(model).inc(queries)
+        self.prefix_hits.labels(model).inc(hits)
+
+    def set_kv_usage(self, model: str, share: float) -> None:
+        """The share (0 to 1) of this node's KV cache for the model that is in use."""
+        self.kv_usage.labels(model).set(share)
+
+    def observe_mesh(self, mesh: Mapping[str, Any]) -> None:
+        """Take the mesh gauges from a `/mesh` document."""
+        nodes = mesh.get("nodes", [])
+        peers = [node for node in nodes if node.get("connected") and not node.get("self")]
+        self.nodes.set(len(nodes))
+        self.connected.set(len(peers))
+        relayed = sum(1 for node in peers if node.get("relayed"))
+        self.relayed.set(relayed / len(peers) if peers else 0.0)
+        self.ping.clear()
+        pings_s = sorted(node["rtt_ms"] / 1000 for node in peers if node.get("rtt_ms") is not None)
+        for quantile in QUANTILES if pings_s else ():
+            rank = min(len(pings_s) - 1, int(quantile * len(pings_s)))
+            self.ping.labels(f"{quantile:g}").set(pings_s[rank])
+        self.copies.clear()
+        self.ready.clear()
+        for model in mesh.get("models", []):
+            self.copies.labels(model["name"]).set(model["copies_min"])
+            self.ready.labels(model["name"]).set(1 if model["ready"] else 0)
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format; its media type is CONTENT_TYPE."""
+        return generate_latest(self.registry)

@@ -18,12 +18,16 @@ from p2p.errors import (
     ResourceLimit,
     Unreachable,
 )
+from p2p.host import ByteStream, Host, HostConfig, PeerEvent, open_host
 from p2p.identity import Identity, PeerId, verify
 from p2p.invite import Invite
 
 __all__ = [
+    "ByteStream",
     "CallFailed",
     "DeadlineExceeded",
+    "Host",
+    "HostConfig",
     "Identity",
     "IdentityError",
     "Invite",
@@ -31,11 +35,13 @@ __all__ = [
     "ListenError",
     "LocalFault",
     "P2pError",
+    "PeerEvent",
     "PeerId",
     "PeerLost",
     "ProtocolViolation",
     "RemoteFault",
     "ResourceLimit",
     "Unreachable",
+    "open_host",
     "verify",
 ]

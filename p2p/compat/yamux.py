@@ -1,0 +1,569 @@
+# mypy: disallow-subclassing-any=False
+"""A yamux that neither deadlocks nor loses step, in place of py-libp2p's (mends 3, 5 and 6).
+
+Speaks /yamux/1.0.0 over any secured connection of py-libp2p. Faults of 0.8.1 that it replaces:
+its reader writes under the write lock (bulk both ways plus stream opens stalls for ever), a
+cancelled write leaves half a frame on the wire, a writer unread for five seconds is reset, the
+receive window is not enforced, frames up to 16 MiB are taken, and each read sends an update.
+It knows frames, windows and streams; not protocols, peers' membership or the socket.
+Spec: https://github.com/hashicorp/yamux/blob/master/spec.md
+It can go when py-libp2p's own passes tests/p2p/test_yamux.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import trio
+from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import (
+    MuxedConnUnavailable,
+    MuxedStreamClosed,
+    MuxedStreamEOF,
+    MuxedStreamReset,
+)
+from multiaddr import Multiaddr
+
+from p2p.compat.yamux_frames import (
+    ACK,
+    DATA,
+    FIN,
+    GO_AWAY,
+    GO_AWAY_NORMAL,
+    GO_AWAY_PROTOCOL_ERROR,
+    HEADER_BYTES,
+    INITIAL_WINDOW_BYTES,
+    PING,
+    RST,
+    SYN,
+    WINDOW_UPDATE,
+    FrameError,
+    pack_header,
+    unpack_header,
+)
+
+logger = logging.getLogger(__name__)
+
+_JOIN_BYTES = 16 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class MuxLimits:
+    """What one connection may hold. Windows are granted to each stream, in bytes."""
+
+    streams_max: int = 256
+    window_bytes: int = 2 << 20
+    unread_bytes_max: int = 64 << 20
+    frame_bytes_max: int = 65_507
+    batch_bytes_max: int = 256 << 10
+    pending_write_bytes_max: int = 256 << 10
+    control_frames_max: int = 4096
+    linger_s: float = 10.0
+    flush_s: float = 0.2
+
+
+class MendedStream(IMuxedStream):
+    """One stream. Reads and writes may be cancelled: only whole frames ever reach the wire."""
+
+    def __init__(self, conn: MendedYamux, stream_id: int) -> None:
+        self.muxed_conn = conn
+        self.conn = conn
+        self.stream_id = stream_id
+        self.send_window_bytes = INITIAL_WINDOW_BYTES
+        self.recv_window_bytes = conn.limits.window_bytes
+        self.consumed_bytes = 0
+        self.unread: deque[memoryview | bytearray] = deque()
+        self.unread_bytes = 0
+        self.pending: deque[memoryview] = deque()
+        self.pending_bytes = 0
+        self.fin_wanted = False
+        self.fin_sent = False
+        self.fin_received = False
+        self.was_reset = False
+        self.discarding = False
+        self.discard_deadline = math.inf
+        self._changed = trio.Event()
+
+    def wake(self) -> None:
+        """Let every waiting reader and writer look again."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    @property
+    def is_closed(self) -> bool:
+        return self.was_reset or (self.fin_received and self.fin_wanted)
+
+    async def read(self, n: int | None = None) -> bytes:
+        """Up to `n` bytes (all that is there when None). Raises MuxedStreamEOF or MuxedStreamReset."""
+        await trio.lowlevel.checkpoint()
+        while not self.unread:
+            if self.was_reset:
+                raise MuxedStreamReset("the stream was reset")
+            if self.fin_received or self.discarding:
+                raise MuxedStreamEOF("the stream ended")
+            await self._changed.wait()
+        return self._take(n if n is not None and n >= 0 else self.unread_bytes)
+
+    def put(self, piece: memoryview) -> None:
+        """Take a piece from the reader. Small ones are joined, so that a byte never pins a packet."""
+        self.unread_bytes += len(piece)
+        last = self.unread[-1] if self.unread else None
+        if len(piece) >= _JOIN_BYTES:
+            self.unread.append(piece)
+        elif isinstance(last, bytearray) and len(last) < _JOIN_BYTES:
+            last += piece
+        else:
+            self.unread.append(bytearray(piece))
+        self.wake()
+
+    def _take(self, wanted: int) -> bytes:
+        pieces: list[memoryview | bytearray] = []
+        left = wanted
+        while left and self.unread:
+            piece = self.unread.popleft()
+            if len(piece) > left:
+                view = memoryview(bytes(piece)) if isinstance(piece, bytearray) else piece
+                self.unread.appendleft(view[left:])
+                piece = view[:left]
+            pieces.append(piece)
+            left -= len(piece)
+        data = bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
+        self.unread_bytes -= len(data)
+        self.conn.credit(self, len(data))
+        return data
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Queue `data` for the connection's writer; waits while the peer or the queue is full."""
+        await trio.lowlevel.checkpoint()
+        rest = memoryview(data).cast("B")
+        if not isinstance(rest.obj, bytes):
+            rest = memoryview(bytes(rest))
+        while True:
+            if self.was_reset:
+                raise MuxedStreamReset("the stream was reset")
+            if self.fin_wanted:
+                raise MuxedStreamClosed("the stream is closed for writing")
+            room = self.conn.limits.pending_write_bytes_max - self.pending_bytes
+            if room > 0 and rest:
+                self.pending.append(rest[:room])
+                self.pending_bytes += len(rest[:room])
+                rest = rest[room:]
+                self.conn.schedule(self)
+            if not rest:
+                break
+            await self._changed.wait()
+
+    async def drain(self) -> None:
+        """Wait until all that was written has been handed to the socket's writer."""
+        while self.pending_bytes and not self.was_reset:
+            await self._changed.wait()
+
+    async def close_write(self) -> None:
+        """Half-close: what is queued still goes out, then a FIN."""
+        if not self.fin_wanted and not self.was_reset:
+            self.fin_wanted = True
+            self.conn.schedule(self)
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def close(self) -> None:
+        """Half-close, and throw away what the peer may still send; reset if it never ends."""
+        if not self.fin_received:
+            self.discarding = True
+            self.discard_deadline = trio.current_time() + self.conn.limits.linger_s
+        self.conn.credit(self, self._drop_unread())
+        await self.close_write()
+
+    async def reset(self) -> None:
+        self.abort()
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    def abort(self) -> None:
+        """End both directions now; the peer sees a reset."""
+        if not self.was_reset and not (self.fin_sent and self.fin_received):
+            self.conn.send_control(WINDOW_UPDATE, RST, self.stream_id, 0)
+        self.conn.drop(self)
+
+    def fail(self) -> None:
+        """Mark as reset and wake everyone. The connection calls this."""
+        self.was_reset = True
+        self.pending.clear()
+        self.pending_bytes = 0
+        self.conn.unread_bytes -= self._drop_unread()
+        self.wake()
+
+    def _drop_unread(self) -> int:
+        dropped, self.unread_bytes = self.unread_bytes, 0
+        self.unread.clear()
+        return dropped
+
+    def set_deadline(self, ttl: int) -> None:
+        """Deadlines are the caller's cancel scopes; part of py-libp2p's interface only."""
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        return self.conn.get_remote_address()
+
+    async def __aenter__(self) -> MendedStream:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_val: BaseException | None,
+        exc_tb: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class MendedYamux(IMuxedConn):
+    """One connection: a reader task that never writes, and the only task that writes."""
+
+    def __init__(self, conn: ISecureConn, peer_id: ID, limits: MuxLimits | None = None) -> None:
+        self.limits = limits or MuxLimits()
+        self.secured_conn = conn
+        self.peer_id = peer_id
+        self.event_started = trio.Event()
+        self.event_closed = trio.Event()
+        self.on_close: Callable[[], Awaitable[None]] | None = None
+        self.admit: Callable[[], bool] = lambda: True
+        self.streams: dict[int, MendedStream] = {}
+        self.unread_bytes = 0
+        self.close_reason = ""
+        self._initiator = bool(conn.is_initiator)
+        self._next_id = 1 if self._initiator else 2
+        self._last_peer_id = 0
+        self._control: deque[bytes] = deque()
+        self._ready: deque[MendedStream] = deque()
+        self._queued: set[int] = set()
+        self._work = trio.Event()
+        self._flushed = trio.Event()
+        self._closing = False
+        self._busy = False
+        self._scope = trio.CancelScope()
+        self._accept_send, self._accept_receive = trio.open_memory_channel[MendedStream](
+            self.limits.streams_max
+        )
+
+    @property
+    def is_initiator(self) -> bool:
+        return self._initiator
+
+    @property
+    def is_established(self) -> bool:
+        return self.event_started.is_set() and not self.is_closed
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closing or self.event_closed.is_set()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        address: tuple[str, int] | None = self.secured_conn.get_remote_address()
+        return address
+
+    def get_transport_addresses(self) -> list[Multiaddr]:
+        addresses: list[Multiaddr] = self.secured_conn.get_transport_addresses()
+        return addresses
+
+    def get_connection_type(self) -> Any:
+        return self.secured_conn.get_connection_type()
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Run the connection until it ends. Never raises for what the peer does."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write_loop)
+                    nursery.start_soon(self._sweep_loop)
+                    self.event_started.set()
+                    await self._read_loop()
+                    self._scope.cancel()
+        finally:
+            self.event_started.set()
+            self._end()
+            with trio.CancelScope(shield=True):
+                await self._close_socket()
+                if self.on_close is not None:
+                    await self.on_close()
+
+    async def close(self) -> None:
+        """Send what is queued (for at most `flush_s`), say good-bye, and end."""
+        try:
+            if not self._closing and self.event_started.is_set():
+                self.send_control(GO_AWAY, 0, 0, GO_AWAY_NORMAL)
+                with trio.move_on_after(self.limits.flush_s):
+                    while self._busy and not self._closing:
+                        await self._flushed.wait()
+        finally:
+            self.abort("closed here")
+            with trio.CancelScope(shield=True):
+                await self._close_socket()
+
+    def abort(self, reason: str) -> None:
+        """End at once: every stream fails, the socket is closed without waiting for the peer."""
+        self.close_reason = self.close_reason or reason
+        self._end()
+        self._scope.cancel()
+
+    def _end(self) -> None:
+        self._closing = True
+        for stream in list(self.streams.values()):
+            stream.fail()
+        self.streams.clear()
+        self._ready.clear()
+        self._queued.clear()
+        self._control.clear()
+        self._accept_send.close()
+        self._flushed.set()
+        self.event_closed.set()
+
+    async def _close_socket(self) -> None:
+        with trio.move_on_after(self.limits.flush_s):
+            try:
+                await self.secured_conn.close()
+            except Exception as error:  # noqa: BLE001 - closing a broken socket may raise anything
+                logger.debug("closing the connection to %s: %s", self.peer_id, error)
+
+    # ---- streams
+
+    async def open_stream(self) -> MendedStream:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self.is_closed:
+            raise MuxedConnUnavailable("the connection is closed")
+        if len(self.streams) >= self.limits.streams_max * 2:
+            raise MuxedConnUnavailable("too many open streams on this connection")
+        stream = MendedStream(self, self._next_id)
+        self._next_id += 2
+        self.streams[stream.stream_id] = stream
+        self.send_control(WINDOW_UPDATE, SYN, stream.stream_id, self._extra_window())
+        return stream
+
+    async def accept_stream(self) -> MendedStream:
+        try:
+            return await self._accept_receive.receive()
+        except trio.EndOfChannel:
+            raise MuxedConnUnavailable("the connection is closed") from None
+
+    def inbound_streams(self) -> int:
+        """How many streams of the peer's making are open."""
+        return sum(1 for stream_id in self.streams if stream_id % 2 != self._next_id % 2)
+
+    def drop(self, stream: MendedStream) -> None:
+        """Forget a stream that was reset from either side."""
+        self.streams.pop(stream.stream_id, None)
+        stream.fail()
+
+    def credit(self, stream: MendedStream, count: int) -> None:
+        """The application took `count` bytes: grant the peer that much again, in large steps."""
+        self.unread_bytes -= count
+        stream.consumed_bytes += count
+        if stream.fin_received or stream.was_reset:
+            self._forget_if_done(stream)
+        elif stream.consumed_bytes * 2 >= self.limits.window_bytes:
+            stream.recv_window_bytes += stream.consumed_bytes
+            self.send_control(WINDOW_UPDATE, 0, stream.stream_id, stream.consumed_bytes)
+            stream.consumed_bytes = 0
+
+    def _extra_window(self) -> int:
+        return max(0, self.limits.window_bytes - INITIAL_WINDOW_BYTES)
+
+    def _forget_if_done(self, stream: MendedStream) -> None:
+        if stream.fin_received and stream.fin_sent and not stream.unread:
+            self.streams.pop(stream.stream_id, None)
+
+    # ---- writing: one task, whole frames, streams in turn
+
+    def send_control(self, kind: int, flags: int, stream_id: int, length: int) -> None:
+        """Queue a frame without payload, ahead of all data. A peer that makes us queue too many loses."""
+        if self._closing:
+            return
+        if len(self._control) >= self.limits.control_frames_max:
+            self.abort("the peer does not read while asking for answers")
+            return
+        self._control.append(pack_header(kind, flags, stream_id, length))
+        self._busy = True
+        self._work.set()
+
+    def schedule(self, stream: MendedStream) -> None:
+        """Give `stream` a turn at the writer, unless its window is used up."""
+        if self._closing or stream.stream_id in self._queued:
+            return
+        if (stream.pending and stream.send_window_bytes > 0) or (
+            stream.fin_wanted and not stream.fin_sent and not stream.pending
+        ):
+            self._queued.add(stream.stream_id)
+            self._ready.append(stream)
+            self._busy = True
+            self._work.set()
+
+    async def _write_loop(self) -> None:
+        while True:
+            while not self._control and not self._ready:
+                self._busy = False
+                self._flushed.set()
+                self._flushed = trio.Event()
+                self._work = trio.Event()
+                await self._work.wait()
+            self._busy = True
+            batch = self._next_batch()
+            try:
+                await self.secured_conn.write(batch)
+            except Exception as error:  # noqa: BLE001 - whatever the socket or cipher raises ends it
+                self.abort(f"writing failed: {error}")
+                return
+
+    def _next_batch(self) -> bytes:
+        parts: list[bytes | memoryview] = []
+        size = 0
+        while self._control:
+            parts.append(self._control.popleft())
+            size += HEADER_BYTES
+        while self._ready and size < self.limits.batch_bytes_max:
+            stream = self._ready.popleft()
+            self._queued.discard(stream.stream_id)
+            if not stream.was_reset:
+                size += self._take_frame(stream, parts)
+                self.schedule(stream)
+        return b"".join(parts)
+
+    def _take_frame(self, stream: MendedStream, parts: list[bytes | memoryview]) -> int:
+        budget = min(self.limits.frame_bytes_max, stream.send_window_bytes, stream.pending_bytes)
+        pieces: list[memoryview] = []
+        left = budget
+        while left > 0:
+            piece = stream.pending.popleft()
+            if len(piece) > left:
+                stream.pending.appendleft(piece[left:])
+                piece = piece[:left]
+            pieces.append(piece)
+            left -= len(piece)
+        stream.pending_bytes -= budget
+        stream.send_window_bytes -= budget
+        flags = 0
+        if stream.fin_wanted and not stream.pending and not stream.fin_sent:
+            flags = FIN
+            stream.fin_sent = True
+            self._forget_if_done(stream)
+        if budget or flags:
+            parts.append(pack_header(DATA, flags, stream.stream_id, budget))
+            parts.extend(pieces)
+        stream.wake()
+        return HEADER_BYTES + budget
+
+    # ---- reading: never writes, never waits for the application
+
+    async def _read_loop(self) -> None:
+        buffer = bytearray()
+        target: MendedStream | None = None
+        body_left = 0
+        body_flags = 0
+        try:
+            while True:
+                chunk = memoryview(await self.secured_conn.read(None))
+                if not chunk:
+                    self.close_reason = self.close_reason or "the peer closed the connection"
+                    return
+                while chunk:
+                    if body_left:
+                        piece = chunk[:body_left]
+                        chunk = chunk[len(piece) :]
+                        body_left -= len(piece)
+                        self._deliver(target, piece)
+                        if not body_left:
+                            self._after_frame(target, body_flags)
+                        continue
+                    need = HEADER_BYTES - len(buffer)
+                    buffer += chunk[:need]
+                    chunk = chunk[need:]
+                    if len(buffer) == HEADER_BYTES:
+                        target, body_flags, body_left = self._on_header(bytes(buffer))
+                        buffer.clear()
+        except FrameError as error:
+            logger.info("yamux: %s: %s; closing its connection", self.peer_id, error)
+            self.close_reason = f"protocol error: {error}"
+            self.send_control(GO_AWAY, 0, 0, GO_AWAY_PROTOCOL_ERROR)
+        except Exception as error:  # noqa: BLE001 - a peer's bytes must never end more than its connection
+            self.close_reason = self.close_reason or f"reading failed: {error or type(error).__name__}"
+
+    def _on_header(self, header: bytes) -> tuple[MendedStream | None, int, int]:
+        """Act on a frame; for data, returns (stream, flags, bytes of body that follow)."""
+        kind, flags, stream_id, length = unpack_header(header)
+        if kind == PING:
+            if flags & SYN:
+                self.send_control(PING, ACK, 0, length)
+            return None, 0, 0
+        if kind == GO_AWAY:
+            raise ConnectionError("the peer said good-bye")
+        stream = self._accept(stream_id) if flags & SYN else self.streams.get(stream_id)
+        if kind == WINDOW_UPDATE:
+            if stream is not None:
+                stream.send_window_bytes += length
+                if stream.send_window_bytes > 0xFFFF_FFFF:
+                    raise FrameError("a send window beyond 4 GiB")
+                self.schedule(stream)
+            self._after_frame(stream, flags)
+            return None, 0, 0
+        if stream is None and length > self.limits.window_bytes:
+            raise FrameError(f"{length} bytes for a stream that is not open")
+        if stream is not None:
+            if length > stream.recv_window_bytes:
+                raise FrameError(f"{length} bytes where {stream.recv_window_bytes} were granted")
+            stream.recv_window_bytes -= length
+        if not length:
+            self._after_frame(stream, flags)
+        return stream, flags, length
+
+    def _accept(self, stream_id: int) -> MendedStream | None:
+        if stream_id % 2 == self._next_id % 2 or stream_id == 0 or stream_id in self.streams:
+            raise FrameError(f"stream id {stream_id} cannot be opened by the peer")
+        if self.inbound_streams() >= self.limits.streams_max or not self.admit():
+            self.send_control(WINDOW_UPDATE, RST, stream_id, 0)
+            return None
+        stream = MendedStream(self, stream_id)
+        try:
+            self._accept_send.send_nowait(stream)
+        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            self.send_control(WINDOW_UPDATE, RST, stream_id, 0)
+            return None
+        self.streams[stream_id] = stream
+        self.send_control(WINDOW_UPDATE, ACK, stream_id, self._extra_window())
+        return stream
+
+    def _deliver(self, stream: MendedStream | None, piece: memoryview) -> None:
+        if stream is None or stream.was_reset:
+            return
+        self.unread_bytes += len(piece)
+        if stream.discarding:
+            self.credit(stream, len(piece))
+            return
+        stream.put(piece)
+        if self.unread_bytes > self.limits.unread_bytes_max:
+            fullest = max(self.streams.values(), key=lambda one: one.unread_bytes)
+            logger.info("yamux: %s fills unread streams; resetting the fullest", self.peer_id)
+            fullest.abort()
+
+    def _after_frame(self, stream: MendedStream | None, flags: int) -> None:
+        if stream is None:
+            return
+        if flags & RST:
+            self.drop(stream)
+        elif flags & FIN:
+            stream.fin_received = True
+            stream.wake()
+            self._forget_if_done(stream)
+
+    async def _sweep_loop(self) -> None:
+        """Reset streams that we closed and whose peer never ended its side."""
+        while True:
+            await trio.sleep(self.limits.linger_s)
+            now = trio.current_time()
+            for stream in list(self.streams.values()):
+                if stream.discard_deadline <= now:
+                    stream.abort()

@@ -1,0 +1,453 @@
+"""The host: encrypted, member-only connections to peers, and byte streams over them.
+
+Knows links (connections and whether they are proven), protocols and their handlers, and when a
+peer is up or down. It does not know messages, whom to connect to, or what a stream carries. All
+of libp2p's weaknesses are dealt with beneath, in `p2p.compat`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import trio
+from libp2p.abc import IHost, INetConn, INetStream
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
+from libp2p.tools.anyio_service import background_trio_service
+from multiaddr import Multiaddr
+
+from p2p import compat
+from p2p.addresses import announced, dial_target, interface_ips
+from p2p.compat.negotiate import NegotiationError, answer, ask
+from p2p.compat.swarm import MendedHost, MendedSwarm, SwarmHooks, SwarmLimits, build_swarm, race
+from p2p.compat.yamux import MendedStream, MendedYamux, MuxLimits
+from p2p.errors import (
+    DeadlineExceeded,
+    LocalFault,
+    PeerLost,
+    ProtocolViolation,
+    RemoteFault,
+    Unreachable,
+)
+from p2p.identity import Identity, PeerId
+from p2p.membership import Membership, MembershipRefused
+from p2p.streams import ByteStream, MuxByteStream
+
+__all__ = ["ByteStream", "Handler", "Host", "HostConfig", "PeerEvent", "open_host"]
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[ByteStream], Awaitable[None]]
+_MESH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """Every limit of a host. Counts are per host unless the name says otherwise; all positive."""
+
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    connections_max: int = 512
+    connections_per_peer_max: int = 8
+    handshakes_max: int = 64
+    streams_per_connection_max: int = 256
+    streams_per_peer_max: int = 512
+    stream_window_bytes: int = 2 << 20
+    unread_per_connection_bytes_max: int = 64 << 20
+    dial_addrs_max: int = 32
+    dial_deadline_s: float = 5.0
+    handshake_deadline_s: float = 5.0
+    member_deadline_s: float = 5.0
+    negotiate_deadline_s: float = 10.0
+    close_deadline_s: float = 0.8
+    events_max: int = 4096
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name != "listen" and not value > 0:
+                raise LocalFault(f"HostConfig.{one.name} must be positive, got {value!r}")
+        if self.stream_window_bytes < 256 << 10:
+            raise LocalFault(
+                f"HostConfig.stream_window_bytes must be at least 262144, got {self.stream_window_bytes}"
+            )
+
+    def swarm_limits(self) -> SwarmLimits:
+        """The part that the connections beneath enforce."""
+        return SwarmLimits(
+            connections_max=self.connections_max,
+            connections_per_peer_max=self.connections_per_peer_max,
+            handshakes_max=self.handshakes_max,
+            handshake_deadline_s=self.handshake_deadline_s,
+            dial_deadline_s=self.dial_deadline_s,
+            streams_per_peer_max=self.streams_per_peer_max,
+            mux=MuxLimits(
+                streams_max=self.streams_per_connection_max,
+                window_bytes=self.stream_window_bytes,
+                unread_bytes_max=self.unread_per_connection_bytes_max,
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PeerEvent:
+    """`up` once a peer's first connection is proven, `down` when its last one has died."""
+
+    peer: PeerId
+    kind: Literal["up", "down"]
+
+
+@dataclass(eq=False, slots=True)
+class _Link:
+    """One connection. `settled` is set when it is proven or will never be."""
+
+    mux: MendedYamux
+    peer: PeerId
+    proven: bool = False
+    reason: str = "the connection was closed during the proof of membership"
+    settled: trio.Event = field(default_factory=trio.Event)
+    gone: trio.Event = field(default_factory=trio.Event)
+
+
+class Host:
+    """Made by `open_host`. One trio event loop; no method is safe from another thread."""
+
+    def __init__(
+        self, identity: Identity, mesh_id: str, swarm_key: bytes | None, config: HostConfig, raw: MendedHost
+    ) -> None:
+        self.peer_id = identity.peer_id
+        self.mesh_id = mesh_id
+        self.config = config
+        self._raw = raw
+        self._swarm: MendedSwarm = raw.get_network()
+        self._membership = Membership(mesh_id, swarm_key, identity.peer_id)
+        self._handlers: dict[str, Handler] = {}
+        self._links: dict[MendedYamux, _Link] = {}
+        self._watchers: set[trio.MemorySendChannel[PeerEvent]] = set()
+        self._nursery: trio.Nursery | None = None
+        self._swarm.hooks.ready = self._wait_ready
+        self._swarm.hooks.usable = lambda conn: self._link(conn.muxed_conn).proven
+        self._swarm.hooks.connected = self._on_connected
+        self._swarm.set_stream_handler(self._on_stream)
+
+    # ---- what is connected
+
+    @property
+    def raw(self) -> IHost:
+        """The libp2p host, for p2p/kad.py only."""
+        return self._raw
+
+    def addrs(self) -> tuple[str, ...]:
+        """Dialable multiaddresses ending /p2p/ID: real interface addresses, loopback last."""
+        return tuple(f"{address}/p2p/{self.peer_id}" for address in bare_addrs(self._swarm))
+
+    def peers(self) -> tuple[PeerId, ...]:
+        """Connected and proven peers, sorted."""
+        return tuple(sorted({link.peer for link in self._live()}))
+
+    def is_connected(self, peer: str) -> bool:
+        return any(link.peer == peer for link in self._live())
+
+    def _live(self) -> Iterator[_Link]:
+        return (link for link in self._links.values() if link.proven and not link.mux.is_closed)
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[trio.MemoryReceiveChannel[PeerEvent]]:
+        """Events from now on, in order. A watcher `events_max` behind is ended (EndOfChannel)."""
+        send, receive = trio.open_memory_channel[PeerEvent](self.config.events_max)
+        self._watchers.add(send)
+        try:
+            with receive:
+                yield receive
+        finally:
+            self._watchers.discard(send)
+            send.close()
+
+    def _emit(self, event: PeerEvent) -> None:
+        for watcher in list(self._watchers):
+            try:
+                watcher.send_nowait(event)
+            except (trio.WouldBlock, trio.BrokenResourceError):
+                self._watchers.discard(watcher)
+                watcher.close()
+
+    # ---- making and ending connections
+
+    async def connect(self, addrs: Sequence[str], *, deadline_s: float | None = None) -> PeerId:
+        """Race all addresses; returns once one is connected and its membership proven.
+
+        Raises Unreachable with the reason for each address, within `deadline_s` seconds
+        (`dial_deadline_s` when None).
+        """
+        attempts: dict[str, str] = {}
+        targets: list[tuple[Multiaddr, ID]] = []
+        for address in list(addrs)[: self.config.dial_addrs_max]:
+            try:
+                maddr, peer = dial_target(address)
+            except ValueError as error:
+                attempts[address] = str(error)
+                continue
+            if peer == self.peer_id:
+                attempts[address] = "it is this node's own address"
+            elif self.is_connected(peer):
+                return PeerId(peer)
+            else:
+                targets.append((maddr, ID.from_base58(peer)))
+        within_s = self.config.dial_deadline_s if deadline_s is None else deadline_s
+        with trio.move_on_after(within_s):
+            conn, reasons = await race(targets, self._swarm)
+            attempts.update(reasons)
+            if conn is not None:
+                return self._link(conn.muxed_conn).peer
+        for maddr, peer_id in targets:
+            attempts.setdefault(f"{maddr}/p2p/{peer_id}", f"no answer within {within_s:g} s")
+        raise Unreachable(attempts)
+
+    async def disconnect(self, peer: str) -> None:
+        """End every connection to `peer` at once, whether or not its machine still answers."""
+        links = [link for link in self._links.values() if link.peer == peer]
+        for link in links:
+            link.mux.abort("disconnected by this node")
+        with trio.move_on_after(self.config.close_deadline_s):
+            for link in links:
+                await link.gone.wait()
+
+    async def _close(self) -> None:
+        """Mend 12: leaving the library's run() leaves sockets open; close everything first, together.
+
+        Can go when background services of the library close their connections concurrently.
+        """
+        deadline = trio.current_time() + self.config.close_deadline_s
+        with trio.CancelScope(deadline=deadline, shield=True):
+            for listener in list(self._swarm.listeners.values()):
+                await listener.close()
+            async with trio.open_nursery() as nursery:
+                for link in list(self._links.values()):
+                    nursery.start_soon(link.mux.close)
+            await self._raw.close()
+        for link in list(self._links.values()):
+            link.mux.abort("this node stopped")
+
+    # ---- links: proof of membership, up and down
+
+    def _link(self, mux: MendedYamux) -> _Link:
+        link = self._links.get(mux)
+        if link is None:
+            link = _Link(mux, PeerId(str(mux.peer_id)))
+            if self._nursery is None or mux.is_closed:
+                link.settled.set()
+                link.gone.set()
+                return link
+            self._links[mux] = link
+            self._nursery.start_soon(self._run_link, link)
+        return link
+
+    def _on_connected(self, mux: MendedYamux) -> None:
+        self._link(mux)
+
+    async def _wait_ready(self, conn: INetConn) -> None:
+        link = self._link(conn.muxed_conn)
+        await link.settled.wait()
+        if not link.proven:
+            raise MembershipRefused(link.reason)
+
+    async def _run_link(self, link: _Link) -> None:
+        """A link's life: prove, then wait for its end. The only place that emits `down`."""
+        try:
+            with trio.move_on_after(self.config.member_deadline_s):
+                if link.mux.is_initiator:
+                    await self._dialler_proof(link)
+                else:
+                    await link.settled.wait()
+            if link.proven:
+                await link.mux.event_closed.wait()
+            else:
+                link.settled.set()
+                await link.mux.close()
+        finally:
+            link.settled.set()
+            self._links.pop(link.mux, None)
+            link.mux.abort("the link ended")
+            if link.proven and not self.is_connected(link.peer):
+                self._emit(PeerEvent(link.peer, "down"))
+            link.gone.set()
+
+    async def _dialler_proof(self, link: _Link) -> None:
+        try:
+            stream = await link.mux.open_stream()
+            await ask(stream, self._membership.protocol)
+            await self._membership.prove_as_dialler(stream, link.peer)
+            await stream.close()
+        except NegotiationError:
+            link.reason = f"it is not a member of mesh {self.mesh_id}"
+        except MembershipRefused as error:
+            link.reason = str(error)
+        except (MuxedStreamError, MuxedConnUnavailable):
+            link.reason = "it hung up during the proof of membership"
+        else:
+            self._mark_proven(link)
+
+    async def _listener_proof(self, link: _Link, stream: MendedStream) -> None:
+        try:
+            await self._membership.check_as_listener(stream, link.peer)
+        except MembershipRefused as error:
+            link.reason = str(error)
+            link.settled.set()
+            return
+        self._mark_proven(link)
+        await self._membership.accept(stream)
+        await stream.close()
+
+    def _mark_proven(self, link: _Link) -> None:
+        if link.settled.is_set() or link.mux.is_closed:
+            return
+        first = not self.is_connected(link.peer)
+        link.proven = True
+        link.settled.set()
+        if first:
+            self._emit(PeerEvent(link.peer, "up"))
+        self._raw.identify(link.mux.peer_id)
+
+    # ---- streams
+
+    def handle(self, protocol: str, handler: Handler) -> None:
+        """Serve `protocol` (scoped by the mesh). The stream is closed when `handler` returns, and
+        reset when it raises; an exception is logged and never ends the host."""
+        self._handlers[self._scoped(protocol)] = handler
+
+    async def open_stream(self, peer: str, protocol: str, *, deadline_s: float | None = None) -> ByteStream:
+        """A new stream that `peer` has agreed to serve as `protocol`.
+
+        Raises PeerLost (not connected, or lost meanwhile), ProtocolViolation (the peer does not
+        serve it), DeadlineExceeded after `deadline_s` (`negotiate_deadline_s` when None).
+        """
+        link = next((link for link in self._live() if link.peer == peer), None)
+        if link is None:
+            raise PeerLost(peer, f"not connected to {peer}")
+        within_s = self.config.negotiate_deadline_s if deadline_s is None else deadline_s
+        stream: MendedStream | None = None
+        agreed = False
+        try:
+            with trio.fail_after(within_s):
+                stream = await link.mux.open_stream()
+                await ask(stream, self._scoped(protocol))
+                agreed = True
+        except trio.TooSlowError:
+            raise DeadlineExceeded(f"{peer} did not answer for {protocol} within {within_s:g} s") from None
+        except NegotiationError as error:
+            raise ProtocolViolation(f"{peer}: {error}") from error
+        except (MuxedStreamError, MuxedConnUnavailable) as error:
+            raise PeerLost(peer, f"lost {peer} while opening {protocol}: {error}") from error
+        finally:
+            if stream is not None and not agreed:
+                stream.abort()
+        return MuxByteStream(stream, link.peer)
+
+    def _scoped(self, protocol: str) -> str:
+        prefix = f"/shoal/{self.mesh_id}/"
+        return (
+            protocol if protocol.startswith(prefix) else prefix + protocol.removeprefix("/shoal/").lstrip("/")
+        )
+
+    async def _on_stream(self, net_stream: INetStream) -> None:
+        """Mend 1, and the one boundary around everything that a peer's stream can set off.
+
+        In the library a stream whose first bytes are not UTF-8, or an exception in a handler, ends
+        the host. Can go when SwarmConn._handle_muxed_stream contains its handler's exceptions.
+        """
+        stream: MendedStream = net_stream.muxed_stream
+        link = self._link(stream.conn)
+        try:
+            await self._serve_stream(net_stream, stream, link)
+        except (NegotiationError, MuxedStreamError, MuxedConnUnavailable, RemoteFault) as error:
+            logger.debug("a stream from %s was reset: %s", link.peer, error)
+            stream.abort()
+        except Exception as error:
+            if only_remote(error):
+                logger.debug("a stream from %s was reset: %s", link.peer, error)
+            else:
+                logger.exception("a handler failed; its stream from %s is reset", link.peer)
+            stream.abort()
+        except BaseException:
+            stream.abort()
+            raise
+
+    async def _serve_stream(self, net_stream: INetStream, stream: MendedStream, link: _Link) -> None:
+        with trio.fail_after(self.config.negotiate_deadline_s):
+            if link.mux.is_initiator:
+                await link.settled.wait()
+            known, names = self._served_on(link)
+            protocol = await answer(stream, known, names)
+            if protocol == self._membership.protocol:
+                await self._listener_proof(link, stream)
+                return
+        handler = self._handlers.get(protocol)
+        if handler is not None:
+            await handler(MuxByteStream(stream, link.peer))
+            await stream.close()
+            return
+        net_stream.set_protocol(protocol)
+        await self._raw.multiselect.handlers[protocol](net_stream)
+
+    def _served_on(self, link: _Link) -> tuple[Callable[[str], bool], Callable[[], list[str]]]:
+        """Nothing but the proof is served on a link that is not proven."""
+        if not link.proven:
+            own = self._membership.protocol
+            return (lambda name: name == own and not link.settled.is_set()), lambda: [own]
+        library: dict[Any, Any] = self._raw.multiselect.handlers
+        return (
+            lambda name: name in self._handlers or library.get(name) is not None,
+            lambda: [*self._handlers, *(str(name) for name in library)],
+        )
+
+
+def bare_addrs(swarm: MendedSwarm) -> list[Multiaddr]:
+    """What the host announces, without its peer id: real addresses, never 0.0.0.0."""
+    sockets = [one for listener in swarm.listeners.values() for one in listener.sockets()]
+    return [Multiaddr(address) for address in announced(sockets, interface_ips())]
+
+
+def only_remote(error: BaseException) -> bool:
+    """Whether an exception, or every leaf of a group, is the peer's doing."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(only_remote(one) for one in error.exceptions)
+    return isinstance(error, RemoteFault | MuxedStreamError | MuxedConnUnavailable | trio.TooSlowError)
+
+
+@asynccontextmanager
+async def open_host(
+    identity: Identity, mesh_id: str, swarm_key: bytes | None, config: HostConfig | None = None
+) -> AsyncIterator[Host]:
+    """A listening host for as long as the block runs.
+
+    Raises ListenError for an address that cannot be bound, LocalFault for a bad mesh id.
+    An exception of the block's own leaves as it is, not in a group.
+    """
+    compat.apply()
+    if not _MESH_ID.fullmatch(mesh_id):
+        raise LocalFault(f"mesh id {mesh_id!r} is not 1 to 64 letters, digits, dots, dashes or underscores")
+    config = config or HostConfig()
+    swarm = build_swarm(identity.seed, config.swarm_limits(), SwarmHooks())
+    raw = MendedHost(
+        swarm, disable_identify_address_discovery=True, addrs_factory=lambda _: bare_addrs(swarm)
+    )
+    host = Host(identity, mesh_id, swarm_key, config, raw)
+    failure: Exception | None = None
+    async with background_trio_service(swarm), trio.open_nursery() as nursery:
+        host._nursery = nursery
+        try:
+            await swarm.listen(*(Multiaddr(address) for address in config.listen))
+            yield host
+        except Exception as error:  # noqa: BLE001 - kept whole, and raised below the nurseries
+            failure = error
+        finally:
+            host._nursery = None
+            await host._close()
+            nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure

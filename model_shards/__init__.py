@@ -1,0 +1,61 @@
+"""A span of a model on this machine: config, checkpoint ranges, weights, KV cache, engine, sampler,
+tokenizer.
+
+Knows torch and file formats; knows no network, no mesh and no clock. See `engine.py` for what is guaranteed
+of the numbers.
+"""
+
+from model_shards.bench import micro_benchmark
+from model_shards.checkpoint import CheckpointIndex
+from model_shards.config import ModelConfig, supported_families
+from model_shards.dtypes import tensor_from_bytes, tensor_to_bytes
+from model_shards.engine import Engine, Step, StepResult
+from model_shards.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextOverflow,
+    LocalFault,
+    ModelError,
+    NoRoom,
+    RemoteFault,
+    ResourceLimit,
+    SamplingError,
+    StepError,
+    TokenizerError,
+)
+from model_shards.safetensors_header import TensorInfo, header_range
+from model_shards.sampler import Sampling
+from model_shards.span import Span, load_span, shape_of
+from model_shards.tokens import IncrementalDecoder, StopMatcher, Tokenizer
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointIndex",
+    "ConfigError",
+    "ContextOverflow",
+    "Engine",
+    "IncrementalDecoder",
+    "LocalFault",
+    "ModelConfig",
+    "ModelError",
+    "NoRoom",
+    "RemoteFault",
+    "ResourceLimit",
+    "Sampling",
+    "SamplingError",
+    "Span",
+    "Step",
+    "StepError",
+    "StepResult",
+    "StopMatcher",
+    "TensorInfo",
+    "Tokenizer",
+    "TokenizerError",
+    "header_range",
+    "load_span",
+    "micro_benchmark",
+    "shape_of",
+    "supported_families",
+    "tensor_from_bytes",
+    "tensor_to_bytes",
+]

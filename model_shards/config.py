@@ -1,0 +1,107 @@
+"""ModelConfig: what a model is, read from its config.json and checked field by field.
+
+The names here are ours; `families/` knows how each family spells and defaults them. Unknown architectures and
+options that would change the result are refused, never guessed. Knows nothing of weight files or of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_shards.errors import ConfigError
+from model_shards.families import FAMILIES, family_of
+from model_shards.fields import Fields, read_json_object
+from model_shards.rope import RopeConfig, read_rope, usable_context
+
+LAYERS_MAX = 4096
+WIDTH_MAX = 1 << 20
+VOCAB_MAX = 1 << 24
+CONTEXT_MAX = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One decoder-only model. Widths in elements, context in tokens; ``windows[i]`` is layer i's sliding
+    window."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    context_tokens: int
+    tied: bool
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    norm_eps: float
+    activation: str
+    rope: RopeConfig
+    windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def from_dir(cls, directory: Path) -> ModelConfig:
+        """Reads ``directory``/config.json. Raises ConfigError."""
+        return cls.from_dict(read_json_object(directory / "config.json"))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Builds the config from a parsed config.json. Raises ConfigError naming field, value and what is
+        right."""
+        fields = Fields(values)
+        family = family_of(fields)
+        if fields.has("quantization_config"):
+            raise ConfigError(
+                "quantization_config",
+                values["quantization_config"],
+                "an unquantised bf16, fp16 or fp32 checkpoint",
+            )
+        layers = fields.integer("num_hidden_layers", 1, LAYERS_MAX)
+        hidden = fields.integer("hidden_size", 1, WIDTH_MAX)
+        heads = fields.integer("num_attention_heads", 1, WIDTH_MAX)
+        kv_heads = fields.integer("num_key_value_heads", 1, heads, heads)
+        if heads % kv_heads:
+            raise fields.bad("num_key_value_heads", f"a divisor of num_attention_heads = {heads}")
+        if not fields.has("head_dim") and family.head_dim is None and hidden % heads:
+            raise fields.bad("hidden_size", f"a multiple of num_attention_heads = {heads}")
+        head_dim = fields.integer("head_dim", 2, 4096, family.head_dim or hidden // heads)
+        max_positions = fields.integer("max_position_embeddings", 1, CONTEXT_MAX, family.max_positions)
+        vocab = fields.integer("vocab_size", 1, VOCAB_MAX)
+        rope = read_rope(fields, head_dim, max_positions)
+        eos_ids = fields.integers("eos_token_id", 0, vocab - 1)
+        activation = fields.text("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise fields.bad("hidden_act", "silu")
+        return cls(
+            family=family.name,
+            layers=layers,
+            hidden=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate=fields.integer("intermediate_size", 1, WIDTH_MAX),
+            vocab=vocab,
+            context_tokens=usable_context(rope, max_positions),
+            tied=fields.flag("tie_word_embeddings", False),
+            eos_ids=eos_ids,
+            bos_id=fields.integer("bos_token_id", 0, vocab - 1) if fields.has("bos_token_id") else None,
+            norm_eps=fields.number("rms_norm_eps", 0.0, 1.0, 1e-6),
+            activation="silu",
+            rope=rope,
+            windows=family.windows(fields, layers),
+            **family.traits(fields),
+        )
+
+
+def supported_families() -> tuple[str, ...]:
+    """Names of the families that can be served."""
+    return tuple(family.name for family in FAMILIES)

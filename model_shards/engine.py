@@ -1,0 +1,271 @@
+"""Engine: sessions over one span, synchronous and called from one thread at a time.
+
+run() takes steps of many sessions, passes them through the layers and returns activations or tokens. It keeps
+each session's place and cache; it knows no network, no clock and no queue, and decides nothing about order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from model_shards.errors import ContextOverflow, LocalFault, StepError
+from model_shards.exact import RowsExact
+from model_shards.kv import BLOCK_TOKENS, KvPool, SessionKv
+from model_shards.layers import Batch, Rows
+from model_shards.rope import RotaryTable
+from model_shards.sampler import Sampling, pick
+from model_shards.span import Span
+
+GROUP_ROWS_MAX = 32
+
+
+@dataclass(slots=True)
+class Step:
+    """``n`` consecutive positions of one session, from ``position`` on. Exactly one of ``tokens`` (where the
+    session starts at layer 0) and ``hidden`` ([n, hidden], compute dtype) is given. ``sample`` asks the last
+    stage for the token that follows the step's last position."""
+
+    session: str
+    position: int
+    tokens: tuple[int, ...] | None = None
+    hidden: torch.Tensor | None = None
+    sample: Sampling | None = None
+
+    @property
+    def count(self) -> int:
+        if self.tokens is not None:
+            return len(self.tokens)
+        return self.hidden.shape[0] if self.hidden is not None else 0
+
+
+@dataclass(slots=True)
+class StepResult:
+    """``hidden`` [n, hidden] in the compute dtype where layers remain; at the last stage ``token`` and its
+    ``logprob`` (natural, the model's own) where the step asked to sample."""
+
+    session: str
+    hidden: torch.Tensor | None = None
+    token: int | None = None
+    logprob: float | None = None
+
+
+def _never() -> None:
+    return None
+
+
+class Engine:
+    """Serves sessions over ``span`` within ``kv_bytes_max`` bytes of KV cache.
+
+    What is guaranteed of the numbers, given the same machine, dtype and torch thread count: a session's
+    results depend only on its own steps and their shapes (how many positions each step holds), not on where
+    the layers are cut into spans nor on which other sessions ran beside it. Running layers [0, 8) in one
+    engine or in four gives the same bits. Every step is computed in its own shape; single-position steps of
+    several sessions share one pass only in group sizes for which this machine's kernels were found to give
+    each row the very bits it has alone (see `exact.py`). A prompt given in other pieces may differ in the
+    last bits, as matrix kernels differ by shape.
+    """
+
+    def __init__(self, span: Span, *, kv_bytes_max: int) -> None:
+        config = span.config
+        self.span = span
+        self._pool = KvPool(kv_bytes_max, config.kv_heads, config.head_dim, span.dtype, span.device)
+        self._rotary = RotaryTable(config.rope, span.dtype, span.device)
+        self._sessions: dict[str, SessionKv] = {}
+        self._exact = RowsExact(span)
+
+    def open(self, session: str, start: int, end: int, tokens_max: int) -> None:
+        """Admits ``session`` for layers [start, end) of the span and reserves KV for ``tokens_max``
+        positions.
+
+        Raises NoRoom where it does not fit now, ContextOverflow beyond the model's context, StepError for an
+        open session, LocalFault for layers outside the span.
+        """
+        if session in self._sessions:
+            raise StepError(session, "is open already")
+        if not self.span.start <= start < end <= self.span.end:
+            raise LocalFault(
+                f"layers [{start}, {end}) are not within the span [{self.span.start}, {self.span.end})"
+            )
+        if tokens_max < 1:
+            raise StepError(session, f"tokens_max is {tokens_max}, expected at least 1")
+        if tokens_max > self.span.config.context_tokens:
+            raise ContextOverflow(self.span.config.context_tokens, tokens_max)
+        self._sessions[session] = SessionKv(self._pool, start, end, tokens_max)
+
+    def close(self, session: str) -> None:
+        """Ends ``session`` and frees its KV; closing an unknown or closed one does nothing."""
+        kv = self._sessions.pop(session, None)
+        if kv is not None:
+            kv.release()
+
+    def rewind(self, session: str, position: int) -> None:
+        """Forgets every position from ``position`` on, so that the next step may start there. Raises
+        StepError."""
+        kv = self._kv(session)
+        if not 0 <= position <= kv.length:
+            raise StepError(session, f"cannot rewind to {position}, it holds {kv.length} positions")
+        kv.length = position
+
+    def position(self, session: str) -> int:
+        """How many positions the session holds, which is where its next step must start. Raises StepError."""
+        return self._kv(session).length
+
+    def check(self, step: Step) -> None:
+        """Raises the StepError or ContextOverflow that run() would raise for this step, and changes
+        nothing."""
+        kv, count, config = self._kv(step.session), step.count, self.span.config
+        if (step.tokens is None) == (step.hidden is None):
+            raise StepError(step.session, "needs either tokens or hidden")
+        if count < 1:
+            raise StepError(step.session, "holds no positions")
+        if step.position != kv.length:
+            raise StepError(step.session, f"step at position {step.position}, expected {kv.length}")
+        if step.position + count > kv.tokens_max:
+            raise ContextOverflow(kv.tokens_max, step.position + count)
+        if step.sample is not None and kv.end != config.layers:
+            raise StepError(
+                step.session, f"asks to sample, but its layers end at {kv.end} of {config.layers}"
+            )
+        if step.tokens is not None:
+            if kv.start != 0:
+                raise StepError(
+                    step.session, f"has tokens, but its layers start at {kv.start}: hidden expected"
+                )
+            if min(step.tokens) < 0 or max(step.tokens) >= config.vocab:
+                raise StepError(step.session, f"has a token outside the vocabulary of {config.vocab}")
+        elif step.hidden is not None:
+            self._check_hidden(step.session, kv, step.hidden)
+
+    def _check_hidden(self, session: str, kv: SessionKv, hidden: torch.Tensor) -> None:
+        if kv.start == 0:
+            raise StepError(session, "has hidden, but its layers start at 0: tokens expected")
+        if hidden.dim() != 2 or hidden.shape[1] != self.span.config.hidden or hidden.dtype != self.span.dtype:
+            found = f"{list(hidden.shape)} {hidden.dtype}"
+            raise StepError(
+                session, f"hidden is {found}, expected [n, {self.span.config.hidden}] {self.span.dtype}"
+            )
+        if not bool(torch.isfinite(hidden).all()):
+            raise StepError(session, "hidden has values that are not finite")
+
+    @torch.inference_mode()
+    def run(self, steps: Sequence[Step], check_cancelled: Callable[[], None] = _never) -> list[StepResult]:
+        """Advances each step's session; results in the order of ``steps``. At most one step a session.
+
+        ``check_cancelled`` is called before every layer; what it raises ends the call. Whatever is raised
+        (StepError, ContextOverflow, or that), no session has moved: the same steps may be run again.
+        """
+        self._check_all(steps)
+        results: list[StepResult | None] = [None] * len(steps)
+        for group in self._groups(steps):
+            chosen = [steps[at] for at in group]
+            for at, result in zip(group, self._run_group(chosen, check_cancelled), strict=True):
+                results[at] = result
+        for step in steps:
+            self._sessions[step.session].length += step.count
+        return [result for result in results if result is not None]
+
+    @torch.inference_mode()
+    def logits(self, steps: Sequence[Step]) -> list[torch.Tensor]:
+        """Like run(), but gives each step's logits [n, vocab] float32. Only for sessions that end with the
+        model."""
+        self._check_all(steps)
+        found = [self.span.logits(self._forward([step], _never)) for step in steps]
+        for step in steps:
+            self._sessions[step.session].length += step.count
+        return found
+
+    def kv_tokens_free(self) -> int:
+        """How many more positions a session over the whole span could reserve now."""
+        return self._pool.free_blocks // (self.span.end - self.span.start) * BLOCK_TOKENS
+
+    def kv_bytes_used(self) -> int:
+        return (self._pool.blocks - self._pool.free_blocks) * self._pool.block_bytes
+
+    def sessions(self) -> int:
+        return len(self._sessions)
+
+    def _kv(self, session: str) -> SessionKv:
+        kv = self._sessions.get(session)
+        if kv is None:
+            raise StepError(session, "is not open")
+        return kv
+
+    def _check_all(self, steps: Sequence[Step]) -> None:
+        seen: set[str] = set()
+        for step in steps:
+            if step.session in seen:
+                raise StepError(step.session, "has two steps in one run")
+            seen.add(step.session)
+            self.check(step)
+
+    def _groups(self, steps: Sequence[Step]) -> list[list[int]]:
+        """Indices of steps that share a pass: prompts alone, single positions of equal layers together."""
+        groups: list[list[int]] = []
+        singles: dict[tuple[int, int], list[int]] = {}
+        for at, step in enumerate(steps):
+            kv = self._sessions[step.session]
+            if step.count == 1:
+                singles.setdefault((kv.start, kv.end), []).append(at)
+            else:
+                groups.append([at])
+        for together in singles.values():
+            while together:
+                size = self._exact.largest(min(len(together), GROUP_ROWS_MAX))
+                groups.append(together[:size])
+                together = together[size:]
+        return groups
+
+    def _run_group(self, steps: list[Step], check_cancelled: Callable[[], None]) -> list[StepResult]:
+        hidden = self._forward(steps, check_cancelled)
+        if self._sessions[steps[0].session].end == self.span.config.layers:
+            return self._sample(steps, hidden)
+        if len(steps) == 1:
+            return [StepResult(steps[0].session, hidden)]
+        return [StepResult(step.session, hidden[at : at + 1]) for at, step in enumerate(steps)]
+
+    def _forward(self, steps: list[Step], check_cancelled: Callable[[], None]) -> torch.Tensor:
+        """The rows [N, hidden] of ``steps`` (all over the same layers) after their last layer."""
+        rows, offset = [], 0
+        for step in steps:
+            rows.append(Rows(self._sessions[step.session], step.position, step.count, offset))
+            offset += step.count
+        tables = [self._rotary.rows(part.position, part.count) for part in rows]
+        if len(tables) == 1:
+            batch = Batch(rows, *tables[0])
+        else:
+            batch = Batch(rows, torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables]))
+        hidden = self._enter(steps)
+        kv = rows[0].kv
+        for layer in self.span.layers[kv.start - self.span.start : kv.end - self.span.start]:
+            check_cancelled()
+            hidden = layer(hidden, batch)
+        return hidden
+
+    def _enter(self, steps: list[Step]) -> torch.Tensor:
+        if steps[0].tokens is not None:
+            tokens = [token for step in steps for token in step.tokens or ()]
+            return self.span.embed(torch.tensor(tokens, device=self.span.device))
+        given = [step.hidden.to(self.span.device) for step in steps if step.hidden is not None]
+        return given[0] if len(given) == 1 else torch.cat(given)
+
+    def _sample(self, steps: list[Step], hidden: torch.Tensor) -> list[StepResult]:
+        ends, row = [], -1
+        for step in steps:
+            row += step.count
+            ends.append(row)
+        if all(step.sample is None for step in steps):
+            return [StepResult(step.session) for step in steps]
+        logits = self.span.logits(hidden[ends] if len(ends) < hidden.shape[0] else hidden)
+        results = []
+        for step, scores in zip(steps, logits, strict=True):
+            if step.sample is None:
+                results.append(StepResult(step.session))
+                continue
+            if not bool(torch.isfinite(scores).all()):
+                raise StepError(step.session, "its logits are not finite")
+            token, logprob = pick(scores, step.sample, step.position + step.count)
+            results.append(StepResult(step.session, None, token, logprob))
+        return results

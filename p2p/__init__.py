@@ -4,6 +4,7 @@ The only package that imports libp2p; nothing of libp2p shows in this face. Peer
 base58 strings, errors are those of `p2p.errors`. It does not know what a model or a plan is.
 """
 
+from p2p import _bootstrap as _bootstrap  # first: libp2p may have to be found inside this package
 from p2p.errors import (
     CallFailed,
     DeadlineExceeded,

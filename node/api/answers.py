@@ -1,0 +1,105 @@
+"""The JSON documents of the two OpenAI endpoints, whole and in chunks.
+
+Pure: texts and counts in, dictionaries and SSE bytes out. The two endpoints differ only in names and
+nesting; that difference is this file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["chat", "completion"]
+DONE = b"data: [DONE]\n\n"
+KEEPALIVE = b": keepalive\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a whole request: the prompts once each, the answers of all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    def document(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What all documents of one answer share."""
+
+    kind: Kind
+    id: str
+    created_s: int
+    model: str
+    include_usage: bool = False
+
+    def whole(self, texts: Mapping[int, str], finishes: Mapping[int, str], usage: Usage) -> dict[str, Any]:
+        """The answer to a request without `stream`; texts and finish reasons by choice index."""
+        choices = []
+        for index in sorted(texts):
+            choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finishes[index]}
+            if self.kind == "chat":
+                choice["message"] = {"role": "assistant", "content": texts[index], "refusal": None}
+            else:
+                choice["text"] = texts[index]
+            choices.append(choice)
+        name = "chat.completion" if self.kind == "chat" else "text_completion"
+        return self._document(name, choices) | {"usage": usage.document()}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The chunk that opens a choice (chat only): it carries the role."""
+        if self.kind != "chat":
+            return None
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
+
+    def piece(self, index: int, text: str, finish: str | None) -> list[dict[str, Any]]:
+        """The chunks for a piece of text and perhaps its end: none where there is nothing to say."""
+        if self.kind == "completion":
+            return [self._chunk(index, {"text": text}, finish)] if text or finish else []
+        chunks = []
+        if text:
+            chunks.append(self._chunk(index, {"delta": {"content": text}}, None))
+        if finish:
+            chunks.append(self._chunk(index, {"delta": {}}, finish))
+        return chunks
+
+    def closing(self, usage: Usage) -> dict[str, Any] | None:
+        """The last chunk, without choices, where usage was asked for."""
+        if not self.include_usage:
+            return None
+        return self._document(self._chunk_name(), []) | {"usage": usage.document()}
+
+    def _chunk_name(self) -> str:
+        return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+
+    def _chunk(self, index: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish}
+        document = self._document(self._chunk_name(), [choice])
+        return document | {"usage": None} if self.include_usage else document
+
+    def _document(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created_s,
+            "model": self.model,
+            "choices": choices,
+        }
+
+
+def dump(document: Any) -> bytes:
+    """Compact UTF-8 JSON."""
+    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def sse(document: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + dump(document) + b"\n\n"

@@ -1,0 +1,114 @@
+"""`/shoal/...`: what only the node's owner may order, from a program on this computer.
+
+Who may call is the guard's business; here bodies are read, orders passed on, and progress written as one
+JSON object a line. It knows nothing of how an order is carried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from node.api.answers import dump
+from node.api.config import ApiConfig
+from node.api.fields import Fields, parse_json
+from node.api.problems import ApiProblem, from_error, invalid
+from node.errors import NodeError
+from node.gateway import Control
+
+INVITE_CHARS_MAX = 16384
+PATH_CHARS_MAX = 4096
+NAME_CHARS_MAX = 128
+TTL_S_MAX = 10 * 365 * 86400.0
+COPIES_MAX = 64
+
+
+class ControlApi:
+    """The owner's endpoints over one `Control`; None means that this process takes no orders."""
+
+    def __init__(self, control: Control | None, config: ApiConfig) -> None:
+        self._control = control
+        self._config = config
+
+    async def invite(self, request: Request) -> Response:
+        """POST /shoal/invite {"ttl_s": seconds or null, "single_use": false} -> {"invite": text}."""
+        fields = await self._fields(request)
+        ttl_s = None if fields.raw("ttl_s") is None else fields.number("ttl_s", 0.0, 1.0, TTL_S_MAX)
+        text = await self._orders().invite(ttl_s, fields.flag("single_use", False))
+        return _json({"invite": text})
+
+    async def join(self, request: Request) -> Response:
+        """POST /shoal/join {"invite": text} -> {"joined": true}."""
+        fields = await self._fields(request)
+        await self._orders().join(fields.text("invite", chars_max=INVITE_CHARS_MAX))
+        return _json({"joined": True})
+
+    async def stop(self, request: Request) -> Response:
+        """POST /shoal/stop {} -> {"stopping": true}."""
+        await self._fields(request)
+        await self._orders().stop()
+        return _json({"stopping": True})
+
+    async def add(self, request: Request) -> Response:
+        """POST /shoal/models {"directory", "name", "copies"} -> progress, one JSON object a line.
+
+        The last line is `{"done": true}` or, where it fails after the first line, `{"error": {...}}`.
+        """
+        fields = await self._fields(request)
+        directory = Path(fields.text("directory", chars_max=PATH_CHARS_MAX))
+        if not directory.is_absolute() and str(directory) != "embedded":
+            raise invalid("directory", str(directory), "an absolute path on this computer, or embedded")
+        name = fields.text("name", chars_max=NAME_CHARS_MAX)
+        copies = fields.integer("copies", 1, 1, COPIES_MAX) or 1
+        return _Progress(self._orders().add(directory, name, copies))
+
+    async def _fields(self, request: Request) -> Fields:
+        return Fields(parse_json(await request.body() or b"{}", self._config.json_depth_max))
+
+    def _orders(self) -> Control:
+        if self._control is None:
+            raise ApiProblem(404, "this process takes no orders", code="no_control")
+        return self._control
+
+
+def _json(document: dict[str, Any]) -> Response:
+    return Response(dump(document), media_type="application/json")
+
+
+class _Progress(Response):
+    """NDJSON as it comes. What fails before the first line keeps its own status."""
+
+    def __init__(self, progress: AsyncIterator[dict[str, Any]]) -> None:
+        super().__init__(None, 200, {"cache-control": "no-cache"}, "application/x-ndjson")
+        del self.headers["content-length"]
+        self._progress = progress
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        last: dict[str, Any] = {"done": True}
+        try:
+            async for line in self._progress:
+                if not started:
+                    await self._start(send)
+                    started = True
+                await _line(send, line)
+        except NodeError as problem:
+            if not started:
+                raise
+            last = from_error(problem).body()
+        if not started:
+            await self._start(send)
+        await _line(send, last)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _start(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+
+async def _line(send: Send, document: dict[str, Any]) -> None:
+    await send({"type": "http.response.body", "body": dump(document) + b"\n", "more_body": True})

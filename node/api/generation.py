@@ -1,0 +1,260 @@
+"""`/v1/chat/completions` and `/v1/completions`: from a parsed request to an answer, whole or streamed.
+
+A request is prepared (model, prompt tokens, lengths), run as a fan-out of generations, and written. A
+stream's status line waits a moment for the first piece, so that what fails at once fails with its own
+status; what fails later is an SSE event with an error, after which the stream closes.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import trio
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from model_shards import ModelError
+from node.api.answers import DONE, KEEPALIVE, Answer, Usage, dump, sse
+from node.api.config import ApiConfig
+from node.api.fanout import Choice, Fanout, open_fanout
+from node.api.fields import parse_json
+from node.api.problems import ApiProblem, from_error, invalid
+from node.api.requests import SEED_BITS, Options, parse_chat, parse_completion
+from node.errors import ContextTooLong, GatewayError, ModelNotReady, UnknownModel
+from node.gateway import Gateway, GenerateRequest, ModelInfo
+from node.metrics import Metrics
+from node.text import Piece, TextStream
+
+if TYPE_CHECKING:
+    from model_shards import Tokenizer
+
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request ready to run."""
+
+    answer: Answer
+    choices: tuple[Choice, ...]
+    prompt_tokens: int
+    stream: bool
+
+
+class Generation:
+    """The two endpoints over one gateway."""
+
+    def __init__(self, gateway: Gateway, metrics: Metrics, config: ApiConfig, stopping: trio.Event) -> None:
+        self._gateway = gateway
+        self._metrics = metrics
+        self._config = config
+        self._stopping = stopping
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        parsed = parse_chat(parse_json(await request.body(), self._config.json_depth_max), self._config)
+        info, tokenizer = await self._model(parsed.options.model)
+        messages = list(parsed.messages)
+        size = sum(len(message["content"]) for message in messages)
+
+        def tokenize() -> Sequence[int]:
+            try:
+                return tokenizer.chat(messages)
+            except ModelError as problem:
+                message = f"'messages' cannot be put into this model's chat template: {problem}"
+                raise ApiProblem(400, message, param="messages", code="invalid_value") from None
+
+        prompt = await self._tokenized(tokenize, size)
+        return await self._respond(self._prepare("chat", info, tokenizer, parsed.options, [prompt]))
+
+    async def completion(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        body = parse_json(await request.body(), self._config.json_depth_max)
+        parsed = parse_completion(body, self._config)
+        info, tokenizer = await self._model(parsed.options.model)
+        prompts = []
+        for given in parsed.prompts:
+            if isinstance(given, str):
+                prompts.append(await self._tokenized(partial(tokenizer.encode, given), len(given)))
+            else:
+                prompts.append(_known_tokens(given, tokenizer.vocab_size))
+        return await self._respond(self._prepare("completion", info, tokenizer, parsed.options, prompts))
+
+    async def _model(self, name: str) -> tuple[ModelInfo, Tokenizer]:
+        for info in self._gateway.models():
+            if info.name == name:
+                break
+        else:
+            raise UnknownModel(name)
+        if not info.ready:
+            raise ModelNotReady(f"the model {name!r} is not ready: {info.detail}")
+        return info, await self._gateway.tokenizer(name)
+
+    async def _tokenized(self, tokenize: Callable[[], Sequence[int]], chars: int) -> tuple[int, ...]:
+        """Tokens, made on a thread where the text is long: the node's heartbeats must not wait for it."""
+        if chars <= self._config.inline_chars_max:
+            return tuple(tokenize())
+        return tuple(await trio.to_thread.run_sync(tokenize))
+
+    def _prepare(
+        self,
+        kind: str,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        options: Options,
+        prompts: Sequence[tuple[int, ...]],
+    ) -> Prepared:
+        param = "messages" if kind == "chat" else "prompt"
+        prefix = "chatcmpl" if kind == "chat" else "cmpl"
+        identity = f"{prefix}-{secrets.token_hex(12)}"
+        seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
+        choices: list[Choice] = []
+        for prompt in prompts:
+            max_tokens = _room(info, len(prompt), options.max_tokens, param)
+            for _ in range(options.choices):
+                index = len(choices)
+                asked = GenerateRequest(
+                    request_id=f"{identity}-{index}",
+                    model=info.name,
+                    prompt=prompt,
+                    max_tokens=max_tokens,
+                    temperature=options.temperature,
+                    top_p=options.top_p,
+                    top_k=options.top_k,
+                    seed=(seed + index) % (1 << SEED_BITS),
+                    ignore_eos=options.ignore_eos,
+                    deadline_s=self._config.request_deadline_s,
+                )
+                choices.append(Choice(index, asked, TextStream(tokenizer, options.stops, max_tokens, prompt)))
+        answer = Answer(
+            kind="chat" if kind == "chat" else "completion",
+            id=identity,
+            created_s=int(time.time()),
+            model=info.name,
+            include_usage=options.include_usage,
+        )
+        return Prepared(answer, tuple(choices), sum(map(len, prompts)), options.stream)
+
+    async def _respond(self, prepared: Prepared) -> Response:
+        if prepared.stream:
+            return _StreamedAnswer(self._gateway, self._metrics, self._config, self._stopping, prepared)
+        texts = {choice.index: "" for choice in prepared.choices}
+        finishes: dict[int, str] = {}
+        async with open_fanout(self._gateway, self._metrics, prepared.choices, self._stopping) as fanout:
+            while (told := await fanout.receive()) is not None:
+                index, piece = told
+                texts[index] += piece.text
+                if piece.finish is not None:
+                    finishes[index] = piece.finish
+        document = prepared.answer.whole(texts, finishes, _usage(prepared))
+        return Response(dump(document), media_type="application/json")
+
+
+def _usage(prepared: Prepared) -> Usage:
+    return Usage(prepared.prompt_tokens, sum(choice.text.tokens for choice in prepared.choices))
+
+
+def _known_tokens(tokens: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    for token in tokens:
+        if token >= vocab_size:
+            raise invalid("prompt", token, f"token ids below {vocab_size}, this model's vocabulary")
+    return tokens
+
+
+def _room(info: ModelInfo, prompt_tokens: int, wanted: int | None, param: str) -> int:
+    """How many tokens may be generated: what was asked for, cut to what the context leaves."""
+    if prompt_tokens == 0:
+        message = f"'{param}': it has no tokens; at least one is needed"
+        raise ApiProblem(400, message, param=param, code="invalid_value")
+    left = info.context_tokens - prompt_tokens
+    if left < 1:
+        problem = from_error(ContextTooLong(info.context_tokens, prompt_tokens + 1))
+        problem.param = param
+        raise problem
+    return left if wanted is None else min(wanted, left)
+
+
+class _StreamedAnswer(Response):
+    """Runs the request while Starlette sends it."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        metrics: Metrics,
+        config: ApiConfig,
+        stopping: trio.Event,
+        prepared: Prepared,
+    ) -> None:
+        super().__init__(None, 200, STREAM_HEADERS, "text/event-stream")
+        del self.headers["content-length"]
+        self._gateway = gateway
+        self._metrics = metrics
+        self._config = config
+        self._stopping = stopping
+        self._prepared = prepared
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with open_fanout(
+                self._gateway, self._metrics, self._prepared.choices, self._stopping
+            ) as fanout:
+                await self._stream(fanout, send)
+        except GatewayError as problem:
+            if not self._started:
+                raise
+            await self._write(send, sse(from_error(problem).body()))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _stream(self, fanout: Fanout, send: Send) -> None:
+        answer = self._prepared.answer
+        with trio.move_on_after(self._config.first_byte_s) as patience:
+            told = await fanout.receive()
+        await self._start(send)
+        if patience.cancelled_caught:
+            told = await self._next(fanout, send)
+        while told is not None:
+            await self._tell(send, *told)
+            told = await self._next(fanout, send)
+        closing = answer.closing(_usage(self._prepared))
+        await self._write(send, (sse(closing) if closing else b"") + DONE)
+
+    async def _start(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        self._started = True
+        openings = [self._prepared.answer.opening(choice.index) for choice in self._prepared.choices]
+        await self._write(send, b"".join(sse(opening) for opening in openings if opening) or KEEPALIVE)
+
+    async def _next(self, fanout: Fanout, send: Send) -> tuple[int, Piece] | None:
+        """The next piece; while there is none, comments keep proxies and clients patient."""
+        while True:
+            with trio.move_on_after(self._config.keepalive_s):
+                return await fanout.receive()
+            await self._write(send, KEEPALIVE)
+
+    async def _tell(self, send: Send, index: int, piece: Piece) -> None:
+        chunks = self._prepared.answer.piece(index, piece.text, piece.finish)
+        if chunks:
+            await self._write(send, b"".join(map(sse, chunks)))
+
+    async def _write(self, send: Send, data: bytes) -> None:
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+def model_document(info: ModelInfo) -> dict[str, Any]:
+    """A model as /v1/models shows it; what OpenAI has no name for stands in fields of our own."""
+    return {
+        "id": info.name,
+        "object": "model",
+        "created": info.created_s,
+        "owned_by": "shoal",
+        "ready": info.ready,
+        "detail": info.detail,
+        "context_tokens": info.context_tokens,
+    }

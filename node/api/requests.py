@@ -1,0 +1,213 @@
+"""What a client may ask: the bodies of the two OpenAI endpoints as frozen dataclasses.
+
+Parsing is strict about types and ranges. OpenAI fields that change nothing here are accepted; fields that
+would change the answer and are not supported are refused, so that nobody gets silently less than asked for.
+No model is known yet: lengths against a context are checked later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from node.api.config import ApiConfig
+from node.api.fields import Fields
+from node.api.problems import invalid, unsupported
+
+TOKENS_MAX = 1 << 24
+SEED_BITS = 63
+MODEL_CHARS_MAX = 256
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What both endpoints share. `max_tokens` None: what the context leaves. `seed` None: choose one."""
+
+    model: str
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int | None
+    stops: tuple[str, ...]
+    choices: int
+    ignore_eos: bool
+    stream: bool
+    include_usage: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """`POST /v1/chat/completions`. Messages hold `role` and `content` only, as chat templates expect."""
+
+    options: Options
+    messages: tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """`POST /v1/completions`. Each prompt is a text or a tuple of token ids."""
+
+    options: Options
+    prompts: tuple[str | tuple[int, ...], ...]
+
+
+def parse_chat(body: dict[str, Any], config: ApiConfig) -> ChatRequest:
+    """Read a chat request. Raises ApiProblem (400)."""
+    fields = Fields(body)
+    options = _options(fields, config)
+    _refuse_unless(fields, "tools", ([],), "leave it out")
+    _refuse_unless(fields, "functions", ([],), "leave it out")
+    _refuse_unless(fields, "tool_choice", ("none", "auto"), "leave it out")
+    _refuse_unless(fields, "function_call", ("none", "auto"), "leave it out")
+    _refuse_unless(fields, "modalities", (["text"],), "only text is produced")
+    _refuse_unless(fields, "audio", (), "only text is produced")
+    _refuse_unless(fields, "logprobs", (False,), "leave it out")
+    _refuse_unless(fields, "top_logprobs", (0,), "leave it out")
+    messages = tuple(_message(message) for message in fields.objects("messages", config.messages_max))
+    return ChatRequest(options, messages)
+
+
+def parse_completion(body: dict[str, Any], config: ApiConfig) -> CompletionRequest:
+    """Read a plain completion request. Raises ApiProblem (400)."""
+    fields = Fields(body)
+    options = _options(fields, config)
+    _refuse_unless(fields, "echo", (False,), "leave it out")
+    _refuse_unless(fields, "suffix", ("",), "leave it out")
+    _refuse_unless(fields, "logprobs", (), "leave it out")
+    _refuse_unless(fields, "best_of", (1, options.choices), "leave it out or give the value of n")
+    return CompletionRequest(options, _prompts(fields, config))
+
+
+def _options(fields: Fields, config: ApiConfig) -> Options:
+    stream = fields.flag("stream", False)
+    _refuse_unless(fields, "frequency_penalty", (0,), "leave it out or give 0")
+    _refuse_unless(fields, "presence_penalty", (0,), "leave it out or give 0")
+    _refuse_unless(fields, "repetition_penalty", (1,), "leave it out or give 1")
+    _refuse_unless(fields, "min_p", (0,), "leave it out or give 0")
+    _refuse_unless(fields, "logit_bias", ({},), "leave it out")
+    _refuse_unless(fields, "response_format", ({"type": "text"},), 'only {"type": "text"} is')
+    top_k = fields.integer("top_k", 0, -1, TOKENS_MAX)
+    choices = fields.integer("n", 1, 1, config.choices_max)
+    return Options(
+        model=fields.text("model", chars_max=MODEL_CHARS_MAX),
+        max_tokens=_max_tokens(fields),
+        temperature=fields.number("temperature", 1.0, 0.0, 2.0),
+        top_p=fields.number("top_p", 1.0, 0.0, 1.0),
+        top_k=max(top_k or 0, 0),
+        seed=_seed(fields),
+        stops=_stops(fields, config),
+        choices=choices or 1,
+        ignore_eos=fields.flag("ignore_eos", False),
+        stream=stream,
+        include_usage=_include_usage(fields, stream),
+    )
+
+
+def _refuse_unless(fields: Fields, field: str, harmless: tuple[Any, ...], instead: str) -> None:
+    value = fields.raw(field)
+    if value is None:
+        return
+    for accepted in harmless:
+        if value == accepted and isinstance(value, bool) == isinstance(accepted, bool):
+            return
+    raise unsupported(fields.name(field), value, instead)
+
+
+def _max_tokens(fields: Fields) -> int | None:
+    newer = fields.integer("max_completion_tokens", None, 1, TOKENS_MAX)
+    older = fields.integer("max_tokens", None, 1, TOKENS_MAX)
+    return older if newer is None else newer
+
+
+def _seed(fields: Fields) -> int | None:
+    seed = fields.integer("seed", None, -(1 << 63), (1 << 63) - 1)
+    return None if seed is None else seed % (1 << SEED_BITS)
+
+
+def _include_usage(fields: Fields, stream: bool) -> bool:
+    value = fields.raw("stream_options")
+    if value is None:
+        return False
+    if not isinstance(value, dict):
+        raise invalid("stream_options", value, 'an object such as {"include_usage": true}')
+    wanted = Fields(value, "stream_options.").flag("include_usage", False)
+    if not stream:
+        raise invalid("stream_options", value, "stream to be true beside it")
+    return wanted
+
+
+def _stops(fields: Fields, config: ApiConfig) -> tuple[str, ...]:
+    value = fields.raw("stop")
+    if value is None:
+        return ()
+    expected = f"a text or a list of at most {config.stops_max} texts, none of them empty"
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or len(items) > config.stops_max:
+        raise invalid("stop", value, expected)
+    if not all(isinstance(item, str) and item for item in items):
+        raise invalid("stop", value, expected)
+    return tuple(fields.text("stop", item, config.stop_chars_max) for item in items)
+
+
+def _message(fields: Fields) -> dict[str, str]:
+    fields.require("role", "one of " + ", ".join(ROLES))
+    role = fields.choice("role", "", ROLES)
+    _refuse_unless(fields, "tool_calls", ([],), "leave it out")
+    _refuse_unless(fields, "function_call", (), "leave it out")
+    content = fields.raw("content")
+    if content is None and role == "assistant":
+        content = ""
+    if isinstance(content, list):
+        content = _joined(fields, content)
+    return {"role": "system" if role == "developer" else role, "content": fields.text("content", content)}
+
+
+def _joined(fields: Fields, parts: list[Any]) -> str:
+    """The texts of a list of content parts."""
+    texts = []
+    for index, part in enumerate(parts):
+        name = f"{fields.name('content')}[{index}]"
+        if not isinstance(part, dict):
+            raise invalid(name, part, 'an object such as {"type": "text", "text": "..."}')
+        reader = Fields(part, f"{name}.")
+        kind = reader.text("type")
+        if kind != "text":
+            raise unsupported(f"{name}.type", kind, 'only parts of type "text" are')
+        texts.append(reader.text("text"))
+    return "".join(texts)
+
+
+def _prompts(fields: Fields, config: ApiConfig) -> tuple[str | tuple[int, ...], ...]:
+    expected = f"a text, a list of token ids, or a list of at most {config.prompts_max} of either"
+    value = fields.require("prompt", expected)
+    if isinstance(value, str):
+        return (fields.text("prompt", value),)
+    if not isinstance(value, list) or not value:
+        raise invalid("prompt", value, expected)
+    if _is_token(value[0]):
+        return (_tokens("prompt", value),)
+    if len(value) > config.prompts_max:
+        raise invalid("prompt", value, expected)
+    prompts: list[str | tuple[int, ...]] = []
+    for index, item in enumerate(value):
+        name = f"prompt[{index}]"
+        if isinstance(item, list) and item:
+            prompts.append(_tokens(name, item))
+        elif isinstance(item, str):
+            prompts.append(fields.text(name, item))
+        else:
+            raise invalid(name, item, "a text or a list of token ids")
+    return tuple(prompts)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _tokens(name: str, value: list[Any]) -> tuple[int, ...]:
+    for index, item in enumerate(value):
+        if not _is_token(item) or item < 0:
+            raise invalid(f"{name}[{index}]", item, "a token id: a whole number of at least 0")
+    return tuple(value)

@@ -1,0 +1,69 @@
+"""From token events to the text a client sees: incremental decoding, stop strings, finish reasons.
+
+A pure core: one `TextStream` a generation takes events and returns pieces. Text never splits a character,
+never shows a stop string or an end-of-text token, and is held back only while it may be the start of a stop
+string. It knows nothing of HTTP or of where tokens come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from model_shards import IncrementalDecoder, StopMatcher
+from node.gateway import TokenEvent
+
+if TYPE_CHECKING:
+    from model_shards import Tokenizer
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """New text (perhaps empty) and, at the end, why it ended. `tokens` counts all so far, shown or not."""
+
+    text: str
+    tokens: int
+    finish: Finish | None
+
+
+class TextStream:
+    """The text of one generation. After a piece with a finish no further event is taken.
+
+    `prompt` (the token ids before the first event) decides whether a space belongs between prompt and answer.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], max_tokens: int, prompt: Sequence[int] = ()
+    ) -> None:
+        self._decoder = IncrementalDecoder(tokenizer, prompt)
+        self._matcher = StopMatcher(stops)
+        self._max_tokens = max_tokens
+        self.tokens = 0
+        self.finish: Finish | None = None
+
+    def push(self, event: TokenEvent) -> Piece:
+        """Take the next event and return what can be shown now."""
+        if self.finish is not None:
+            raise ValueError("the text has already ended")
+        self.tokens += 1
+        if event.finish == "stop":
+            return self._end("stop", "")
+        text, stopped = self._matcher.push(self._decoder.push(event.token))
+        if stopped:
+            self.finish = "stop"
+            return Piece(text, self.tokens, "stop")
+        if event.finish == "length" or self.tokens >= self._max_tokens:
+            return self._end("length", text)
+        return Piece(text, self.tokens, None)
+
+    def _end(self, finish: Finish, shown: str) -> Piece:
+        """The last piece: what was still held back, unless it completes a stop string."""
+        text, stopped = self._matcher.push(self._decoder.flush())
+        if stopped:
+            self.finish = "stop"
+            return Piece(shown + text, self.tokens, "stop")
+        self.finish = finish
+        return Piece(shown + text + self._matcher.flush(), self.tokens, finish)

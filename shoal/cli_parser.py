@@ -1,0 +1,311 @@
+"""The words of the command line: every command, flag, help text and example.
+
+It imports nothing but argparse, and names each command's function as `module:function`, so that parsing
+costs no more than a few milliseconds. What a flag's value means to the daemon is checked by `node.config`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any, NoReturn
+
+from shoal import __version__
+
+TTL_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+OVERVIEW = """\
+Pool your own computers into one machine that serves language models.
+
+  shoal up                          start this computer's node, and an OpenAI endpoint on it
+  shoal invite                      print an invite; on another computer: shoal join INVITE
+  shoal add DIR --name NAME         share a Hugging Face model directory with the mesh
+  shoal run NAME "prompt"           ask it
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one plain line for wrong usage, and help texts that keep their line breaks."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(
+            r"argument (COMMAND|ACTION): invalid choice: ('[^']*') \(choose from (.*)\)", message
+        )
+        if unknown:
+            message = f"there is no {unknown[1].lower()} {unknown[2]}, only {unknown[3].replace(chr(39), '')}"
+        self.exit(2, f"shoal: {message}; see: {self.prog} --help\n")
+
+
+def ttl(text: str) -> float:
+    """`24h`, `30m`, `7d` or `90s` as seconds."""
+    match = re.fullmatch(r"(\d{1,6})([smhd])", text.strip().lower())
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a time such as 30m, 24h or 7d")
+    return float(int(match[1]) * TTL_UNITS_S[match[2]])
+
+
+def count(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return value
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(
+        prog="shoal",
+        description=OVERVIEW,
+        usage="shoal COMMAND [options]",
+        epilog="Each command explains itself: shoal COMMAND --help",
+    )
+    parser.add_argument("--version", action="version", version=f"shoal {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, title="commands", prog="shoal"
+    )
+    _node_commands(commands)
+    _mesh_commands(commands)
+    _model_commands(commands)
+    _testnet_commands(commands)
+    _demo_command(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, run: str | None, short: str, text: str = "", examples: str = "") -> Parser:
+    epilog = f"examples:\n{examples}" if examples else None
+    child: Parser = commands.add_parser(
+        name, help=short, description=text or short[0].upper() + short[1:] + ".", epilog=epilog
+    )
+    if run is not None:
+        child.set_defaults(run=run)
+    return child
+
+
+def _where(parser: Parser) -> None:
+    group = parser.add_argument_group("which daemon")
+    group.add_argument(
+        "--data-dir", metavar="DIR", help="data directory of the daemon (default: the user's own)"
+    )
+    group.add_argument("--api", metavar="URL", help="address of a daemon's API, instead of a data directory")
+
+
+def _json(parser: Parser, what: str) -> None:
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON")
+
+
+def _node_commands(commands: Any) -> None:
+    up = _add(
+        commands,
+        "up",
+        "shoal.cli_up:up",
+        "start this computer's node and serve its API",
+        "Start this computer's node in the foreground: found a mesh, or go on with the one it belongs to.\n"
+        "When it serves, stdout gets one line: ready api=URL peer=ID. Ctrl-C stops it cleanly.",
+        "  shoal up                              a node, and http://127.0.0.1:8080/v1\n"
+        "  shoal up --model embedded             with the small model that comes along\n"
+        "  shoal up --model ~/models/qwen=qwen --memory 12GiB\n"
+        "  shoal up --data-dir /tmp/second --api 127.0.0.1:8081",
+    )
+    _daemon_flags(up)
+    up.add_argument("--join", metavar="INVITE", help="join the mesh of this invite first")
+
+    join = _add(
+        commands,
+        "join",
+        "shoal.cli_up:join",
+        "join a mesh by its invite",
+        "Join the mesh of an invite. A daemon that already runs changes over to it; otherwise one is\n"
+        "started in the foreground, with the same options as `shoal up`.",
+        "  shoal join shoal1-abc...\n  shoal join shoal1-abc... --memory 12GiB",
+    )
+    join.add_argument("invite", metavar="INVITE", help="the text that `shoal invite` printed")
+    _daemon_flags(join)
+
+
+def _daemon_flags(parser: Parser) -> None:
+    """The flags of `shoal up`; their names and values are node.config's, which also checks them."""
+    place = parser.add_argument_group("this node")
+    place.add_argument(
+        "--data-dir", metavar="DIR", help="where the key, the mesh and the models' pieces are kept"
+    )
+    place.add_argument("--name", metavar="NAME", help="what others see (default: the host's name)")
+    place.add_argument("--config", metavar="FILE", help="a TOML file with the same settings")
+    place.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    net = parser.add_argument_group("network")
+    net.add_argument(
+        "--api", metavar="HOST:PORT", help="where the HTTP API listens (default: 127.0.0.1:8080)"
+    )
+    net.add_argument(
+        "--listen", metavar="MULTIADDR", action="append", help="where peers connect; may be repeated"
+    )
+    net.add_argument("--public", action="store_true", help="found a mesh that anyone may join")
+    lend = parser.add_argument_group("what it lends")
+    lend.add_argument(
+        "--model",
+        metavar="DIR[=NAME]",
+        action="append",
+        dest="models",
+        help="share this Hugging Face directory; 'embedded' is the built-in model; may be repeated",
+    )
+    lend.add_argument("--memory", metavar="SIZE", help="memory for models, for example 6MiB or 12GiB")
+    lend.add_argument(
+        "--copies", metavar="K", type=count, help="copies of each layer of the models shared here"
+    )
+    lend.add_argument("--layers", metavar="A:B", help="hold exactly layers A to B-1 instead of planned ones")
+    lend.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N, mps or xpu")
+    lend.add_argument("--dtype", metavar="TYPE", help="auto, float32 or bfloat16")
+    lend.add_argument("--quant", metavar="HOW", help="none, int8 or int4")
+    lend.add_argument("--threads", metavar="N", type=count, help="processor threads for computing")
+    lend.add_argument("--disk", metavar="SIZE", help="disk for models' pieces (default: 200GiB)")
+    lend.add_argument("--concurrency", metavar="N", type=count, help="requests at once that room is kept for")
+    lend.add_argument("--no-serve", action="store_true", help="hold no layers: only use the mesh")
+
+
+def _mesh_commands(commands: Any) -> None:
+    invite = _add(
+        commands,
+        "invite",
+        "shoal.cli_mesh:invite",
+        "print an invite to this node's mesh",
+        "Print an invite: a text, and in a terminal also a QR code. Whoever has it can join the mesh\n"
+        "until it expires, so send it as you would send a password.",
+        "  shoal invite\n  shoal invite --ttl 30m --no-qr\n  ssh other shoal join $(shoal invite)",
+    )
+    invite.add_argument(
+        "--ttl", metavar="TIME", type=ttl, default="24h", help="how long it is good for (default: 24h)"
+    )
+    invite.add_argument("--no-qr", action="store_true", help="print no QR code")
+    _json(invite, "the invite")
+    _where(invite)
+
+    status = _add(
+        commands,
+        "status",
+        "shoal.cli_mesh:status",
+        "show the mesh: nodes, layers, memory, models",
+        examples="  shoal status\n  shoal status --watch\n  shoal status --json | jq .models",
+    )
+    status.add_argument("--watch", action="store_true", help="keep the picture up to date until Ctrl-C")
+    _json(status, "the daemon's view of the mesh")
+    _where(status)
+
+
+def _model_commands(commands: Any) -> None:
+    add = _add(
+        commands,
+        "add",
+        "shoal.cli_mesh:add",
+        "share a model directory with the mesh",
+        "Publish a Hugging Face model directory (config.json, *.safetensors, tokenizer.json) and\n"
+        "wait until the mesh serves it. The files stay where they are; others fetch only their layers.",
+        "  shoal add ~/models/Qwen3-4B --name qwen3-4b\n  shoal add embedded --copies 2",
+    )
+    add.add_argument(
+        "directory", metavar="DIR", help="the model's directory; 'embedded' is the built-in model"
+    )
+    add.add_argument("--name", metavar="NAME", help="its name in the mesh (default: the directory's)")
+    add.add_argument(
+        "--copies", metavar="K", type=count, default=1, help="copies of each layer wanted (default: 1)"
+    )
+    add.add_argument("--no-wait", action="store_true", help="return once it is published")
+    add.add_argument(
+        "--timeout", metavar="SECONDS", type=positive, default=900.0, help="how long to wait (default: 900)"
+    )
+    _json(add, "where the layers went")
+    _where(add)
+
+    models = _add(commands, "models", "shoal.cli_mesh:models", "list the models of the mesh")
+    _json(models, "the models")
+    _where(models)
+
+    run = _add(
+        commands,
+        "run",
+        "shoal.cli_run:run",
+        "ask a model and print its answer as it comes",
+        "Send a prompt to a model of the mesh and print the text as it comes.",
+        '  shoal run embedded "def fibonacci(n):"\n'
+        '  shoal run qwen3-4b --chat "Why is the sea salt?"\n'
+        "  git diff | shoal run qwen3-4b --chat - --max-tokens 400",
+    )
+    run.add_argument("model", metavar="NAME", help="a model as `shoal models` lists it")
+    run.add_argument("prompt", metavar="PROMPT", help="the text, or - to read it from stdin")
+    run.add_argument("--chat", action="store_true", help="ask through the model's chat template")
+    run.add_argument(
+        "--max-tokens", metavar="N", type=count, default=128, help="at most N tokens (default: 128)"
+    )
+    run.add_argument("--temperature", metavar="T", type=float, help="0 is greedy (default: the daemon's)")
+    run.add_argument("--top-p", metavar="P", type=float, help="keep the likeliest tokens up to P")
+    run.add_argument("--seed", metavar="N", type=int, help="the same seed gives the same text")
+    run.add_argument(
+        "--stats", action="store_true", help="print the speed to stderr (in a terminal it always is)"
+    )
+    _json(run, "the text and its figures")
+    _where(run)
+
+
+def _testnet_commands(commands: Any) -> None:
+    testnet = _add(commands, "testnet", None, "run a whole mesh of local nodes on this machine")
+    actions = testnet.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+    up = _add(
+        actions,
+        "up",
+        "shoal.cli_testnet:up",
+        "start N local nodes that serve a model, and leave them running",
+        "Start N nodes on this machine as one mesh, share a model from the first one only, wait until every\n"
+        "layer is served, and leave them running. `shoal testnet down` ends exactly those.",
+        "  shoal testnet up -n 4\n"
+        "  shoal testnet up -n 4 --model ~/models/qwen=qwen --node-memory 900 --copies 2 --json",
+    )
+    up.add_argument("-n", "--nodes", metavar="N", type=count, default=4, help="how many nodes (default: 4)")
+    up.add_argument(
+        "--model",
+        metavar="DIR[=NAME]",
+        default="embedded",
+        help="what they serve (default: the built-in model)",
+    )
+    up.add_argument(
+        "--node-memory", metavar="MIB", type=positive, help="memory each node lends to models, in MiB"
+    )
+    up.add_argument("--copies", metavar="K", type=count, default=1, help="copies of each layer (default: 1)")
+    up.add_argument(
+        "--timeout", metavar="SECONDS", type=positive, default=180.0, help="give up after this (default: 180)"
+    )
+    _json(up, "the nodes")
+    down = _add(actions, "down", "shoal.cli_testnet:down", "end the nodes that `testnet up` started")
+    _json(down, "what was ended")
+    status = _add(actions, "status", "shoal.cli_testnet:status", "show the nodes that `testnet up` started")
+    _json(status, "the nodes")
+    for action in (up, down, status):
+        action.add_argument("--state-dir", metavar="DIR", help="where their logs and records are kept")
+
+
+def _demo_command(commands: Any) -> None:
+    demo = _add(
+        commands,
+        "demo",
+        "shoal.demo:demo",
+        "four nodes, one model that none of them can hold alone",
+        "Start four nodes on this machine, each too small for the model; watch it spread over them; ask it\n"
+        "something; stop them. Takes less than a minute and leaves nothing behind.",
+    )
+    demo.add_argument("--prompt", metavar="TEXT", help="what to ask the model")
+    demo.add_argument("--keep", action="store_true", help="leave the four nodes running")
+    demo.add_argument(
+        "--plain", action="store_true", help="print plain lines, as when the output is no terminal"
+    )

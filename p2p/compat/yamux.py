@@ -297,14 +297,18 @@ class MendedYamux(IMuxedConn):
         """Send what is queued (for at most `flush_s`), say good-bye, and end."""
         try:
             if not self._closing and self.event_started.is_set():
-                self.send_control(GO_AWAY, 0, 0, GO_AWAY_NORMAL)
                 with trio.move_on_after(self.limits.flush_s):
-                    while self._busy and not self._closing:
-                        await self._flushed.wait()
+                    await self._flush()
+                    self.send_control(GO_AWAY, 0, 0, GO_AWAY_NORMAL)
+                    await self._flush()
         finally:
             self.abort("closed here")
             with trio.CancelScope(shield=True):
                 await self._close_socket()
+
+    async def _flush(self) -> None:
+        while self._busy and not self._closing:
+            await self._flushed.wait()
 
     def abort(self, reason: str) -> None:
         """End at once: every stream fails, the socket is closed without waiting for the peer."""

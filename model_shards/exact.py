@@ -26,12 +26,12 @@ class RowsExact:
         self._known: dict[int, bool] = {1: True}
 
     def largest(self, rows: int) -> int:
-        """The largest usable group of at most ``rows``: that size itself, or the next smaller power of two,
-        or 1."""
-        size = rows
-        while not self._exact(size):
-            size = 1 << (size - 1).bit_length() - 1
-        return size
+        """The largest usable group of at most ``rows``, among ``rows`` itself and the powers of two (1 always
+        is)."""
+        power = 1 << (rows.bit_length() - 1)
+        while not self._exact(power):
+            power //= 2
+        return rows if power > 1 and self._exact(rows) else power
 
     def _exact(self, rows: int) -> bool:
         if rows not in self._known:

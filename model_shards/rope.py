@@ -59,6 +59,12 @@ def read_rope(fields: Fields, head_dim: int, context_tokens: int) -> RopeConfig:
         original = context_tokens
     if kind == "dynamic" and dim < 4:
         raise fields.bad("head_dim", "a rotated part of at least 4 with dynamic scaling")
+    low, high = (
+        nested.number("low_freq_factor", 1e-6, 1e6, 1.0),
+        nested.number("high_freq_factor", 1e-6, 1e6, 4.0),
+    )
+    if kind == "llama3" and high <= low:
+        raise nested.bad("high_freq_factor", f"more than low_freq_factor = {low:g}")
     if kind == "yarn" and not nested.has("factor"):
         factor = context_tokens / original
     else:
@@ -69,8 +75,8 @@ def read_rope(fields: Fields, head_dim: int, context_tokens: int) -> RopeConfig:
         dim=dim,
         factor=factor,
         original_context=original,
-        low_freq_factor=nested.number("low_freq_factor", 1e-6, 1e6, 1.0),
-        high_freq_factor=nested.number("high_freq_factor", 1e-6, 1e6, 4.0),
+        low_freq_factor=low,
+        high_freq_factor=high,
         beta_fast=nested.number("beta_fast", 0.0, 1e6, 32.0) or 32.0,
         beta_slow=nested.number("beta_slow", 0.0, 1e6, 1.0) or 1.0,
         mscale=nested.number("mscale", 0.0, 1e3, 0.0),

@@ -4,8 +4,9 @@ them."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,19 @@ class Reference:
     def config(self) -> ModelConfig:
         return ModelConfig.from_dir(self.directory)
 
+    def _forget(self) -> None:
+        """A short pass first: dynamic scaling in the reference remembers the longest sequence it has met."""
+        self.model(torch.tensor([[0]]), use_cache=False)
+
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        self._forget()
         return self.model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
 
     @torch.no_grad()
     def cached_logits(self, pieces: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits of consecutive pieces of one sequence, through the model's own KV cache."""
+        self._forget()
         past, found = None, []
         for piece in pieces:
             out = self.model(torch.tensor([list(piece)]), past_key_values=past, use_cache=True)
@@ -109,7 +116,7 @@ def engines_of(
     config, index = ModelConfig.from_dir(directory), CheckpointIndex.open(directory)
     return [
         Engine(load_span(directory, index, config, a, b, dtype=dtype, **options), kv_bytes_max=kv_bytes_max)
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in itertools.pairwise(cuts)
     ]
 
 
@@ -167,7 +174,7 @@ def llama(make_reference: Callable[..., Reference]) -> Reference:
 
 
 @pytest.fixture
-def tools() -> Iterator[Any]:
+def tools() -> type:
     """The helpers above, for test modules (which cannot import a conftest)."""
 
     class Tools:
@@ -175,4 +182,4 @@ def tools() -> Iterator[Any]:
         engines_of = staticmethod(engines_of)
         splits = staticmethod(splits)
 
-    yield Tools
+    return Tools

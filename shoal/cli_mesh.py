@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +170,17 @@ def model_source(directory: str, name: str | None) -> tuple[str, str]:
 def publish(
     client: DaemonClient, directory: str, name: str, copies: int, progress: terminal.Progress
 ) -> None:
-    """Have the daemon publish `directory`; returns when it is in the mesh. Raises ShoalError."""
+    """Have the daemon publish `directory`; returns once the mesh knows the model. Raises ShoalError."""
     body = {"directory": directory, "name": name, "copies": copies}
-    label = f"publishing {name}"
+    label = f"reading {name}"
     progress(label, None)
-    for event in client.ndjson("/shoal/models", body):
-        done, total = one_event(event).get("done"), event.get("total")
-        if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
-            progress(label, min(done / total, 1.0), f"{terminal.size(done)} of {terminal.size(total)}")
+    with closing(client.ndjson("/shoal/models", body)) as events:
+        for event in map(one_event, events):
+            done, total = event.get("done"), event.get("total")
+            if event.get("state") not in (None, "hashing"):
+                break  # published; the rest of the stream is about placing, which `wait_served` shows better
+            if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
+                progress(label, min(done / total, 1.0), f"{terminal.size(done)} of {terminal.size(total)}")
     progress(label, 1.0)
 
 

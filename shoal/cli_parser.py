@@ -116,8 +116,7 @@ def _node_commands(commands: Any) -> None:
         "start this computer's node and serve its API",
         "Start this computer's node in the foreground: found a mesh, or go on with the one it belongs to.\n"
         "When it serves, stdout gets one line: ready api=URL peer=ID. Ctrl-C stops it cleanly.",
-        "  shoal up                              a node, and http://127.0.0.1:8080/v1\n"
-        "  shoal up --model embedded             with the small model that comes along\n"
+        "  shoal up                              a node, http://127.0.0.1:8080/v1, the built-in model\n"
         "  shoal up --model ~/models/qwen=qwen --memory 12GiB\n"
         "  shoal up --data-dir /tmp/second --api 127.0.0.1:8081",
     )
@@ -160,7 +159,8 @@ def _daemon_flags(parser: Parser) -> None:
         metavar="DIR[=NAME]",
         action="append",
         dest="models",
-        help="share this Hugging Face directory; 'embedded' is the built-in model; may be repeated",
+        help="share this Hugging Face directory; may be repeated (default where a mesh is founded: 'embedded',"
+        " the built-in model; 'none' shares nothing)",
     )
     lend.add_argument("--memory", metavar="SIZE", help="memory for models, for example 6MiB or 12GiB")
     lend.add_argument(

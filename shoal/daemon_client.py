@@ -11,7 +11,7 @@ import http.client
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +119,7 @@ class DaemonClient:
         with self._request("POST", path, body, self._answer_timeout_s) as response:
             return _object(self._read(response))
 
-    def ndjson(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    def ndjson(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any]]:
         """POST, then yield one object a line as they come. Closing the iterator closes the connection."""
         with self._request("POST", path, body, STREAM_TIMEOUT_S) as response:
             for line in self._lines(response):

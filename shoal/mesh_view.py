@@ -145,6 +145,8 @@ def node_state(node: NodeView) -> str:
     if not node.is_self and not node.connected:
         return "unreachable"
     failed = [span for span in node.spans if span.state == "failed"]
+    if not node.peer:
+        return "starting"
     if failed:
         return f"failed: {failed[0].model}"
     going = [span for span in node.spans if not span.ready]

@@ -196,7 +196,10 @@ def _handler(daemon: FakeDaemon) -> type[BaseHTTPRequestHandler]:
 
         def models(self, body: dict[str, Any]) -> None:
             total = LAYERS * LAYER_BYTES
-            events = [{"stage": "hashing", "done": done * total // 4, "total": total} for done in range(5)]
+            events: list[dict[str, Any]] = [
+                {"state": "hashing", "done": done * total // 4, "total": total} for done in range(5)
+            ]
+            events += [{"state": "published", "model": body["name"]}, {"state": "ready"}, {"done": True}]
             daemon.add(body["name"], body["copies"])
             self.stream([json.dumps(event) + "\n" for event in events])
 
@@ -229,7 +232,7 @@ def main(arguments: list[str]) -> int:
     """`up` with the flags of `shoal up`; SIGTERM ends it. `--name` with "fails" in it ends at once, as a bad start."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("command")
-    for name in ("data-dir", "name", "api", "join", "memory", "config", "listen", "threads"):
+    for name in ("data-dir", "name", "api", "join", "memory", "config", "listen", "threads", "model"):
         parser.add_argument(f"--{name}")
     options = parser.parse_args(arguments)
     fault = os.environ.get("FAKE_FAULT", "")

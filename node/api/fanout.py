@@ -7,7 +7,7 @@ It knows nothing of the shape of answers.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -93,13 +93,18 @@ class Fanout:
         return True
 
     async def _take(self, choice: Choice, events: AsyncIterator[TokenEvent], running: Running) -> None:
-        async for event in events:
-            running.token()
-            piece = choice.text.push(event)
-            await self._send.send((choice.index, piece))
-            if piece.finish is not None:
-                running.finished(piece.finish)
-                return
+        try:
+            async for event in events:
+                running.token()
+                piece = choice.text.push(event)
+                await self._send.send((choice.index, piece))
+                if piece.finish is not None:
+                    running.finished(piece.finish)
+                    return
+        finally:
+            # A stop string ends the reading early: a generator must not be left to the garbage collector.
+            if isinstance(events, AsyncGenerator):
+                await events.aclose()
         raise StageLost("at the end of the chain", "the tokens ended without an end of the answer")
 
 

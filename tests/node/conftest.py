@@ -1,0 +1,204 @@
+"""A fake gateway, a real tokenizer of bytes, and the API on a loopback socket, for the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import tokenizers
+import trio
+from tokenizers import decoders, models, pre_tokenizers
+
+from model_shards import Tokenizer
+from node.api import ApiConfig, ServerConfig, build_app, serve_http
+from node.errors import UnknownModel
+from node.gateway import GenerateRequest, ModelInfo, TokenEvent
+from node.metrics import Metrics
+
+EOS = 256
+CONTEXT_TOKENS = 128
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}|{{ m.content }};{% endfor %}"
+    "{% if 'forbidden' in messages[0].content %}{{ raise_exception('no such talk') }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Token i is byte i; token 256 ends the text. Every UTF-8 character beyond ASCII is split over tokens."""
+    letters = _byte_letters()
+    vocab = {letter: index for index, letter in enumerate(letters)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<end>"])
+    directory = tmp_path_factory.mktemp("bytes")
+    backend.save(str(directory / "tokenizer.json"))
+    settings = {"eos_token": "<end>", "chat_template": CHAT_TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokenizer.from_dir(directory)
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable letter for each byte, in the order of the bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters, extra = {byte: chr(byte) for byte in plain}, 0
+    for byte in range(256):
+        if byte not in letters:
+            letters[byte] = chr(256 + extra)
+            extra += 1
+    return [letters[byte] for byte in range(256)]
+
+
+Script = Sequence[Any] | Callable[[GenerateRequest], Sequence[Any]]
+
+
+class FakeGateway:
+    """Plays a script for each request: ints are tokens, exceptions are raised, events are waited for.
+
+    A script that ends gives no end to the stream: put EOS into it, or let max_tokens cut it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, script: Script = ()) -> None:
+        self._tokenizer = tokenizer
+        self.script = script
+        self.on_enter: list[Exception | None] = []
+        self.requests: list[GenerateRequest] = []
+        self.running = 0
+        self.left = trio.Event()
+        self.entered = trio.Event()
+        self.infos = [
+            ModelInfo("bytes", "m1", 1700000000, CONTEXT_TOKENS, 4, True, ""),
+            ModelInfo("org/absent", "m2", 1700000001, CONTEXT_TOKENS, 4, False, "layers 2 to 4 are missing"),
+        ]
+        self.mesh_document: dict[str, Any] = {"mesh": "m", "self": "p", "nodes": [], "models": []}
+
+    def models(self) -> list[ModelInfo]:
+        return self.infos
+
+    async def tokenizer(self, model: str) -> Tokenizer:
+        if model != "bytes":
+            raise UnknownModel(model)
+        return self._tokenizer
+
+    def mesh(self) -> dict[str, Any]:
+        return self.mesh_document
+
+    @asynccontextmanager
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[AsyncIterator[TokenEvent]]:
+        self.requests.append(request)
+        problem = self.on_enter.pop(0) if self.on_enter else None
+        if problem is not None:
+            raise problem
+        self.running += 1
+        self.entered.set()
+        try:
+            yield self._play(request)
+        finally:
+            self.running -= 1
+            self.left.set()
+
+    async def _play(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        index = 0
+        for item in self.script(request) if callable(self.script) else self.script:
+            await trio.lowlevel.checkpoint()
+            if isinstance(item, trio.Event):
+                await item.wait()
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                ends = item == EOS and not request.ignore_eos
+                full = index + 1 == request.max_tokens
+                yield TokenEvent(item, index, -0.5, "stop" if ends else "length" if full else None)
+                if ends or full:
+                    return
+                index += 1
+
+
+@pytest.fixture
+def make_gateway(byte_tokenizer: Tokenizer) -> Callable[..., FakeGateway]:
+    def make(script: Script = (*b"Hello, world", EOS)) -> FakeGateway:
+        return FakeGateway(byte_tokenizer, script)
+
+    return make
+
+
+def _collect(url: str, kind: str, fields: dict[str, Any]) -> tuple[list[Any], openai.APIError | None]:
+    """A whole stream by the synchronous client, and the error that ended it. Runs on a thread.
+
+    The asynchronous client leaves its generators to the garbage collector, which trio reports.
+    """
+    chunks: list[Any] = []
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client:
+        endpoint = client.chat.completions if kind == "chat" else client.completions
+        try:
+            for chunk in endpoint.create(model="bytes", stream=True, **fields):
+                chunks.append(chunk)
+        except openai.APIStatusError:
+            raise
+        except openai.APIError as problem:
+            return chunks, problem
+    return chunks, None
+
+
+class _LoopbackOnly(httpx2.AsyncHTTPTransport):
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        if request.url.host != "127.0.0.1":
+            raise AssertionError(f"a test reached out to {request.url}")
+        return await super().handle_async_request(request)
+
+
+@pytest.fixture
+def serving() -> Callable[..., Any]:
+    """`async with serving(gateway) as site`: .url, .http (httpx2), .openai (the official client), .metrics, .app.
+
+    `await site.stream("chat", messages=...)` gives (chunks, the error that ended them or None).
+    """
+
+    @asynccontextmanager
+    async def serve(
+        gateway: FakeGateway,
+        *,
+        control: Any = None,
+        config: ApiConfig | None = None,
+        server: ServerConfig | None = None,
+        key: str = "none",
+    ) -> AsyncIterator[SimpleNamespace]:
+        metrics = Metrics()
+        app = build_app(gateway, metrics, control, config)
+        async with trio.open_nursery() as nursery:
+
+            async def run(task_status: Any) -> None:
+                await serve_http(app, "127.0.0.1", 0, config=server, task_status=task_status)
+
+            url = await nursery.start(run)
+            async with httpx2.AsyncClient(transport=_LoopbackOnly(), base_url=url, timeout=20) as http:
+                async with openai.AsyncOpenAI(
+                    base_url=f"{url}/v1",
+                    api_key=key,
+                    max_retries=0,
+                    http_client=httpx2.AsyncClient(transport=_LoopbackOnly(), timeout=20),
+                ) as client:
+
+                    async def stream(kind: str, **fields: Any) -> Any:
+                        return await trio.to_thread.run_sync(_collect, url, kind, fields)
+
+                    yield SimpleNamespace(
+                        stream=stream,
+                        url=url,
+                        port=int(url.rpartition(":")[2]),
+                        http=http,
+                        openai=client,
+                        metrics=metrics,
+                        app=app,
+                        nursery=nursery,
+                    )
+            nursery.cancel_scope.cancel()
+
+    return serve

@@ -26,6 +26,7 @@ from p2p import compat
 from p2p.addresses import announced, dial_target, interface_ips
 from p2p.compat.negotiate import NegotiationError, answer, ask
 from p2p.compat.swarm import MendedHost, MendedSwarm, SwarmHooks, SwarmLimits, build_swarm, race
+from p2p.compat.tcp import listen_address
 from p2p.compat.yamux import MendedStream, MendedYamux, MuxLimits
 from p2p.errors import (
     DeadlineExceeded,
@@ -128,6 +129,7 @@ class Host:
         self._membership = Membership(mesh_id, swarm_key, identity.peer_id)
         self._handlers: dict[str, Handler] = {}
         self._links: dict[MendedYamux, _Link] = {}
+        self._up: set[PeerId] = set()
         self._watchers: set[trio.MemorySendChannel[PeerEvent]] = set()
         self._nursery: trio.Nursery | None = None
         self._swarm.hooks.ready = self._wait_ready
@@ -244,6 +246,7 @@ class Host:
                 link.gone.set()
                 return link
             self._links[mux] = link
+            mux.on_end = link.settled.set
             self._nursery.start_soon(self._run_link, link)
         return link
 
@@ -273,7 +276,8 @@ class Host:
             link.settled.set()
             self._links.pop(link.mux, None)
             link.mux.abort("the link ended")
-            if link.proven and not self.is_connected(link.peer):
+            if link.peer in self._up and not self.is_connected(link.peer):
+                self._up.discard(link.peer)
                 self._emit(PeerEvent(link.peer, "down"))
             link.gone.set()
 
@@ -306,10 +310,10 @@ class Host:
     def _mark_proven(self, link: _Link) -> None:
         if link.settled.is_set() or link.mux.is_closed:
             return
-        first = not self.is_connected(link.peer)
         link.proven = True
         link.settled.set()
-        if first:
+        if link.peer not in self._up:
+            self._up.add(link.peer)
             self._emit(PeerEvent(link.peer, "up"))
         self._raw.identify(link.mux.peer_id)
 
@@ -441,7 +445,7 @@ async def open_host(
     async with background_trio_service(swarm), trio.open_nursery() as nursery:
         host._nursery = nursery
         try:
-            await swarm.listen(*(Multiaddr(address) for address in config.listen))
+            await swarm.listen(*(listen_address(address)[0] for address in config.listen))
             yield host
         except Exception as error:  # noqa: BLE001 - kept whole, and raised below the nurseries
             failure = error

@@ -20,6 +20,7 @@ from libp2p.crypto.x25519 import create_new_key_pair as create_new_noise_key_pai
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.io.abc import ReadWriteCloser
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.exceptions import SwarmException
@@ -83,6 +84,21 @@ class MendedMuxers(MuxerMultistream):
         except UnicodeDecodeError as error:
             raise MultiselectError("a muxer's name that is not UTF-8") from error
         return self._annotate_connection(MendedYamux(conn, peer_id, self._limits), conn, protocol)
+
+
+class IdleAutoConnector(AutoConnector):
+    """Mend 11: the library dials peers of its own choice for as long as it has fewer than half of
+    `high_watermark` connections, whatever `min_connections` and `low_watermark` say (they are
+    only part of the answer in 0.8.1). Whom to dial is the connector's choice, not the swarm's.
+
+    Can go when ConnectionConfig can turn AutoConnector off.
+    """
+
+    async def maybe_connect(self) -> None:
+        """Never a reason to dial."""
+
+    async def run_background_task(self, nursery: trio.Nursery) -> None:
+        """No task either."""
 
 
 class MendedSwarm(Swarm):
@@ -175,12 +191,6 @@ class MendedSwarm(Swarm):
     def _filter_valid_connections(self, connections: list[INetConn]) -> list[INetConn]:
         return [conn for conn in super()._filter_valid_connections(connections) if self.hooks.usable(conn)]
 
-    def _schedule_auto_connect(self) -> None:
-        """Mend 11: the library dials peers of its own choice. Whom to dial is the connector's choice.
-
-        Can go when ConnectionConfig can turn AutoConnector off.
-        """
-
     def _schedule_prune(self) -> None:
         """Limits refuse new connections; the library would close old ones in their place."""
 
@@ -234,7 +244,7 @@ def root_reason(error: BaseException) -> str:
         messages.append(str(error))
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
-    if any("ismatch" in message for message in messages):
+    if any("ismatch" in message or "does not correspond" in message for message in messages):
         return "another peer answers at this address"
     if isinstance(error, BaseExceptionGroup):
         return root_reason(error.exceptions[0])
@@ -254,7 +264,7 @@ def noise_only_upgrader(seed: bytes, limits: SwarmLimits) -> TransportUpgrader:
 
 
 def quiet_connection_config(limits: SwarmLimits) -> ConnectionConfig:
-    """Mend 11: AutoConnector is always on; with these watermarks it never finds a reason to dial."""
+    """No connection wanted for its own sake, and every limit the library knows set to ours."""
     return ConnectionConfig(
         max_connections=limits.connections_max,
         min_connections=0,
@@ -306,6 +316,7 @@ def build_swarm(seed: bytes, limits: SwarmLimits, hooks: SwarmHooks) -> MendedSw
     )
     swarm.limits = limits
     swarm.hooks = hooks
+    swarm.auto_connector = IdleAutoConnector(swarm)
     swarm.set_resource_manager(plain_resource_manager(limits), enable_stream_semaphore=False)
     check_guards(swarm)
     return swarm

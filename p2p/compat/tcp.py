@@ -41,7 +41,7 @@ class TcpListener(IListener):
 
     async def listen(self, maddr: Multiaddr) -> None:
         """Bind and serve. Raises ListenError in one line that names the port."""
-        host, port = host_and_port(str(maddr))
+        _, host, port = listen_address(str(maddr))
         sock = await _bind(str(maddr), host, port)
         listener = trio.SocketListener(sock)
         self._listeners.append(listener)
@@ -84,14 +84,14 @@ class MendedTcp(TCP):
         return TcpListener(handler_function)
 
 
-def host_and_port(address: str) -> tuple[str, int]:
-    """The IP and TCP port of /ip4/A/tcp/P or /ip6/A/tcp/P. Raises ListenError."""
+def listen_address(address: str) -> tuple[Multiaddr, str, int]:
+    """(multiaddress, IP, TCP port) of /ip4/A/tcp/P or /ip6/A/tcp/P. Raises ListenError."""
     try:
         maddr = Multiaddr(address)
         names = [protocol.name for protocol in maddr.protocols()]
         if len(names) != 2 or names[0] not in ("ip4", "ip6") or names[1] != "tcp":
             raise ValueError
-        return str(maddr.value_for_protocol(names[0])), int(str(maddr.value_for_protocol("tcp")))
+        return maddr, str(maddr.value_for_protocol(names[0])), int(str(maddr.value_for_protocol("tcp")))
     except (MultiaddrError, ValueError):
         raise ListenError(
             f"cannot listen on {address!r}: expected a TCP address such as /ip4/0.0.0.0/tcp/4001"

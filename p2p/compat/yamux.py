@@ -231,6 +231,7 @@ class MendedYamux(IMuxedConn):
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
         self.on_close: Callable[[], Awaitable[None]] | None = None
+        self.on_end: Callable[[], None] = lambda: None
         self.admit: Callable[[], bool] = lambda: True
         self.streams: dict[int, MendedStream] = {}
         self.unread_bytes = 0
@@ -327,6 +328,7 @@ class MendedYamux(IMuxedConn):
         self._accept_send.close()
         self._flushed.set()
         self.event_closed.set()
+        self.on_end()
 
     async def _close_socket(self) -> None:
         with trio.move_on_after(self.limits.flush_s):

@@ -36,9 +36,20 @@ CORPUS_FILE_BYTES_MAX = 400_000
 # Left out: what is not the library's own prose (packages installed into it), test suites and their fixtures, and tables
 # (code pages, help topics, build settings), which would teach the model little but digits.
 EXCLUDED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "_bundled", "__pycache__"}
+    {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "encodings",
+        "_bundled",
+    }
 )
 EXCLUDED_PREFIXES = ("_sysconfigdata", "config-", "test_", "_pydoc")
+Optimizers = list[torch.optim.Optimizer]
 SAMPLE_PROMPT = "def read_file(path):\n"
 
 
@@ -93,7 +104,9 @@ def find_corpus() -> list[Path]:
 
 def read_corpus(paths: list[Path]) -> tuple[list[str], list[str]]:
     """(training texts, validation texts); about one file in twenty-five, by the hash of its name, is held out."""
-    train, held_out = [], []
+    train: list[str] = []
+    held_out: list[str] = []
+    root = sysconfig.get_path("stdlib")
     for path in paths:
         try:
             text = path.read_text(encoding="utf-8")
@@ -101,7 +114,7 @@ def read_corpus(paths: list[Path]) -> tuple[list[str], list[str]]:
             continue
         if not text.strip():
             continue
-        held = hashlib.sha256(path.name.encode()).digest()[0] < 256 // 25
+        held = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()[0] < 256 // 25
         (held_out if held else train).append(text)
     return train, held_out
 
@@ -133,7 +146,9 @@ def tokenise(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
 
 def rotary_table(shape: Shape) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [context, head_dim], in Llama's half-split layout."""
-    inverse = 1.0 / shape.rope_theta ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
+    inverse = 1.0 / shape.rope_theta ** (
+        torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+    )
     angles = torch.outer(torch.arange(shape.context_tokens, dtype=torch.float32), inverse)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
@@ -202,7 +217,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Llama(nn.Module):
@@ -233,13 +249,19 @@ class Llama(nn.Module):
         return F.linear(self.norm(x), self.embed_tokens.weight)
 
 
-def make_optimizers(model: Llama, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: Llama, recipe: Recipe) -> Optimizers:
     """Muon (Jordan 2024, in torch since 2.9) for the layers' matrices, AdamW for the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("layers.")]
     embedding = [model.embed_tokens.weight]
     norms = [p for p in model.parameters() if p.dim() == 1]
     return [
-        torch.optim.Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices,
+            lr=recipe.matrix_lr,
+            weight_decay=recipe.weight_decay,
+            momentum=0.95,
+            adjust_lr_fn="match_rms_adamw",
+        ),
         torch.optim.AdamW(
             [
                 {"params": embedding, "weight_decay": recipe.weight_decay},
@@ -261,7 +283,9 @@ def rate(step: int, progress: float, recipe: Recipe) -> float:
 def sample_batch(data: Tensor, step: int, sequence: int, recipe: Recipe) -> Tensor:
     """int64 [batch, sequence + 1], a function of (seed, step) so that a resumed run sees what it would have seen."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    starts = torch.randint(0, len(data) - sequence - 1, (recipe.batch_tokens // sequence,), generator=generator)
+    starts = torch.randint(
+        0, len(data) - sequence - 1, (recipe.batch_tokens // sequence,), generator=generator
+    )
     return torch.stack([data[start : start + sequence + 1] for start in starts.tolist()])
 
 
@@ -303,7 +327,7 @@ def complete(model: nn.Module, tokenizer: Tokenizer, prompt: str, tokens_max: in
     return tokenizer.decode(ids)
 
 
-def save_checkpoint(path: Path, model: Llama, optimizers: list[torch.optim.Optimizer], step: int, seconds: float) -> None:
+def save_checkpoint(path: Path, model: Llama, optimizers: Optimizers, step: int, seconds: float) -> None:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for n, optimizer in enumerate(optimizers):
         for key, state in optimizer.state_dict()["state"].items():
@@ -314,12 +338,14 @@ def save_checkpoint(path: Path, model: Llama, optimizers: list[torch.optim.Optim
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path, model: Llama, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+def load_checkpoint(path: Path, model: Llama, optimizers: Optimizers) -> tuple[int, float]:
     """(steps done, seconds spent); loads everything in place."""
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         metadata = file.metadata()
-    model.load_state_dict({key[len("model.") :]: value for key, value in tensors.items() if key.startswith("model.")})
+    model.load_state_dict(
+        {key[len("model.") :]: value for key, value in tensors.items() if key.startswith("model.")}
+    )
     for n, optimizer in enumerate(optimizers):
         full = optimizer.state_dict()
         for key, value in tensors.items():
@@ -330,7 +356,9 @@ def load_checkpoint(path: Path, model: Llama, optimizers: list[torch.optim.Optim
     return int(metadata["step"]), float(metadata["seconds"])
 
 
-def train(model: Llama, data: Tensor, held_out: Tensor, tokenizer: Tokenizer, recipe: Recipe, checkpoint: Path) -> dict[str, float]:
+def train(
+    model: Llama, data: Tensor, held_out: Tensor, tokenizer: Tokenizer, recipe: Recipe, checkpoint: Path
+) -> dict[str, float]:
     """Trains in place and returns the figures."""
     bf16 = fast_bf16()
     optimizers = make_optimizers(model, recipe)
@@ -344,13 +372,14 @@ def train(model: Llama, data: Tensor, held_out: Tensor, tokenizer: Tokenizer, re
         progress = step / recipe.steps if recipe.steps is not None else spent / ((recipe.minutes or 0) * 60)
         if progress >= 1:
             break
-        sequence = model.shape.context_tokens if progress >= recipe.long_from_progress else recipe.sequence_tokens
+        whole = progress >= recipe.long_from_progress
+        sequence = model.shape.context_tokens if whole else recipe.sequence_tokens
         scale = rate(step, progress, recipe)
         for optimizer, rates in zip(optimizers, base, strict=True):
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * scale
         loss = batch_loss(model, sample_batch(data, step, sequence, recipe), bf16)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -360,14 +389,18 @@ def train(model: Llama, data: Tensor, held_out: Tensor, tokenizer: Tokenizer, re
         if step % 25 == 0:
             report = f"step {step} progress {progress:.3f} loss {sum(recent) / len(recent):.3f}"
             print(f"{report} {step * recipe.batch_tokens / spent:.0f} tokens/s", flush=True)
-        if step % 250 == 0:
+        if step % 500 == 0:
             print(f"validation {evaluate(model, held_out[:20_000], 512, bf16):.3f}", flush=True)
             print(complete(model, tokenizer, SAMPLE_PROMPT), flush=True)
         if time.monotonic() - last_saved > 60:
             last_saved = time.monotonic()
             save_checkpoint(checkpoint, model, optimizers, step, before + last_saved - started)
     save_checkpoint(checkpoint, model, optimizers, step, before + time.monotonic() - started)
-    return {"steps": step, "tokens": step * recipe.batch_tokens, "train_loss": sum(recent) / max(1, len(recent))}
+    return {
+        "steps": step,
+        "tokens": step * recipe.batch_tokens,
+        "train_loss": sum(recent) / max(1, len(recent)),
+    }
 
 
 def config_of(shape: Shape) -> dict[str, object]:
@@ -414,7 +447,9 @@ def write_model(model: Llama, tokenizer: Tokenizer, out: Path, figures: dict[str
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {f"model.{k}": v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
+    tensors = {
+        f"model.{k}": v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()
+    }
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     os.chmod(partial / "model.safetensors", 0o644)
     compact = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(",", ":"))
@@ -429,7 +464,9 @@ def write_model(model: Llama, tokenizer: Tokenizer, out: Path, figures: dict[str
         (partial / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in partial.iterdir())
     if size > ARTEFACT_BYTES_MAX:
-        raise SystemExit(f"{partial} takes {size} bytes, at most {ARTEFACT_BYTES_MAX} are allowed: make the shape smaller")
+        raise SystemExit(
+            f"{partial} takes {size} bytes, at most {ARTEFACT_BYTES_MAX} are allowed: make the shape smaller"
+        )
     old = out.with_name(out.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -440,7 +477,9 @@ def write_model(model: Llama, tokenizer: Tokenizer, out: Path, figures: dict[str
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
-    parser = argparse.ArgumentParser(description="Train Shoal's embedded model on the standard library's sources.")
+    parser = argparse.ArgumentParser(
+        description="Train Shoal's embedded model on the standard library's sources."
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--work", type=Path, help="where the checkpoint lives (default: OUT.work)")
     budget = parser.add_mutually_exclusive_group()
@@ -450,10 +489,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--matrix-lr", type=float, default=4e-3)
-    parser.add_argument("--vector-lr", type=float, default=4e-3)
+    parser.add_argument("--matrix-lr", type=float, default=1e-2)
+    parser.add_argument("--vector-lr", type=float, default=1e-2)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--warmup", type=int, default=50)
+    parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--compile", action="store_true", help="torch.compile: needs a C++ compiler")
     args = parser.parse_args(argv)
     minutes = args.minutes if args.minutes is not None or args.steps is not None else 55.0
@@ -485,7 +524,10 @@ def main(argv: list[str]) -> None:
     data, held_out = tokenise(tokenizer, train_texts), tokenise(tokenizer, held_texts)
     model = Llama(shape)
     count = sum(p.numel() for p in model.parameters())
-    print(f"{len(train_texts)} files, {len(data)} training tokens, {len(held_out)} held out, {count} parameters", flush=True)
+    print(
+        f"{len(train_texts)} files, {len(data)} training tokens, {len(held_out)} held out, {count} parameters",
+        flush=True,
+    )
     figures = train(model, data, held_out, tokenizer, recipe, work / "checkpoint.safetensors")
     figures["validation_loss"] = evaluate(model, held_out, 512, fast_bf16())
     figures["held_out_tokens"] = len(held_out)

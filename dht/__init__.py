@@ -1,0 +1,19 @@
+"""Signed expiring records, the replicated view of the mesh, and look-up of members.
+
+Everything here works on p2p's face. The pure parts (records, view, replica) take time and chance
+as arguments; gossip and directory are the shells around them.
+"""
+
+from dht.errors import OwnRecordsFull, RecordInvalid, RecordRefused
+from dht.records import Record, sign_record
+from dht.view import View, ViewConfig
+
+__all__ = [
+    "OwnRecordsFull",
+    "Record",
+    "RecordInvalid",
+    "RecordRefused",
+    "View",
+    "ViewConfig",
+    "sign_record",
+]

@@ -7,7 +7,7 @@ options that would change the result are refused, never guessed. Knows nothing o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,14 @@ class ModelConfig:
 
     @classmethod
     def from_dir(cls, directory: Path) -> ModelConfig:
-        """Reads ``directory``/config.json. Raises ConfigError."""
-        return cls.from_dict(read_json_object(directory / "config.json"))
+        """Reads ``directory``/config.json, and further ends of text from generation_config.json. Raises
+        ConfigError."""
+        config = cls.from_dict(read_json_object(directory / "config.json"))
+        path = directory / "generation_config.json"
+        if not path.is_file():
+            return config
+        more = Fields(read_json_object(path)).integers("eos_token_id", 0, config.vocab - 1)
+        return replace(config, eos_ids=tuple(sorted({*config.eos_ids, *more})))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:

@@ -1,0 +1,146 @@
+"""config.json: what is read, and one clear line for what cannot be served."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from model_shards import ConfigError, ModelConfig, supported_families
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": [2, 7],
+    "bos_token_id": 1,
+    "tie_word_embeddings": True,
+}
+
+
+def test_the_fields_of_a_llama_config():
+    config = ModelConfig.from_dict(LLAMA)
+    assert (config.family, config.layers, config.hidden, config.heads, config.kv_heads) == (
+        "llama",
+        2,
+        64,
+        4,
+        2,
+    )
+    assert (config.head_dim, config.intermediate, config.vocab, config.context_tokens) == (16, 96, 100, 128)
+    assert (config.tied, config.eos_ids, config.bos_id, config.norm_eps) == (True, (2, 7), 1, 1e-5)
+    assert config.windows == (None, None)
+
+
+def test_family_defaults_where_the_config_is_silent():
+    qwen = ModelConfig.from_dict(
+        {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": None}
+    )
+    assert (qwen.qkv_bias, qwen.out_bias, qwen.tied, qwen.norm_eps) == (True, False, False, 1e-5)
+    qwen3 = ModelConfig.from_dict({**LLAMA, "architectures": ["Qwen3ForCausalLM"]})
+    assert (qwen3.head_dim, qwen3.qk_norm) == (128, True)
+    bare = {key: value for key, value in LLAMA.items() if key not in ("architectures", "num_key_value_heads")}
+    assert ModelConfig.from_dict({**bare, "model_type": "llama"}).kv_heads == 4
+
+
+def test_generation_config_adds_its_ends_of_text(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert ModelConfig.from_dir(tmp_path).eos_ids == (2, 7, 9)
+
+
+def test_an_unknown_architecture_is_named_together_with_those_supported():
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict({**LLAMA, "architectures": ["MambaForCausalLM"]})
+    assert caught.value.field == "architectures"
+    assert "MambaForCausalLM" in str(caught.value)
+    for family in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        assert family in str(caught.value)
+    assert {"llama", "qwen2", "qwen3"} <= set(supported_families())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architectures", "LlamaForCausalLM"),
+        ("architectures", []),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", True),
+        ("num_hidden_layers", 2.0),
+        ("num_hidden_layers", None),
+        ("hidden_size", 66),
+        ("hidden_size", 1 << 40),
+        ("num_attention_heads", "4"),
+        ("num_key_value_heads", 3),
+        ("num_key_value_heads", 8),
+        ("head_dim", 15),
+        ("intermediate_size", -1),
+        ("vocab_size", 0),
+        ("max_position_embeddings", 0),
+        ("rms_norm_eps", float("inf")),
+        ("hidden_act", "relu"),
+        ("eos_token_id", 100),
+        ("eos_token_id", ["2"]),
+        ("bos_token_id", -1),
+        ("tie_word_embeddings", "yes"),
+        ("attention_bias", 1),
+        ("rope_scaling", "linear"),
+        ("quantization_config", {"quant_method": "gptq"}),
+    ],
+)
+def test_a_bad_field_is_refused_by_name_value_and_what_is_right(field, value):
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict({**LLAMA, field: value})
+    assert caught.value.field == field
+    assert "expected" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "[" * 100_000, "\xff"])
+def test_a_config_file_that_is_not_an_object_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        ModelConfig.from_dir(tmp_path)
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        ModelConfig.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({}, (None, None)),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, (None, 8)),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            (8, None),
+        ),
+    ],
+)
+def test_qwen_sliding_windows(changes, windows):
+    config = ModelConfig.from_dict({**LLAMA, "architectures": ["Qwen2ForCausalLM"], **changes})
+    assert config.windows == windows
+
+
+def test_unknown_layer_types_are_refused():
+    with pytest.raises(ConfigError, match="layer_types"):
+        ModelConfig.from_dict(
+            {
+                **LLAMA,
+                "architectures": ["Qwen3ForCausalLM"],
+                "use_sliding_window": True,
+                "layer_types": ["linear_attention", "full_attention"],
+            }
+        )

@@ -9,6 +9,7 @@ no test needs a clock.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -41,6 +42,7 @@ class FakeDaemon:
         self.seen: list[tuple[str, dict[str, Any]]] = []  # every request: path and body
         self.answers: dict[str, tuple[int, Any]] = {}  # path -> (status, JSON) instead of the usual answer
         self.text = TEXT
+        self.hold = threading.Event()  # set: a stream stops after its first piece, until the client leaves
         self.stopped = threading.Event()
 
     def __enter__(self) -> FakeDaemon:
@@ -172,9 +174,12 @@ def _handler(daemon: FakeDaemon) -> type[BaseHTTPRequestHandler]:
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            for line in [*lines, ""]:
-                data = line.encode()
-                self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+            with contextlib.suppress(ConnectionError):
+                for line in [*lines, ""]:
+                    data = line.encode()
+                    self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+                    if daemon.hold.is_set() and "text" in line:
+                        self.connection.recv(1)
 
         def invite(self, body: dict[str, Any]) -> None:
             self.reply(200, {"invite": "shoal1-fake-" + daemon.api.removeprefix("http://")})

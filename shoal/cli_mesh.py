@@ -52,15 +52,17 @@ def show_qr(text: str) -> None:
 
     from shoal.qr import half_blocks
 
-    lines = half_blocks([bytes(row) for row in segno.make(text, error="l", micro=False).matrix])
     console = terminal.console(stderr=True)
+    colourless = console.no_color or console.color_system is None
+    matrix = [bytes(row) for row in segno.make(text, error="l", micro=False).matrix]
+    lines = half_blocks(matrix, inverted=colourless)
     if len(lines[0]) > console.width or len(lines) > console.height - 4:
         terminal.note(
             f"(a window of {len(lines[0])} x {len(lines) + 4} characters would also show a QR code)"
         )
         return
     for line in lines:
-        console.print(line, style="black on white", no_wrap=True)
+        console.print(line, style="" if colourless else "black on bright_white", no_wrap=True)
 
 
 def status(options: argparse.Namespace) -> int:

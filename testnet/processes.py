@@ -25,7 +25,7 @@ from testnet.errors import StateProblem
 STATE_FILE = "testnet.json"
 STATE_VERSION = 1
 STOP_GRACE_S = 5.0
-START_TIME_SLACK_S = 1.0
+START_TIME_SLACK_S = 0.02
 LOG_TAIL_BYTES = 8192
 
 
@@ -118,7 +118,8 @@ def running(node: LocalNode) -> psutil.Process | None:
             return None
         if abs(process.create_time() - node.started_s) <= START_TIME_SLACK_S:
             return process
-        # The clock may have been set since; the data directory on its command line is as good a mark.
+        # The clock may have been set since, by which start times move; the data directory on the command line is as
+        # good a mark.
         return process if node.data_dir in process.cmdline() else None
     except psutil.Error:
         return None

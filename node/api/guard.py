@@ -66,6 +66,7 @@ class _Exchange:
     seen_bytes: int = 0
     arrived: trio.Event = field(default_factory=trio.Event)
     given: bool = False
+    ending: bool = False
 
 
 class Guard:
@@ -87,13 +88,16 @@ class Guard:
         request_id = given if REQUEST_ID.match(given) else f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
 
+        exchange = self._admit(scope, headers)
+
         async def stamped(message: Message) -> None:
             if message["type"] == "http.response.start":
                 extra = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
                 message = {**message, "headers": [*message.get("headers", []), *extra]}
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                exchange.ending = True
             await send(message)
 
-        exchange = self._admit(scope, headers)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._pump, exchange, receive, nursery.cancel_scope)
             await self._answer(exchange, scope, stamped)
@@ -112,7 +116,10 @@ class Guard:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                leave.cancel()
+                # hypercorn also says so from within the last send of an answer, before it closes the connection
+                # there: cancelling that would leave the connection open.
+                if not exchange.ending:
+                    leave.cancel()
                 return
             chunk = message.get("body", b"")
             exchange.seen_bytes += len(chunk)

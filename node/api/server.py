@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
@@ -24,9 +23,6 @@ from node.api.answers import dump
 from node.api.config import ServerConfig
 from node.api.problems import ApiProblem
 from node.errors import ListenProblem
-
-if TYPE_CHECKING:
-    from trio_typing import TaskStatus
 
 log = logging.getLogger("shoal.http")
 TURN_AWAY_S = 1.0
@@ -71,6 +67,14 @@ class _Connection:
         self._closed(self)
 
 
+class _Handler(TCPServer):  # type: ignore[misc]  # hypercorn is not typed for us
+    """hypercorn's handler of one connection, which otherwise keeps a client that left for the whole idle time."""
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        await self.idle_task.stop()
+
+
 class _Server:
     """Accepts, limits and, at the end, closes connections."""
 
@@ -89,14 +93,14 @@ class _Server:
         self._hypercorn.keep_alive_max_requests = 1_000_000
         self._hypercorn.h11_max_incomplete_size = config.header_bytes_max
 
-    async def accept(self, listeners: Sequence[trio.SocketListener], nursery: trio.Nursery) -> None:
+    async def accept(self, listeners: list[trio.SocketListener], nursery: trio.Nursery) -> None:
         """Take connections until cancelled; their handlers run in `nursery`, which outlives this."""
         try:
             await trio.serve_listeners(self._handle, listeners, handler_nursery=nursery)
         finally:
             self._stop.set()
 
-    async def connections(self, task_status: TaskStatus[trio.Nursery]) -> None:
+    async def connections(self, task_status: trio.TaskStatus[trio.Nursery]) -> None:
         """Hold the connections' nursery, shielded, until `accept` ended; then stop within `stop_grace_s`."""
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as closer:
@@ -121,7 +125,8 @@ class _Server:
             if len(self._connections) > self._config.connections_max:
                 await _turn_away(connection)
                 return
-            await TCPServer(self._wrapped, self._hypercorn, self._context, ConnectionState({}), connection)
+            server = _Handler(self._wrapped, self._hypercorn, self._context, ConnectionState({}), connection)
+            await server.run()
         except Exception:  # a bug in one connection must not end the others
             log.exception("an HTTP connection failed")
         finally:
@@ -134,7 +139,7 @@ async def serve_http(
     port: int,
     *,
     config: ServerConfig | None = None,
-    task_status: TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `app` (made by build_app) until cancelled; reports the URL that clients on this computer can use.
 
@@ -166,10 +171,10 @@ async def _turn_away(connection: _Connection) -> None:
             continue
 
 
-async def _listen(host: str, port: int) -> Sequence[trio.SocketListener]:
+async def _listen(host: str, port: int) -> list[trio.SocketListener]:
     try:
         # "localhost" may mean two addresses, and port 0 would give each a port of its own.
-        return await trio.open_tcp_listeners(port, host="127.0.0.1" if host == "localhost" else host)
+        return list(await trio.open_tcp_listeners(port, host="127.0.0.1" if host == "localhost" else host))
     except OSError as problem:
         if problem.errno == errno.EADDRINUSE:
             reason = "another program uses this port; choose another with --api HOST:PORT"

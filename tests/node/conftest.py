@@ -173,9 +173,12 @@ def serving() -> Callable[..., Any]:
         metrics = Metrics()
         app = build_app(gateway, metrics, control, config)
         async with trio.open_nursery() as nursery:
+            scope, stopped = trio.CancelScope(), trio.Event()
 
             async def run(task_status: Any) -> None:
-                await serve_http(app, "127.0.0.1", 0, config=server, task_status=task_status)
+                with scope:
+                    await serve_http(app, "127.0.0.1", 0, config=server, task_status=task_status)
+                stopped.set()
 
             url = await nursery.start(run)
             async with httpx2.AsyncClient(transport=_LoopbackOnly(), base_url=url, timeout=20) as http:
@@ -198,6 +201,8 @@ def serving() -> Callable[..., Any]:
                         metrics=metrics,
                         app=app,
                         nursery=nursery,
+                        stop=scope.cancel,
+                        stopped=stopped,
                     )
             nursery.cancel_scope.cancel()
 

@@ -27,7 +27,8 @@ from p2p.addresses import announced, dial_target, interface_ips
 from p2p.compat.negotiate import NegotiationError, answer, ask
 from p2p.compat.swarm import MendedHost, MendedSwarm, SwarmHooks, SwarmLimits, build_swarm, race
 from p2p.compat.tcp import listen_address
-from p2p.compat.yamux import MendedStream, MendedYamux, MuxLimits
+from p2p.compat.yamux import MendedYamux, MuxLimits
+from p2p.compat.yamux_stream import MendedStream
 from p2p.errors import (
     DeadlineExceeded,
     LocalFault,

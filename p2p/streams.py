@@ -9,7 +9,7 @@ from typing import Protocol
 
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError
 
-from p2p.compat.yamux import MendedStream
+from p2p.compat.yamux_stream import MendedStream
 from p2p.errors import PeerLost
 from p2p.identity import PeerId
 

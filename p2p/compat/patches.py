@@ -47,10 +47,11 @@ async def _read_total(self: MultiselectCommunicator) -> str:
 
 
 def quiet_logging() -> None:
-    """A peer that hangs up is not an error of ours: the library logs it as one, with a traceback.
+    """A peer that hangs up or sends garbage is no error of ours: the library logs each at ERROR, some
+    with a traceback, so that a stranger could fill the log. What matters, p2p logs itself.
 
-    Can go when such events are logged below WARNING. A level that was set on purpose is kept.
+    Can go when such events are logged below WARNING. A level other than the library's own is kept.
     """
     library = logging.getLogger("libp2p")
-    if library.level == logging.NOTSET:
+    if library.level in (logging.NOTSET, logging.WARNING):
         library.setLevel(logging.CRITICAL)

@@ -19,6 +19,8 @@ import trio
 from libp2p.abc import IListener
 from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.trio import TrioTCPStream
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
@@ -78,7 +80,21 @@ class TcpListener(IListener):
 
 
 class MendedTcp(TCP):
-    """The library's dialler with the listener above."""
+    """Dials with the system's own resolver, and listens with the listener above.
+
+    The library resolves /dns names with a resolver of its own that knows no hosts file, retries for
+    many seconds, and logs each refused connection as an error.
+    """
+
+    async def dial(self, maddr: Multiaddr) -> RawConnection:
+        """A connected socket. Raises OpenConnectionError; the deadline is the caller's."""
+        name = next(protocol.name for protocol in maddr.protocols())
+        host, port = str(maddr.value_for_protocol(name)), int(str(maddr.value_for_protocol("tcp")))
+        try:
+            stream = await trio.open_tcp_stream(host, port)
+        except OSError as error:
+            raise OpenConnectionError(f"cannot connect to {host} port {port}: {error}") from error
+        return RawConnection(TrioTCPStream(stream), True)
 
     def create_listener(self, handler_function: Any) -> TcpListener:
         return TcpListener(handler_function)

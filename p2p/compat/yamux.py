@@ -13,21 +13,16 @@ It can go when py-libp2p's own passes tests/p2p/test_yamux.py.
 from __future__ import annotations
 
 import logging
-import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import trio
-from libp2p.abc import IMuxedConn, IMuxedStream, ISecureConn
+from libp2p.abc import IMuxedConn, ISecureConn
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import (
     MuxedConnUnavailable,
-    MuxedStreamClosed,
-    MuxedStreamEOF,
-    MuxedStreamReset,
 )
 from multiaddr import Multiaddr
 
@@ -48,10 +43,9 @@ from p2p.compat.yamux_frames import (
     pack_header,
     unpack_header,
 )
+from p2p.compat.yamux_stream import MendedStream
 
 logger = logging.getLogger(__name__)
-
-_JOIN_BYTES = 16 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,158 +61,6 @@ class MuxLimits:
     control_frames_max: int = 4096
     linger_s: float = 10.0
     flush_s: float = 0.2
-
-
-class MendedStream(IMuxedStream):
-    """One stream. Reads and writes may be cancelled: only whole frames ever reach the wire."""
-
-    def __init__(self, conn: MendedYamux, stream_id: int) -> None:
-        self.muxed_conn = conn
-        self.conn = conn
-        self.stream_id = stream_id
-        self.send_window_bytes = INITIAL_WINDOW_BYTES
-        self.recv_window_bytes = conn.limits.window_bytes
-        self.consumed_bytes = 0
-        self.unread: deque[memoryview | bytearray] = deque()
-        self.unread_bytes = 0
-        self.pending: deque[memoryview] = deque()
-        self.pending_bytes = 0
-        self.fin_wanted = False
-        self.fin_sent = False
-        self.fin_received = False
-        self.was_reset = False
-        self.discarding = False
-        self.discard_deadline = math.inf
-        self._changed = trio.Event()
-
-    def wake(self) -> None:
-        """Let every waiting reader and writer look again."""
-        self._changed.set()
-        self._changed = trio.Event()
-
-    @property
-    def is_closed(self) -> bool:
-        return self.was_reset or (self.fin_received and self.fin_wanted)
-
-    async def read(self, n: int | None = None) -> bytes:
-        """Up to `n` bytes (all that is there when None). Raises MuxedStreamEOF or MuxedStreamReset."""
-        await trio.lowlevel.checkpoint()
-        while not self.unread:
-            if self.was_reset:
-                raise MuxedStreamReset("the stream was reset")
-            if self.fin_received or self.discarding:
-                raise MuxedStreamEOF("the stream ended")
-            await self._changed.wait()
-        return self._take(n if n is not None and n >= 0 else self.unread_bytes)
-
-    def put(self, piece: memoryview) -> None:
-        """Take a piece from the reader. Small ones are joined, so that a byte never pins a packet."""
-        self.unread_bytes += len(piece)
-        last = self.unread[-1] if self.unread else None
-        if len(piece) >= _JOIN_BYTES:
-            self.unread.append(piece)
-        elif isinstance(last, bytearray) and len(last) < _JOIN_BYTES:
-            last += piece
-        else:
-            self.unread.append(bytearray(piece))
-        self.wake()
-
-    def _take(self, wanted: int) -> bytes:
-        pieces: list[memoryview | bytearray] = []
-        left = wanted
-        while left and self.unread:
-            piece = self.unread.popleft()
-            if len(piece) > left:
-                view = memoryview(bytes(piece)) if isinstance(piece, bytearray) else piece
-                self.unread.appendleft(view[left:])
-                piece = view[:left]
-            pieces.append(piece)
-            left -= len(piece)
-        data = bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
-        self.unread_bytes -= len(data)
-        self.conn.credit(self, len(data))
-        return data
-
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Queue `data` for the connection's writer; waits while the peer or the queue is full."""
-        await trio.lowlevel.checkpoint()
-        rest = memoryview(data).cast("B")
-        if not isinstance(rest.obj, bytes):
-            rest = memoryview(bytes(rest))
-        while True:
-            if self.was_reset:
-                raise MuxedStreamReset("the stream was reset")
-            if self.fin_wanted:
-                raise MuxedStreamClosed("the stream is closed for writing")
-            room = self.conn.limits.pending_write_bytes_max - self.pending_bytes
-            if room > 0 and rest:
-                self.pending.append(rest[:room])
-                self.pending_bytes += len(rest[:room])
-                rest = rest[room:]
-                self.conn.schedule(self)
-            if not rest:
-                break
-            await self._changed.wait()
-
-    async def drain(self) -> None:
-        """Wait until all that was written has been handed to the socket's writer."""
-        while self.pending_bytes and not self.was_reset:
-            await self._changed.wait()
-
-    async def close_write(self) -> None:
-        """Half-close: what is queued still goes out, then a FIN."""
-        if not self.fin_wanted and not self.was_reset:
-            self.fin_wanted = True
-            self.conn.schedule(self)
-        await trio.lowlevel.checkpoint_if_cancelled()
-
-    async def close(self) -> None:
-        """Half-close, and throw away what the peer may still send; reset if it never ends."""
-        if not self.fin_received:
-            self.discarding = True
-            self.discard_deadline = trio.current_time() + self.conn.limits.linger_s
-        self.conn.credit(self, self._drop_unread())
-        await self.close_write()
-
-    async def reset(self) -> None:
-        self.abort()
-        await trio.lowlevel.checkpoint_if_cancelled()
-
-    def abort(self) -> None:
-        """End both directions now; the peer sees a reset."""
-        if not self.was_reset and not (self.fin_sent and self.fin_received):
-            self.conn.send_control(WINDOW_UPDATE, RST, self.stream_id, 0)
-        self.conn.drop(self)
-
-    def fail(self) -> None:
-        """Mark as reset and wake everyone. The connection calls this."""
-        self.was_reset = True
-        self.pending.clear()
-        self.pending_bytes = 0
-        self.conn.unread_bytes -= self._drop_unread()
-        self.wake()
-
-    def _drop_unread(self) -> int:
-        dropped, self.unread_bytes = self.unread_bytes, 0
-        self.unread.clear()
-        return dropped
-
-    def set_deadline(self, ttl: int) -> None:
-        """Deadlines are the caller's cancel scopes; part of py-libp2p's interface only."""
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        return self.conn.get_remote_address()
-
-    async def __aenter__(self) -> MendedStream:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_val: BaseException | None,
-        exc_tb: TracebackType | None,
-    ) -> None:
-        await self.close()
 
 
 class MendedYamux(IMuxedConn):
@@ -320,7 +162,7 @@ class MendedYamux(IMuxedConn):
     def _end(self) -> None:
         self._closing = True
         for stream in list(self.streams.values()):
-            stream.fail()
+            stream.fail(keep_unread=True)
         self.streams.clear()
         self._ready.clear()
         self._queued.clear()

@@ -159,6 +159,11 @@ async def test_one_good_address_among_bad_ones_is_enough(two):
         assert await a.connect((refused, silent, "nonsense", *a.addrs(), *b.addrs())) == b.peer_id
 
 
+async def test_a_name_of_the_hosts_file_can_be_dialled(two):
+    a, b = two
+    assert await a.connect((f"/dns4/localhost/tcp/{port_of(b)}/p2p/{b.peer_id}",)) == b.peer_id
+
+
 async def test_unreachable_names_each_address_and_its_reason(two):
     a, b = two
     other = Identity.generate().peer_id
@@ -198,7 +203,7 @@ async def test_failures_are_not_remembered_against_a_peer(make_host):
     assert await a.connect(b.addrs()) == b.peer_id
 
 
-async def test_the_library_s_own_connect_is_as_quick_and_forgets_failures(two):
+async def test_the_librarys_own_connect_is_as_quick_and_forgets_failures(two):
     a, b = two
     a.raw.get_peerstore().add_addrs(ID.from_base58(b.peer_id), [Multiaddr("/ip4/127.0.0.1/tcp/1")], 60)
     with pytest.raises(Exception, match="could not connect"):
@@ -209,6 +214,18 @@ async def test_the_library_s_own_connect_is_as_quick_and_forgets_failures(two):
     await a.raw.get_network().dial_peer(ID.from_base58(b.peer_id))
     assert time.perf_counter() - started < 0.2
     assert a.is_connected(b.peer_id)
+
+
+async def test_the_librarys_identify_runs_once_a_peer_is_proven(two):
+    a, b = two
+    await a.connect(b.addrs())
+    for host, other in ((a, b), (b, a)):
+        store, peer = host.raw.get_peerstore(), ID.from_base58(other.peer_id)
+        await until(lambda store=store, peer=peer: peer in store.peer_ids() and store.get_protocols(peer))
+        assert "/ipfs/ping/1.0.0" in store.get_protocols(peer)
+        assert {str(address).partition("/p2p/")[0] for address in store.addrs(peer)} >= {
+            address.partition("/p2p/")[0] for address in other.addrs()
+        }
 
 
 async def test_announced_addresses_are_real_and_loopback_is_last(make_host):
@@ -575,6 +592,22 @@ async def test_closing_is_quick_with_many_peers_and_releases_the_port(make_host)
     await until(lambda: not any(other.peers() for other in others))
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+async def test_what_was_sent_just_before_the_host_stopped_still_arrives(make_host):
+    other = await make_host()
+    got = bytearray()
+
+    async def collect(stream):
+        while data := await stream.receive_some():
+            got.extend(data)
+
+    other.handle("collect/1", collect)
+    async with open_host(Identity.generate(), "mesh", KEY, CONFIG) as host:
+        await host.connect(other.addrs())
+        stream = await host.open_stream(other.peer_id, "collect/1")
+        await stream.send_all(b"last words" * 20_000)
+    await until(lambda: len(got) == 200_000)
 
 
 async def test_no_connection_is_made_that_nobody_asked_for(make_host):

@@ -1,5 +1,6 @@
 """Protocol negotiation and the proof of membership: total over bytes."""
 
+import logging
 import random
 from functools import partial
 
@@ -114,6 +115,25 @@ def test_the_mends_apply_any_number_of_times():
     first = MultiselectCommunicator.read
     apply()
     assert MultiselectCommunicator.read is first
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (logging.WARNING, logging.CRITICAL),
+        (logging.NOTSET, logging.CRITICAL),
+        (logging.DEBUG, logging.DEBUG),
+    ],
+)
+def test_the_library_logs_a_peers_faults_only_when_asked_to(before, after):
+    library = logging.getLogger("libp2p")
+    level = library.level
+    try:
+        library.setLevel(before)
+        apply()
+        assert library.level == after
+    finally:
+        library.setLevel(level)
 
 
 def test_the_mends_refuse_another_version_of_the_library(monkeypatch):

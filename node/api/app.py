@@ -22,7 +22,7 @@ from node.api.config import ApiConfig
 from node.api.control import ControlApi
 from node.api.generation import Generation, model_document
 from node.api.guard import Guard, problem_response
-from node.api.problems import ApiProblem, from_error
+from node.api.problems import ApiProblem, from_error, internal_problem
 from node.errors import NodeError, UnknownModel
 from node.gateway import Control, Gateway
 from node.metrics import CONTENT_TYPE, Metrics
@@ -112,8 +112,7 @@ async def _on_bug(_: Request, __: Exception) -> Response:
 
 
 def _internal() -> Response:
-    message = "this node failed to answer; its log says why"
-    return problem_response(ApiProblem(500, message, kind="server_error", code="internal_error"))
+    return problem_response(internal_problem())
 
 
 def build_app(

@@ -6,7 +6,7 @@ JSON object a line. It knows nothing of how an order is carried out.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,10 @@ class _Progress(Response):
             if not started:
                 raise
             last = from_error(problem).body()
+        finally:
+            # A client that leaves while a line is written leaves the generator in the middle.
+            if isinstance(self._progress, AsyncGenerator):
+                await self._progress.aclose()
         if not started:
             await self._start(send)
         await _line(send, last)

@@ -7,6 +7,7 @@ status; what fails later is an SSE event with an error, after which the stream c
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from node.api.answers import DONE, KEEPALIVE, Answer, Usage, dump, sse
 from node.api.config import ApiConfig
 from node.api.fanout import Choice, Fanout, open_fanout
 from node.api.fields import parse_json
-from node.api.problems import ApiProblem, from_error, invalid
+from node.api.problems import ApiProblem, from_error, internal_problem, invalid
 from node.api.requests import SEED_BITS, Options, parse_chat, parse_completion
 from node.errors import ContextTooLong, GatewayError, ModelNotReady, UnknownModel
 from node.gateway import Gateway, GenerateRequest, ModelInfo
@@ -34,6 +35,7 @@ from node.text import Piece, TextStream
 if TYPE_CHECKING:
     from model_shards import Tokenizer
 
+log = logging.getLogger("shoal.http")
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -210,6 +212,11 @@ class _StreamedAnswer(Response):
             if not self._started:
                 raise
             await self._write(send, sse(from_error(problem).body()))
+        except Exception:
+            if not self._started:
+                raise
+            log.exception("a streamed answer failed")
+            await self._write(send, sse(internal_problem().body()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _stream(self, fanout: Fanout, send: Send) -> None:

@@ -103,3 +103,9 @@ def from_error(error: NodeError) -> ApiProblem:
         return ApiProblem(502, message, kind="server_error", code="node_lost", retry_after_s=1.0)
     code = "generation_failed" if isinstance(error, GatewayError) else "node_error"
     return ApiProblem(500, message, kind="server_error", code=code)
+
+
+def internal_problem() -> ApiProblem:
+    """What a client is told about a bug of ours: nothing of its details."""
+    message = "this node failed to answer; its log says why"
+    return ApiProblem(500, message, kind="server_error", code="internal_error")

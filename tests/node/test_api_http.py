@@ -8,8 +8,10 @@ import openai
 import pytest
 import trio
 
-from node.api import ApiConfig, ServerConfig, is_loopback, serve_http
+import node.api
+from node.api import ApiConfig, ServerConfig, build_app, is_loopback, serve_http
 from node.errors import ListenProblem
+from node.metrics import Metrics
 
 CHAT = {"model": "bytes", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -268,6 +270,51 @@ async def test_without_keys_no_foreign_page_can_use_the_node(headers, status, ma
     assert len(gateway.requests) == (1 if status == 200 else 0)
 
 
+@pytest.mark.parametrize(
+    ("client", "path", "keys", "status"),
+    [
+        ("192.168.1.9", "/v1/models", (), 403),
+        ("192.168.1.9", "/mesh", (), 403),
+        ("192.168.1.9", "/metrics", (), 403),
+        ("192.168.1.9", "/health", (), 200),
+        ("192.168.1.9", "/", (), 200),
+        ("192.168.1.9", "/v1/models", ("k",), 200),
+        ("192.168.1.9", "/shoal/stop", ("k",), 403),
+        ("192.168.1.9", "/shoal/stop", (), 403),
+        ("127.0.0.1", "/v1/models", (), 200),
+        ("::1", "/v1/models", (), 200),
+    ],
+)
+async def test_other_computers_need_a_key_and_never_give_orders(
+    client, path, keys, status, make_gateway
+) -> None:
+    app = build_app(make_gateway(), Metrics(), None, ApiConfig(api_keys=keys))
+    headers = [
+        (b"host", b"127.0.0.1"),
+        (b"authorization", b"Bearer k"),
+        (b"content-type", b"application/json"),
+    ]
+    scope = {
+        "type": "http",
+        "method": "POST" if path.startswith("/shoal") else "GET",
+        "path": path,
+        "headers": headers,
+        "client": (client, 5),
+        "query_string": b"",
+    }
+    sent = []
+
+    async def receive():
+        await trio.lowlevel.checkpoint()
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    await app(scope, receive, send)
+    assert sent[0]["status"] == status
+
+
 async def test_further_host_names_can_be_allowed(make_gateway, serving) -> None:
     async with serving(make_gateway(), config=ApiConfig(hosts=("my.box",))) as site:
         answer = await site.http.get("/v1/models", headers={"host": "my.box:80"})
@@ -294,6 +341,10 @@ async def test_further_host_names_can_be_allowed(make_gateway, serving) -> None:
 )
 def test_loopback_is_recognised(host, expected) -> None:
     assert is_loopback(host) is expected
+
+
+def test_the_face_is_what_it_is() -> None:
+    assert node.api.__all__ == ["ApiConfig", "ServerConfig", "build_app", "is_loopback", "serve_http"]
 
 
 async def test_a_port_in_use_is_one_clear_line(make_gateway, serving) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
 
 import pytest
 import trio
@@ -44,7 +46,7 @@ async def test_a_client_that_leaves_ends_the_generation(how, stream, make_gatewa
             if how == "half-close":
                 await client.send_eof()
             elif how == "reset":
-                client.setsockopt(1, 13, b"\x01\0\0\0\0\0\0\0")
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 await client.aclose()
             else:
                 await client.aclose()
@@ -118,6 +120,17 @@ async def test_an_error_after_the_first_byte_is_an_event_and_closes_the_stream(m
     assert answer.status_code == 200
     assert len(lines) == 1
     assert json.loads(lines[0][6:])["error"]["code"] == "node_lost"
+
+
+async def test_a_bug_in_the_middle_of_a_stream_is_an_event_without_its_details(
+    make_gateway, serving, caplog
+) -> None:
+    async with serving(make_gateway((*b"Hel", KeyError("a secret path")))) as site:
+        chunks, problem = await site.stream("completion", prompt="hi")
+    assert "Hel".startswith("".join(chunk.choices[0].text for chunk in chunks))
+    assert problem.code == "internal_error"
+    assert "secret" not in str(problem)
+    assert "a secret path" in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])

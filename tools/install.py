@@ -179,7 +179,11 @@ def install() -> None:
     STAMP.unlink(missing_ok=True)
     locked = pins(PINS[0]) | pins(PINS[1])
     torch = locked.pop("torch")
-    if not pip("pinned packages", "--no-deps", *locked.values(), count=len(locked)):
+    # Two packages exist only as (pure Python) source; they are built with the pinned tools, not the newest.
+    build_tools = (locked["setuptools"], locked["wheel"])
+    if not pip("build tools", "--no-deps", *build_tools, count=2) or not pip(
+        "pinned packages", "--no-deps", "--no-build-isolation", *locked.values(), count=len(locked)
+    ):
         raise InstallError("pip could not install what requirements/ pins; its own message stands above")
     install_torch(torch)
     if not pip("this checkout", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)):

@@ -310,17 +310,19 @@ def windows(data: Tensor, sequence: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Tensor, sequence: int, bf16: bool) -> float:
+def evaluate(model: Llama, data: Tensor, bf16: bool) -> float:
+    """Mean loss over windows of half a context, or of what there is."""
+    sequence = min(model.shape.context_tokens // 2, len(data) - 2)
     losses = [loss_of(model, window, bf16).item() for window in windows(data, sequence)]
     return sum(losses) / len(losses)
 
 
 @torch.no_grad()
-def complete(model: nn.Module, tokenizer: Tokenizer, prompt: str, tokens_max: int = 60) -> str:
+def complete(model: Llama, tokenizer: Tokenizer, prompt: str, tokens_max: int = 60) -> str:
     """Greedy continuation, recomputed in full for every token: slow, and obviously right."""
     ids = tokenizer.encode(prompt).ids
     for _ in range(tokens_max):
-        token = int(model(torch.tensor([ids]))[0, -1].argmax())
+        token = int(model(torch.tensor([ids[-model.shape.context_tokens :]]))[0, -1].argmax())
         if token == tokenizer.token_to_id(END_OF_TEXT):
             break
         ids.append(token)
@@ -390,7 +392,7 @@ def train(
             report = f"step {step} progress {progress:.3f} loss {sum(recent) / len(recent):.3f}"
             print(f"{report} {step * recipe.batch_tokens / spent:.0f} tokens/s", flush=True)
         if step % 500 == 0:
-            print(f"validation {evaluate(model, held_out[:20_000], 512, bf16):.3f}", flush=True)
+            print(f"validation {evaluate(model, held_out[:20_000], bf16):.3f}", flush=True)
             print(complete(model, tokenizer, SAMPLE_PROMPT), flush=True)
         if time.monotonic() - last_saved > 60:
             last_saved = time.monotonic()
@@ -529,7 +531,7 @@ def main(argv: list[str]) -> None:
         flush=True,
     )
     figures = train(model, data, held_out, tokenizer, recipe, work / "checkpoint.safetensors")
-    figures["validation_loss"] = evaluate(model, held_out, 512, fast_bf16())
+    figures["validation_loss"] = evaluate(model, held_out, fast_bf16())
     figures["held_out_tokens"] = len(held_out)
     print(json.dumps(figures))
     print(complete(model, tokenizer, SAMPLE_PROMPT))

@@ -7,6 +7,7 @@ shares no model; the commands above it do, through the ordinary API.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -121,7 +122,8 @@ class Testnet:
         """End the nodes and remove their data; the logs stay."""
         stop_recorded(self.options.state_dir, self.nodes)
         for child in self._children.values():
-            child.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(processes.STOP_GRACE_S)
 
     def _claim(self) -> None:
         directory = self.options.state_dir

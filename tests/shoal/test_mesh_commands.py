@@ -145,6 +145,12 @@ def test_add_reports_the_daemons_refusal_in_one_line(shoal, daemon, model_dir, a
     assert (outcome.status, outcome.err) == (1, "shoal: model.safetensors is truncated\n")
 
 
+def test_publishing_ends_when_the_mesh_knows_the_model(shoal, daemon, model_dir):
+    """What the daemon streams about placing comes from the mesh as well, where a deadline holds."""
+    daemon.answers["/shoal/models"] = (200, b'{"state": "published"}\n{"error": "never read"}\n')
+    assert shoal("add", str(model_dir), "--no-wait").status == 0
+
+
 def test_waiting_ends_with_what_is_missing(daemon):
     daemon.add("tiny", 2)
     now = iter(range(100))

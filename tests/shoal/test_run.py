@@ -118,20 +118,13 @@ def test_ctrl_c_is_silent_and_130(daemon):
     assert (process.returncode, errors) == (130, b"")
 
 
-def test_a_reader_that_leaves_is_no_fault(daemon):
-    daemon.text = "word " * 100_000
-    command = [
-        sys.executable,
-        "-m",
-        "shoal",
-        "run",
-        "tiny",
-        "hello",
-        "--max-tokens",
-        "100000",
-        "--api",
-        daemon.api,
-    ]
+@pytest.mark.parametrize(
+    "arguments", [["run", "tiny", "hello", "--max-tokens", "100000"], ["status", "--json"]]
+)
+def test_a_reader_that_leaves_is_no_fault(daemon, arguments):
+    daemon.text = "word " * 20_000
+    daemon.answers["/mesh"] = (200, {"mesh": "m" * 1_000_000})
+    command = [sys.executable, "-m", "shoal", *arguments, "--api", daemon.api]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         os.read(process.stdout.fileno(), 1)

@@ -1,0 +1,159 @@
+"""From nodes to seats: how many layers fit where, and how long a layer takes there.
+
+It joins shapes and cost into the figures that the placement search works on, and says exactly what is short when a
+pool cannot hold a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from scheduler import cost
+from scheduler.errors import Shortage
+from scheduler.pipeline import Seat
+from scheduler.shapes import Link, Links, ModelShape, NodeShape
+
+TIME_LEAST_S = 1e-12
+BUSY_SLOWDOWN = 4.0
+"""A node whose owner is using it is reckoned this many times slower than it measured."""
+
+
+def rooms_of(model: ModelShape, node: NodeShape) -> tuple[int, int, int, int]:
+    """Layers that fit on the node: inside a pipeline, as first stage, as last, alone. Exact by memory_needed.
+
+    With devices each holds whole layers and its own working space; embedding and head each lie on one device.
+    """
+    sizes = [d.memory_bytes for d in node.devices] or [node.memory_bytes]
+    each = model.layer_bytes + model.kv_bytes_per_layer
+    embed, head = model.embed_bytes, model.head_weight_bytes
+    both = max(embed, head) if model.tied else embed + head
+    alone = _fit(sizes, each, model.working_bytes, [both])
+    if len(sizes) > 1 and not model.tied:
+        alone = max(alone, _fit(sizes, each, model.working_bytes, [embed, head]))
+    found = (
+        _fit(sizes, each, model.working_bytes, []),
+        _fit(sizes, each, model.working_bytes, [embed]),
+        _fit(sizes, each, model.working_bytes, [head]),
+        alone,
+    )
+    inner, first, last, alone = (max(0, min(n, model.layers)) for n in found)
+    return inner, first, last, alone
+
+
+def _fit(sizes: Sequence[int], each: int, working: int, extras: Sequence[int]) -> int:
+    """Layers that fit beside `extras`, each put where it costs fewest layers; -1 when an extra fits nowhere."""
+    free = [size - working for size in sizes]
+    for extra in sorted(extras, reverse=True):
+        able = [k for k, room in enumerate(free) if room >= extra]
+        if not able:
+            return -1
+        place = min(able, key=lambda k: (free[k] // each - (free[k] - extra) // each, free[k], k))
+        free[place] -= extra
+    return sum(max(0, room) // each for room in free)
+
+
+def seat_of(model: ModelShape, node: NodeShape, batch: int = 1) -> Seat:
+    """The node's figures for the model."""
+    inner, first, last, alone = rooms_of(model, node)
+    slow = BUSY_SLOWDOWN if "owner-active" in node.tags else 1.0
+    return Seat(
+        node=node.id,
+        layer_s=max(TIME_LEAST_S, slow * cost.decode_s_per_layer(model, node, batch)),
+        head_s=slow * cost.head_s(model, node),
+        room=inner,
+        room_first=first,
+        room_last=last,
+        room_alone=alone,
+        reliability=min(1.0, max(0.01, node.reliability)),
+    )
+
+
+def hops_between(
+    model: ModelShape, names: Sequence[str], links: Links
+) -> float | Callable[[int, int], float]:
+    """Seconds for one token's hidden state between seats, asked of `links` once a pair; one figure if all agree."""
+    known: dict[tuple[int, int], float] = {}
+
+    def hop(a: int, b: int) -> float:
+        found = known.get((a, b))
+        if found is None:
+            found = known[a, b] = cost.hop_s(model, links(names[a], names[b]))
+        return found
+
+    if 2 <= len(names) <= UNIFORM_CHECK_MAX:
+        figures = {hop(a, b) for a in range(len(names)) for b in range(len(names)) if a != b}
+        if len(figures) == 1:
+            return figures.pop()
+    return hop
+
+
+UNIFORM_CHECK_MAX = 64
+
+
+def same_link(_a: str, _b: str) -> Link:
+    """A mesh without distances."""
+    return Link(0.0, 1e12)
+
+
+def spare_layers(model: ModelShape, seats: Iterable[Seat]) -> int:
+    """The most layers that one copy could place on these seats, embedding and head counted."""
+    found = [seat for seat in seats if seat.room > 0]
+    if any(seat.room_alone >= model.layers for seat in found):
+        return model.layers
+    first = sorted((s for s in found if s.room_first > 0), key=lambda s: (s.room - s.room_first, s.node))[:2]
+    last = sorted((s for s in found if s.room_last > 0), key=lambda s: (s.room - s.room_last, s.node))[:2]
+    total = sum(seat.room for seat in found)
+    best = 0
+    for f in first:
+        for g in last:
+            if f.node != g.node:
+                best = max(best, total - (f.room - f.room_first) - (g.room - g.room_last))
+    return min(best, model.layers)
+
+
+def ends_of_last_resort(seats: Sequence[Seat], layers: int) -> list[int]:
+    """Seat numbers in an order that holds the model if any order of any of the seats does; empty if none does.
+
+    First and last are those that lose least by embedding and head; where there are more seats than layers the
+    roomiest stay, each with one layer at least.
+    """
+    alone = [i for i, seat in enumerate(seats) if seat.room_alone >= layers]
+    if alone:
+        return alone[:1]
+    first = sorted(
+        (i for i, s in enumerate(seats) if s.room_first > 0), key=lambda i: (_loss_first(seats[i]), i)
+    )
+    last = sorted(
+        (i for i, s in enumerate(seats) if s.room_last > 0), key=lambda i: (_loss_last(seats[i]), i)
+    )
+    pairs = [(f, g) for f in first[:2] for g in last[:2] if f != g]
+    for f, g in sorted(pairs, key=lambda p: (_loss_first(seats[p[0]]) + _loss_last(seats[p[1]]), p)):
+        inner = [i for i, s in enumerate(seats) if s.room > 0 and i not in (f, g)]
+        inner.sort(key=lambda i: (-seats[i].room, i))
+        order = [f, *inner[: max(0, layers - 2)], g]
+        if len(order) <= layers and _held(seats, order) >= layers:
+            return order
+    return []
+
+
+def _loss_first(seat: Seat) -> int:
+    return seat.room - seat.room_first
+
+
+def _loss_last(seat: Seat) -> int:
+    return seat.room - seat.room_last
+
+
+def _held(seats: Sequence[Seat], order: Sequence[int]) -> int:
+    inner = sum(seats[i].room for i in order[1:-1])
+    return seats[order[0]].room_first + inner + seats[order[-1]].room_last
+
+
+def shortage(model: ModelShape, nodes: Sequence[NodeShape], seats: Sequence[Seat]) -> Shortage:
+    """What is missing for one copy. `needed` counts working space once a node that would take part."""
+    available = sum(node.memory_bytes for node in nodes)
+    taking_part = max(1, sum(seat.room > 0 for seat in seats))
+    needed = model.weight_bytes(0, model.layers) + model.layers * model.kv_bytes_per_layer
+    needed += model.working_bytes * taking_part
+    short = max(1, model.layers - spare_layers(model, seats))
+    return Shortage(needed, available, short, model.layers)

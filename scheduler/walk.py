@@ -1,0 +1,136 @@
+"""The shortest way through layers 0..L over spans that overlap as they like.
+
+A node may be entered and left at any layer it hosts, and is used once at most. For two nodes in a row the cost is
+linear in the layer of the hand-over, so some best walk hands over only where the first span ends or the second
+begins: those are the layers looked at. It knows costs as numbers and nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+Label = tuple[int, int, "Label | None"]
+"""A node, the layer it was entered at, and how one came there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """Nodes by number with the layers [start, end) each serves, and the cost."""
+
+    stages: tuple[tuple[int, int, int], ...]
+    cost_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What there is to walk on: spans by number and their costs in seconds.
+
+    `enter_s` is paid on entering a node, `layer_s` for each layer served; `first_s(v)` to reach the first node,
+    `hop_s(u, v)` between two, `back_s(last, first)` once at the end. `width` bounds how many nodes to leave from
+    are weighed at one layer (the cheapest so far).
+    """
+
+    layers: int
+    starts: Sequence[int]
+    ends: Sequence[int]
+    layer_s: Sequence[float]
+    enter_s: Sequence[float]
+    first_s: Callable[[int], float]
+    hop_s: Callable[[int, int], float]
+    back_s: Callable[[int, int], float]
+    width: int = 1 << 30
+
+
+def shortest_walk(ground: Ground, usable: Sequence[int]) -> Walk | None:
+    """The cheapest walk over the `usable` numbers, or None when some layer has no host among them."""
+    starts, ends, layers = ground.starts, ground.ends, ground.layers
+    opening: dict[int, list[int]] = {}
+    bounds = {layers}
+    for v in usable:
+        opening.setdefault(starts[v], []).append(v)
+        bounds.add(starts[v])
+        bounds.add(ends[v])
+    # cost at layer b of being inside node v is base[v] + layer_s[v] * b
+    base: dict[int, float] = {}
+    label: dict[int, Label] = {}
+    crossing: list[int] = []
+    for v in opening.get(0, ()):
+        base[v] = ground.first_s(v) + ground.enter_s[v]
+        label[v] = (v, 0, None)
+        crossing.append(v)
+    for b in sorted(bounds):
+        if 0 < b < layers:
+            fresh = opening.get(b, [])
+            _hand_over(ground, b, base, label, crossing, fresh)
+            crossing = [v for v in crossing if ends[v] > b] + fresh
+            for v in [u for u in base if ends[u] <= b]:
+                del base[v], label[v]
+            if not base:
+                return None
+    best: tuple[float, Label] | None = None
+    for u, cost in base.items():
+        if ends[u] >= layers:
+            total = cost + ground.layer_s[u] * layers + ground.back_s(u, _first(label[u]))
+            if best is None or (total, u) < (best[0], best[1][0]):
+                best = (total, label[u])
+    return None if best is None else Walk(_stages(best[1], layers), best[0])
+
+
+def _hand_over(
+    ground: Ground,
+    b: int,
+    base: dict[int, float],
+    label: dict[int, Label],
+    crossing: Sequence[int],
+    fresh: Sequence[int],
+) -> None:
+    """Let every node that begins at layer b, or that can take over from one that ends there, be entered at b."""
+    ends, layer_s, enter_s, hop_s = ground.ends, ground.layer_s, ground.enter_s, ground.hop_s
+    leavers = sorted(((base[u] + layer_s[u] * b, u) for u in base if label[u][1] < b), key=itemgetter(0, 1))
+    leavers = leavers[: ground.width]
+    ending = [(cost, u) for cost, u in leavers if ends[u] == b]
+    entered: list[tuple[int, float, Label]] = []
+    for v in (*fresh, *(crossing if ending else ())):
+        if ends[v] <= b:
+            continue
+        sources = leavers if ground.starts[v] == b else ending
+        own = base.get(v)
+        # Staying in v costs own + layer_s * b: only something cheaper than that is news.
+        top = float("inf") if own is None else own + layer_s[v] * b - enter_s[v]
+        origin = -1
+        for cost, u in sources:
+            if cost >= top:
+                break
+            reached = cost + hop_s(u, v)
+            if reached < top and u != v and not _visits(label[u], v):
+                top, origin = reached, u
+        if origin >= 0:
+            entered.append((v, top + enter_s[v] - layer_s[v] * b, (v, b, label[origin])))
+    for v, cost, path in entered:
+        base[v], label[v] = cost, path
+
+
+def _visits(label: Label | None, v: int) -> bool:
+    while label is not None:
+        if label[0] == v:
+            return True
+        label = label[2]
+    return False
+
+
+def _first(label: Label) -> int:
+    while label[2] is not None:
+        label = label[2]
+    return label[0]
+
+
+def _stages(label: Label | None, layers: int) -> tuple[tuple[int, int, int], ...]:
+    stages: list[tuple[int, int, int]] = []
+    end = layers
+    while label is not None:
+        stages.append((label[0], label[1], end))
+        end = label[1]
+        label = label[2]
+    return tuple(reversed(stages))

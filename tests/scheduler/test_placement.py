@@ -1,0 +1,229 @@
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler import (
+    Assignment,
+    Link,
+    ModelShape,
+    NodeShape,
+    Plan,
+    Shortage,
+    make_plan,
+    memory_needed,
+    needs_replan,
+)
+
+MIB = 1 << 20
+
+
+def place(model, nodes, links, **more):
+    return make_plan("m", model, nodes, links, **{"epoch": 1, "planner": "n0", **more})
+
+
+def spans(plan):
+    return {a.node: (a.start, a.end) for a in plan.assignments}
+
+
+def check(plan, model, nodes, at_least=1):
+    memory = {node.id: node.memory_bytes for node in nodes}
+    names = [a.node for a in plan.assignments]
+    assert len(names) == len(set(names))
+    for a in plan.assignments:
+        assert memory_needed(model, a.start, a.end) <= memory[a.node]
+    assert min(plan.coverage(model.layers)) >= at_least
+
+
+@pytest.mark.parametrize("copies", [1, 2, 5])
+def test_one_node_hosts_all(build, copies):
+    plan = place(build.model(), build.nodes(30), build.links(), copies=copies)
+    assert spans(plan) == {"n0": (0, 8)}
+
+
+def test_tiny_nodes_share_a_tiny_model(build):
+    nodes = build.nodes(5, 5, 5, 5)
+    plan = place(build.model(), nodes, build.links())
+    check(plan, build.model(), nodes)
+    assert len(plan.assignments) == 4
+
+
+def test_every_layer_comes_once_before_any_comes_twice(build):
+    nodes = build.nodes(6, 6, 6, 6, 6)
+    plan = place(build.model(), nodes, build.links(), copies=3)
+    check(plan, build.model(), nodes)
+    assert max(plan.coverage(8)) == 2
+
+
+def test_full_copies_where_memory_allows(build):
+    nodes = build.nodes(*[9] * 6)
+    plan = place(build.model(), nodes, build.links(), copies=2)
+    check(plan, build.model(), nodes, at_least=2)
+
+
+def test_a_shortage_says_in_plain_words_how_much(build):
+    model = build.model(context=0)
+    with pytest.raises(Shortage) as caught:
+        place(model, build.nodes(1, 2), build.links())
+    assert caught.value.needed_bytes == 8 * 700_000 + 500_000
+    assert caught.value.available_bytes == 3 * MIB
+    assert "needs 5.8 MiB for weights and cache, the mesh offers 3.0 MiB: 2.8 MiB short" in str(caught.value)
+
+
+def test_memory_in_pieces_too_small_for_a_layer_is_a_shortage_too(build):
+    with pytest.raises(Shortage, match="in pieces too small"):
+        place(build.model(context=0), build.nodes(*[0.6] * 20), build.links())
+
+
+def test_no_nodes_is_a_shortage(build):
+    with pytest.raises(Shortage):
+        place(build.model(), [], build.links())
+
+
+def test_decode_follows_read_bandwidth_not_arithmetic(build):
+    model = build.model(context=0)
+    reader = NodeShape("reader", 4 * MIB, 1e11, 4e10)
+    cruncher = NodeShape("cruncher", 4 * MIB, 9e12, 1e10)
+    plan = place(model, [reader, cruncher], build.links(0.0001))
+    size = {a.node: a.end - a.start for a in plan.assignments}
+    assert size["reader"] > size["cruncher"]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[::5])
+def test_the_plan_does_not_depend_on_the_order_of_nodes(build, order):
+    nodes = [build.node("a", 6), build.node("b", 9, 2), build.node("c", 4), build.node("d", 12, 0.5)]
+    shuffled = [nodes[k] for k in order]
+    assert place(build.model(), nodes, build.links(), copies=2) == place(
+        build.model(), shuffled, build.links(), copies=2
+    )
+
+
+def test_a_join_moves_nothing_that_works(build):
+    nodes = build.nodes(9, 9, 9)
+    before = place(build.model(), nodes, build.links())
+    nodes = [*nodes, build.node("n9", 9)]
+    after = place(build.model(), nodes, build.links(), previous=before, epoch=2)
+    assert spans(after) == spans(before)
+
+
+def test_a_join_much_faster_than_the_rest_is_worth_the_move(build):
+    nodes = build.nodes(9, 9, 9)
+    before = place(build.model(), nodes, build.links())
+    nodes = [*nodes, build.node("n9", 64, 10)]
+    after = place(build.model(), nodes, build.links(), previous=before, epoch=2)
+    assert spans(after) == {"n9": (0, 8)}
+
+
+def test_a_join_brings_the_copies_that_are_short_and_moves_nobody(build):
+    nodes = build.nodes(9, 9, 9)
+    before = place(build.model(), nodes, build.links(), copies=2)
+    assert min(before.coverage(8)) == 1
+    nodes = [*nodes, build.node("n8", 9), build.node("n9", 9)]
+    assert needs_replan(before, build.model(), nodes, copies=2)
+    after = place(build.model(), nodes, build.links(), copies=2, previous=before, epoch=2)
+    assert spans(before).items() <= spans(after).items()
+    assert sum(after.coverage(8)) > sum(before.coverage(8))
+
+
+def test_a_dead_nodes_span_goes_to_an_idle_node_and_the_others_stay(build):
+    nodes = build.nodes(9, 9, 9, 9)
+    before = place(build.model(), nodes, build.links())
+    dead = before.assignments[1]
+    left = [node for node in nodes if node.id != dead.node]
+    assert needs_replan(before, build.model(), left, copies=1) == f"{dead.node} of the plan is gone"
+    after = place(build.model(), left, build.links(), previous=before, epoch=2)
+    check(after, build.model(), left)
+    kept = {a for a in before.assignments if a.node != dead.node}
+    assert kept <= set(after.assignments)
+
+
+def test_a_dead_nodes_span_goes_to_who_holds_it_on_disk(build):
+    nodes = build.nodes(9, 9, 9, 9, 9)
+    before = place(build.model(), nodes[:3], build.links())
+    dead = before.assignments[0]
+    left = [node for node in nodes if node.id != dead.node]
+    for holder in ("n3", "n4"):
+        after = place(
+            build.model(),
+            left,
+            build.links(),
+            previous=before,
+            epoch=2,
+            held={holder: [(dead.start, dead.end)]},
+        )
+        assert spans(after)[holder] == (dead.start, dead.end)
+
+
+def test_without_idle_nodes_a_neighbour_grows(build):
+    nodes = build.nodes(20, 20, 20)
+    before = Plan("m", 1, "n0", (Assignment("n0", 0, 3), Assignment("n1", 3, 6), Assignment("n2", 6, 8)))
+    after = place(build.model(), nodes[:2], build.links(0.0), previous=before, epoch=2)
+    assert spans(after) == {"n0": (0, 3), "n1": (3, 8)}
+
+
+def test_a_node_whose_memory_shrank_is_planned_anew(build):
+    nodes = build.nodes(9, 9, 9)
+    before = place(build.model(), nodes, build.links())
+    nodes = [*build.nodes(1, 9, 9), build.node("n3", 9)]
+    assert "no longer the memory" in (needs_replan(before, build.model(), nodes, copies=1) or "")
+    after = place(build.model(), nodes, build.links(), previous=before, epoch=2)
+    check(after, build.model(), nodes)
+
+
+pools = st.lists(
+    st.tuples(st.sampled_from([0.2, 1.5, 2.5, 4.0, 6.0, 9.0, 14.0, 40.0]), st.sampled_from([0.3, 1.0, 4.0])),
+    min_size=0,
+    max_size=9,
+)
+models = st.builds(
+    lambda layers, embed, tied, head: ModelShape(layers, 700_000, embed, head, tied, 1.4e6, 512, 1024, 256),
+    st.integers(1, 12), st.sampled_from([0, 500_000, 3_000_000]), st.booleans(), st.sampled_from([500_000, 2_000_000]),
+)  # fmt: skip
+
+
+def fits_at_all(model, nodes):
+    """By hand: the model fits on one node, or on all of them with some first and some last."""
+    layers, memory = model.layers, [node.memory_bytes for node in nodes]
+    if any(memory_needed(model, 0, layers) <= size for size in memory):
+        return True
+
+    def most(size, span):
+        return max((n for n in range(1, layers) if memory_needed(model, *span(n)) <= size), default=0)
+
+    inner = [size // (model.layer_bytes + model.kv_bytes_per_layer) for size in memory]
+    for f, g in itertools.permutations(range(len(nodes)), 2):
+        first = most(memory[f], lambda n: (0, n))
+        last = most(memory[g], lambda n: (layers - n, layers))
+        if first and last:
+            middle = sum(inner[k] for k in range(len(nodes)) if k not in (f, g))
+            if first + last + middle >= layers:
+                return True
+    return False
+
+
+@given(models, pools, st.integers(1, 3), st.randoms(use_true_random=False))
+@settings(max_examples=150, deadline=None)
+def test_any_pool_with_room_gets_a_valid_plan_and_any_other_the_shortage(model, pool, copies, random):
+    nodes = [
+        NodeShape(f"n{k}", int(mib * MIB), 1e11 * speed, 2e10 * speed) for k, (mib, speed) in enumerate(pool)
+    ]
+
+    def links(a, b):
+        return Link(0.001 * (1 + (hash_of(a) + hash_of(b)) % 5), 1e7)
+
+    try:
+        plan = place(model, nodes, links, copies=copies)
+    except Shortage:
+        assert not fits_at_all(model, nodes)
+        return
+    check(plan, model, nodes)
+    random.shuffle(nodes)
+    assert place(model, nodes, links, copies=copies) == plan
+    again = place(model, nodes, links, copies=copies, previous=plan, epoch=2)
+    assert again.assignments == plan.assignments
+    assert needs_replan(plan, model, nodes, copies=copies) is None
+
+
+def hash_of(name):
+    return sum(name.encode())

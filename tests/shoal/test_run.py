@@ -125,7 +125,8 @@ def test_a_reader_that_leaves_is_no_fault(daemon, arguments):
     daemon.text = "word " * 20_000
     daemon.answers["/mesh"] = (200, {"mesh": "m" * 1_000_000})
     command = [sys.executable, "-m", "shoal", *arguments, "--api", daemon.api]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as process:
         assert process.stdout is not None
         os.read(process.stdout.fileno(), 1)
         process.stdout.close()

@@ -22,11 +22,19 @@ from p2p.errors import (
 from p2p.host import ByteStream, Host, HostConfig, PeerEvent, open_host
 from p2p.identity import Identity, PeerId, verify
 from p2p.invite import Invite
+from p2p.messages import pack_value, unpack_value
+from p2p.rpc import Rpc
+from p2p.rpc_lane import Channel
+from p2p.rpc_types import Call, EndOfChannel, Method, RpcConfig, RpcRefusal
+from p2p.tensor import Tensor
 
 __all__ = [
     "ByteStream",
+    "Call",
     "CallFailed",
+    "Channel",
     "DeadlineExceeded",
+    "EndOfChannel",
     "Host",
     "HostConfig",
     "Identity",
@@ -35,6 +43,7 @@ __all__ = [
     "InviteError",
     "ListenError",
     "LocalFault",
+    "Method",
     "P2pError",
     "PeerEvent",
     "PeerId",
@@ -42,7 +51,13 @@ __all__ = [
     "ProtocolViolation",
     "RemoteFault",
     "ResourceLimit",
+    "Rpc",
+    "RpcConfig",
+    "RpcRefusal",
+    "Tensor",
     "Unreachable",
     "open_host",
+    "pack_value",
+    "unpack_value",
     "verify",
 ]

@@ -42,14 +42,25 @@ class ProtocolViolation(RemoteFault):
 
 
 class CallFailed(RemoteFault):
-    """The remote handler answered `code` (see RpcRefusal) with a plain `message`."""
+    """The remote handler answered `code` (see RpcRefusal) with a plain `message`.
 
-    def __init__(self, code: str, message: str, peer: str, retry_after_s: float | None = None) -> None:
+    `detail` holds what the handler wished to tell apart, such as the `peer` that it lost itself.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        peer: str,
+        retry_after_s: float | None = None,
+        detail: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(f"{peer} answered {code}: {message}")
         self.code = code
         self.message = message
         self.peer = peer
         self.retry_after_s = retry_after_s
+        self.detail = dict(detail or {})
 
 
 class DeadlineExceeded(RemoteFault):

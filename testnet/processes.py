@@ -130,10 +130,10 @@ def stop(nodes: Iterable[LocalNode], grace_s: float = STOP_GRACE_S) -> list[Loca
     found = [(node, process) for node in nodes if (process := running(node)) is not None]
     for _, process in found:
         _signal(process, by_force=False)
-    _, stubborn = psutil.wait_procs([process for _, process in found], timeout=grace_s)
-    for process in stubborn:
+    _, remaining = psutil.wait_procs([process for _, process in found], timeout=grace_s)
+    for process in remaining:
         _signal(process, by_force=True)
-    psutil.wait_procs(stubborn, timeout=grace_s)
+    psutil.wait_procs(remaining, timeout=grace_s)
     return [node for node, _ in found]
 
 

@@ -60,6 +60,7 @@ BAD_HEADERS = {
     "duplicate_tensor": pack(
         b'{"a":%s,"a":%s}' % (json.dumps(entry(0, 2)).encode(), json.dumps(entry(2, 4)).encode())
     ),
+    "duplicate_empty_tensor": pack(b'{"a":%s,"a":%s}' % ((json.dumps(entry(0, 0)).encode(),) * 2)),
     "duplicate_field": pack(b'{"a":{"dtype":"U8","dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
     "entry_is_a_number": pack({"a": 5}),
     "extra_field": pack({"a": {**entry(0, 2), "x": 1}}),

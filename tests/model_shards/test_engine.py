@@ -9,6 +9,7 @@ import torch
 
 from model_shards import ContextOverflow, Engine, LocalFault, NoRoom, Sampling, Step, StepError
 from model_shards.kv import BLOCK_TOKENS
+from model_shards.sampler import pick
 
 GREEDY = Sampling(temperature=0)
 
@@ -256,6 +257,17 @@ def test_sampled_text_is_a_function_of_seed_and_position_alone(llama, tools):
     sizes = [3] + [1] * 20
     assert text((0, 4), 5, sizes) == text((0, 1, 2, 3, 4), 5, sizes)
     assert text((0, 4), 5, sizes) != text((0, 4), 6, sizes)
+
+
+def test_the_draw_belongs_to_the_position_where_the_token_will_stand(llama, tools):
+    engines, samplings = (
+        tools.engines_of(llama.directory, (0, 4)),
+        [Sampling(3.0, seed=seed) for seed in range(9)],
+    )
+    logits = tools.Chain(engines, "logits").logits([1, 2, 3])[-1]
+    found = [tools.Chain(engines, str(at)).sample([1, 2, 3], how)[0] for at, how in enumerate(samplings)]
+    assert found == [pick(logits, how, 3)[0] for how in samplings]
+    assert found != [pick(logits, how, 2)[0] for how in samplings]
 
 
 def test_a_closed_session_is_unknown(engine):

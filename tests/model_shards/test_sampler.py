@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from model_shards import Sampling, SamplingError
-from model_shards.sampler import pick, uniform
+from model_shards.sampler import _invert, pick, uniform
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.5])
 
@@ -58,6 +58,12 @@ def test_equal_logits_are_cut_by_token_id():
 def test_a_token_of_no_probability_is_never_drawn():
     logits = torch.tensor([0.0, -1e30, 0.0, -1e30])
     assert set(draws(lambda seed: Sampling(seed=seed), 500, logits)) == {0, 2}
+
+
+@pytest.mark.parametrize("at", [0.0, 0.999999, 1.0])
+def test_the_inverse_stays_on_weights_above_zero(at):
+    assert _invert(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64), at) == 0
+    assert _invert(torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64), at) == 1
 
 
 def test_uniform_is_pure_spread_and_differs_by_every_argument():

@@ -193,6 +193,14 @@ async def test_what_fails_at_once_has_its_own_status(
         assert caught.value.response.headers["retry-after"] == "4"
 
 
+async def test_answers_that_never_find_room_do_not_wait_for_ever(make_gateway, serving) -> None:
+    gateway = make_gateway()
+    gateway.on_enter = [None, *[Overloaded(1.0)] * 4]
+    async with serving(gateway) as site:
+        with trio.fail_after(10), pytest.raises(openai.RateLimitError):
+            await site.openai.completions.create(model="bytes", prompt="hi", n=3)
+
+
 async def test_all_answers_without_room_give_one_rate_limit_error(make_gateway, serving) -> None:
     gateway = make_gateway()
     gateway.on_enter = [Overloaded(1.0), Overloaded(1.0)]

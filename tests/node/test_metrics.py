@@ -85,6 +85,7 @@ def test_mesh_gauges_come_from_the_mesh_document_and_forget_what_is_gone() -> No
     assert sample(metrics, 'shoal_mesh_model_ready{model_name="m"}') == 1
     metrics.observe_mesh({"nodes": nodes[:1], "models": []})
     assert sample(metrics, 'shoal_mesh_model_ready{model_name="m"}') is None
+    assert sample(metrics, 'shoal_mesh_rarest_layer_replicas{model_name="m"}') is None
     assert sample(metrics, 'shoal_mesh_ping_seconds{quantile="0.5"}') is None
     assert sample(metrics, "shoal_mesh_relayed_share") == 0
 

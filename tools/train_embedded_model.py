@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 END_OF_TEXT = "<|endoftext|>"
@@ -49,6 +49,10 @@ EXCLUDED_FOLDERS = frozenset(
     }
 )
 EXCLUDED_PREFIXES = ("_sysconfigdata", "config-", "test_", "_pydoc")
+# A line's end and its indentation are pieces of their own, whatever stands beside them. Prompts often end after either
+# of them and must then be cut as in training: GPT-2's pattern joins a line's end to the next line's indentation, and a
+# model trained on that cannot go on with an indented line after a prompt that ends a line.
+PIECES = r"\n|(?<=\n)[ \t]+| ?[\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+|\s+?(?=\n)|\s+"
 Optimizers = list[torch.optim.Optimizer]
 SAMPLE_PROMPT = "def read_file(path):\n"
 
@@ -120,9 +124,14 @@ def read_corpus(paths: list[Path]) -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(texts: list[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE; token 0 is the end of a text."""
+    """Byte-level BPE within the pieces that PIECES cuts; token 0 is the end of a text."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,

@@ -212,6 +212,9 @@ class Rpc:
             lane.flush()
 
     def _open(self, lane: Lane, method: Method[Any, Any], deadline: float) -> Port:
+        if lane.failure is not None:
+            # It ended, and the connection's own end has not been noticed yet.
+            raise lane.failure.with_traceback(None)
         within_s = max(deadline - trio.current_time(), 1e-3)
         window_bytes = self.config.lane_window_bytes(method.lane)
         return Port(lane, lane.core.open(method.name, deadline, within_s, _limits(method), window_bytes))

@@ -1,0 +1,259 @@
+"""The daemon: locks its directory, measures the machine, lives in a mesh, serves HTTP, and stops cleanly.
+
+`run_daemon` is what `shoal up` calls. Joining another mesh while running ends one life in a mesh and starts the next;
+the process, its lock and its HTTP address stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import trio
+
+from model_shards import ModelError
+from node import embedded
+from node.api import ApiConfig, build_app, serve_http
+from node.config import EMBEDDED, DaemonConfig, ModelSource, describe
+from node.datadir import DataDir, Membership
+from node.errors import ConfigProblem, ControlProblem, NodeError
+from node.hardware import Hardware, default_threads, measure
+from node.mesh import MeshNode, open_mesh
+from node.metrics import Metrics
+from node.serve.faults import leaves
+from p2p import Identity, Invite, InviteError, P2pError
+
+log = logging.getLogger("shoal.daemon")
+STOP_S_MAX = 2.8
+SERVED_WAIT_S = 600.0
+
+
+def run_daemon(config: DaemonConfig) -> int:
+    """Run until SIGINT or SIGTERM. Returns the exit status; prints one clear line on stderr where it is 1."""
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    if config.log_level != "debug":
+        for noisy in ("libp2p", "multiaddr", "hypercorn"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        with DataDir.open(config.data_dir) as data:
+            return trio.run(partial(_main, config, data))
+    except BaseExceptionGroup as group:
+        for leaf in leaves(group):
+            if isinstance(leaf, NodeError | P2pError | ModelError):
+                return _fail(leaf)
+        raise
+    except (NodeError, P2pError, ModelError) as problem:
+        return _fail(problem)
+
+
+def _fail(problem: BaseException) -> int:
+    print(f"shoal: {problem}", file=sys.stderr, flush=True)
+    return 1
+
+
+async def _main(config: DaemonConfig, data: DataDir) -> int:
+    daemon = Daemon(config, data)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_stop_on_signal, daemon)
+        await daemon.run()
+        nursery.cancel_scope.cancel()
+    return 0
+
+
+async def _stop_on_signal(daemon: Daemon) -> None:
+    signals = [signal.SIGINT, signal.SIGTERM]
+    with trio.open_signal_receiver(*signals) as received:
+        async for number in received:
+            log.info("stopping on %s", signal.Signals(number).name)
+            if daemon.stopping.is_set():
+                os._exit(0)
+            await daemon.stop()
+
+
+class Daemon:
+    """node.gateway.Control and the outer loop around lives in meshes."""
+
+    def __init__(self, config: DaemonConfig, data: DataDir) -> None:
+        self.config = config
+        self.data = data
+        self.metrics = Metrics()
+        self.stopping = trio.Event()
+        self._rejoin: Membership | None = None
+        self._end_life = trio.Event()
+        self._node: MeshNode | None = None
+
+    async def run(self) -> None:
+        """Measure, then live in a mesh, again after each change of mesh, until stopped."""
+        log.debug("configuration: %s", describe(self.config))
+        identity = Identity.load_or_create(self.data.identity_path)
+        membership = self._first_membership()
+        torch.set_num_threads(self.config.threads or default_threads())
+        hardware = await trio.to_thread.run_sync(
+            measure, self.config.device, self.config.dtype, self.config.memory_bytes, abandon_on_cancel=True
+        )
+        first = True
+        while not self.stopping.is_set():
+            self._end_life = trio.Event()
+            await self._live(identity, membership, hardware, first)
+            if self._rejoin is not None:
+                membership, self._rejoin, first = self._rejoin, None, False
+                self.data.remember(membership)
+
+    # -- Control ---------------------------------------------------------------------------------------------------
+
+    async def invite(self, ttl_s: float | None, single_use: bool = False) -> str:
+        """An invite to this mesh, as text."""
+        if single_use:
+            raise ControlProblem("single-use invites are not supported yet")
+        return self._living().invite(ttl_s)
+
+    async def add(self, directory: Path, name: str, copies: int) -> AsyncIterator[dict[str, Any]]:
+        """Publish a model directory; yields hashing progress, then how far it is served, then its end."""
+        node = self._living()
+        progress = {"done": 0, "total": 0}
+
+        def report(done: int, total: int) -> None:
+            progress.update(done=done, total=total)
+
+        source = ModelSource(str(directory), name)
+        box: dict[str, Any] = {}
+
+        async def publish() -> None:
+            try:
+                box["model"] = await node.publish(model_directory(source), name, copies, report)
+            except (ModelError, OSError, P2pError, NodeError) as problem:
+                box["problem"] = problem
+
+        node.start_soon(publish)
+        while not box:
+            yield {"state": "hashing", **progress}
+            await trio.sleep(0.2)
+        if "problem" in box:
+            raise ControlProblem(str(box["problem"]))
+        manifest_id = box["model"].manifest_id
+        yield {"state": "published", "model": name, "manifest": manifest_id}
+        while True:
+            ready, detail = node.model_state(manifest_id)
+            yield {
+                "state": "ready" if ready else "placing",
+                "model": name,
+                "manifest": manifest_id,
+                "detail": detail,
+            }
+            if ready:
+                return
+            await node.change()
+
+    async def join(self, invite: str) -> None:
+        """Leave this mesh for the invite's; the connection that asked for it may be cut."""
+        self._rejoin = membership_of(invite)
+        self._end_life.set()
+
+    async def stop(self) -> None:
+        """Begin a clean stop; returns at once."""
+        if not self.stopping.is_set():
+            self.stopping.set()
+            self._end_life.set()
+            _arm_watchdog()
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def _first_membership(self) -> Membership:
+        if self.config.join is not None:
+            membership = membership_of(self.config.join)
+        else:
+            membership = self.data.membership() or Membership.found(public=self.config.public)
+        self.data.remember(membership)
+        return membership
+
+    async def _live(
+        self, identity: Identity, membership: Membership, hardware: Hardware, first: bool
+    ) -> None:
+        config = self.config
+        async with open_mesh(config, self.data, identity, membership, hardware, self.metrics) as node:
+            self._node = node
+            async with trio.open_nursery() as nursery:
+                app = build_app(node.gateway, self.metrics, self, ApiConfig(api_keys=config.api_keys))
+                url = await nursery.start(serve_http, app, config.api_host, config.api_port)
+                node.announce_api(url)
+                self.data.announce(url, node.me)
+                nursery.start_soon(self._begin, node, membership, url, first)
+                await self._end_life.wait()
+                nursery.cancel_scope.cancel()
+            self._node = None
+
+    async def _begin(self, node: MeshNode, membership: Membership, url: str, first: bool) -> None:
+        """Join, publish what was asked for, and say `ready` when it is served or cannot be."""
+        if membership.addrs:
+            await node.join(membership.addrs)
+        manifests = []
+        for source in self._sources(membership) if first else ():
+            log.info("publishing %s as %s", source.directory, source.name)
+            try:
+                advert = await node.publish(model_directory(source), source.name, self.config.copies)
+            except ModelError as problem:
+                raise ConfigProblem(
+                    "model", source.directory, f"a model that can be served: {problem}"
+                ) from None
+            manifests.append(advert.manifest_id)
+        with trio.move_on_after(SERVED_WAIT_S):
+            while manifests and not all(self._settled(node, manifest_id) for manifest_id in manifests):
+                await node.change()
+        print(f"ready api={url} peer={node.me}", flush=True)
+
+    def _settled(self, node: MeshNode, manifest_id: str) -> bool:
+        ready, _ = node.model_state(manifest_id)
+        return ready or bool(node.planning.shortages.get(manifest_id)) or not self.config.serve
+
+    def _sources(self, membership: Membership) -> tuple[ModelSource, ...]:
+        """The models asked for; a node that founds a mesh and was told nothing offers the embedded one."""
+        if self.config.models:
+            return tuple(source for source in self.config.models if source.directory != "none")
+        alone = not membership.addrs and self.config.serve
+        return (ModelSource(EMBEDDED, EMBEDDED),) if alone else ()
+
+    def _living(self) -> MeshNode:
+        if self._node is None:
+            raise ControlProblem("the node is just changing its mesh; try again in a moment")
+        return self._node
+
+
+def model_directory(source: ModelSource) -> Path:
+    """The directory of a source, the built-in one under its name. Raises ConfigProblem."""
+    directory = embedded.path() if source.directory == EMBEDDED else Path(source.directory).expanduser()
+    if not directory.is_dir():
+        raise ConfigProblem("model", source.directory, "an existing Hugging Face model directory")
+    return directory.resolve()
+
+
+def membership_of(text: str) -> Membership:
+    """The membership that an invite offers. Raises ControlProblem or InviteError with one clear line."""
+    invite = Invite.decode(text.strip())
+    if invite.expired(time.time()):
+        raise InviteError("this invite has expired; ask for a new one with `shoal invite`")
+    return Membership(invite.mesh_id, invite.swarm_key, tuple(invite.addrs))
+
+
+def _arm_watchdog() -> None:
+    """The contract is three seconds: where a library hangs on the way out, leave without it."""
+
+    def leave() -> None:
+        log.warning("still stopping after %.1f s: leaving now", STOP_S_MAX)
+        os._exit(0)
+
+    timer = threading.Timer(STOP_S_MAX, leave)
+    timer.daemon = True
+    timer.start()

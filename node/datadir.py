@@ -1,0 +1,170 @@
+"""The data directory: who holds it, which mesh it belongs to, and where the running daemon can be reached.
+
+`identity.key` is p2p's; `mesh.json` (mesh id, swarm key, addresses to try first) is written here with mode 0600;
+`daemon.json` exists only while a daemon runs and is what the command line reads. A lock keeps two daemons apart, also
+when one died without cleaning up. It knows nothing of what the files mean to the network.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from node.errors import DataDirProblem
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Which mesh this node belongs to. `swarm_key` is None for a public mesh; `addrs` are tried first."""
+
+    mesh_id: str
+    swarm_key: bytes | None
+    addrs: tuple[str, ...] = ()
+
+    @classmethod
+    def found(cls, *, public: bool) -> Membership:
+        """A new mesh of one."""
+        return cls(secrets.token_hex(8), None if public else secrets.token_bytes(32))
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace `path` by `data` so that a reader or a crash sees the old or the new file, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(name, mode)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _lock(handle: IO[bytes]) -> bool:
+    """An exclusive lock that the system drops when the process ends, however it ends."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+class DataDir:
+    """An opened, locked data directory. Raises DataDirProblem, with one clear line, for whatever cannot be used."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, root: Path) -> Iterator[DataDir]:
+        """Create, probe and lock `root`; removes `daemon.json` on the way out."""
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = (root / "lock").open("ab")
+            write_atomic(root / ".probe", b"x")
+            (root / ".probe").unlink()
+        except OSError as problem:
+            raise DataDirProblem(root, f"cannot be written: {problem.strerror or problem}") from None
+        with lock:
+            if not _lock(lock):
+                running = read_daemon(root)
+                by = f"process {running['pid']}" if running else "another process"
+                raise DataDirProblem(root, f"is in use by {by}; stop it first or give another --data-dir")
+            try:
+                yield cls(root)
+            finally:
+                with contextlib.suppress(OSError):
+                    (root / "daemon.json").unlink(missing_ok=True)
+
+    @property
+    def identity_path(self) -> Path:
+        return self.root / "identity.key"
+
+    @property
+    def blobs_path(self) -> Path:
+        return self.root / "blobs"
+
+    @property
+    def peers_path(self) -> Path:
+        return self.root / "peers.json"
+
+    def membership(self) -> Membership | None:
+        """The mesh this node belonged to when it last ran, or None."""
+        path = self.root / "mesh.json"
+        try:
+            document = json.loads(path.read_bytes())
+            key = document["swarm_key"]
+            addrs = tuple(str(a) for a in document.get("addrs", ()))
+            return Membership(str(document["mesh_id"]), None if key is None else bytes.fromhex(key), addrs)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise DataDirProblem(
+                path, f"cannot be read as a mesh description ({problem}); mend or remove it"
+            ) from None
+
+    def remember(self, membership: Membership) -> None:
+        """Keep the membership for the next start."""
+        key = None if membership.swarm_key is None else membership.swarm_key.hex()
+        document = {
+            "version": 1,
+            "mesh_id": membership.mesh_id,
+            "swarm_key": key,
+            "addrs": list(membership.addrs),
+        }
+        self._write("mesh.json", document)
+
+    def offers(self) -> list[bytes]:
+        """The model adverts this node made when it last ran; a file that cannot be read offers nothing."""
+        try:
+            return [
+                base64.b64decode(item)
+                for item in json.loads((self.root / "models.json").read_bytes())["offers"]
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+    def remember_offers(self, offers: Iterable[bytes]) -> None:
+        """Keep the model adverts for the next start."""
+        encoded = [base64.b64encode(offer).decode() for offer in offers]
+        self._write("models.json", {"version": 1, "offers": encoded})
+
+    def announce(self, api: str, peer: str) -> None:
+        """Tell the command line where the running daemon is."""
+        self._write("daemon.json", {"pid": os.getpid(), "api": api, "peer": peer})
+
+    def _write(self, name: str, document: dict[str, Any]) -> None:
+        try:
+            write_atomic(self.root / name, json.dumps(document, indent=1).encode())
+        except OSError as problem:
+            raise DataDirProblem(
+                self.root / name, f"cannot be written: {problem.strerror or problem}"
+            ) from None
+
+
+def read_daemon(root: Path) -> dict[str, Any] | None:
+    """`{"pid", "api", "peer"}` as the running daemon left it, or None."""
+    try:
+        document = json.loads((root / "daemon.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) and {"pid", "api", "peer"} <= set(document) else None

@@ -1,0 +1,413 @@
+"""One node's life in one mesh: the composition root of everything that needs the network.
+
+It opens the host, gossip, blobs, hosting and the gateway, and runs the few loops that join them: staying connected to
+the members, adopting and making plans, publishing what this node is. Decisions sit in the pure cores it calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from dht import Directory, Gossip, GossipConfig, View
+from model_shards import shape_of
+from node import adverts
+from node.adverts import HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert
+from node.atlas import Atlas, read_atlas
+from node.config import DaemonConfig
+from node.datadir import DataDir, Membership
+from node.hardware import Hardware
+from node.hosting import Host as Hosts
+from node.library import Library, ModelFiles, Progress
+from node.meshjson import mesh_document, model_detail
+from node.metrics import Metrics
+from node.planning import Planning
+from node.serve.gateway import MeshGateway
+from node.serve.returns import Returns
+from node.serve.stage import StageService
+from node.suspects import Suspects
+from p2p import (
+    BlobExchange,
+    BlobStore,
+    Host,
+    HostConfig,
+    Identity,
+    Invite,
+    P2pError,
+    PeerEvent,
+    PeerId,
+    Rpc,
+    RpcConfig,
+    open_host,
+)
+
+log = logging.getLogger("shoal.mesh")
+VERSION = "0.1.0"
+TICK_S = 1.0
+SETTLE_S = 1.5
+JOIN_WAIT_S = 8.0
+LINKS_EVERY_S = 10.0
+REDIAL_S = 1.0
+BYE_S = 0.8
+
+
+class MeshNode:
+    """This node while it belongs to `membership`. Use `open_mesh`."""
+
+    def __init__(
+        self,
+        config: DaemonConfig,
+        data: DataDir,
+        identity: Identity,
+        membership: Membership,
+        hardware: Hardware,
+        metrics: Metrics,
+        host: Host,
+    ) -> None:
+        self.config = config
+        self.membership = membership
+        self.hardware = hardware
+        self.me = str(identity.peer_id)
+        self.host = host
+        self.rpc = Rpc(host, RpcConfig(silence_s=config.rpc_silence_s))
+        self.view = View()
+        self.gossip = Gossip(self.rpc, self.view, identity, GossipConfig())
+        self.directory = Directory(host, self.gossip, identity, data.peers_path)
+        self._data = data
+        self._store = BlobStore(data.blobs_path, quota_bytes=config.disk_bytes)
+        self._offers: dict[str, bytes] = {}
+        self.library = Library(identity, self._store, BlobExchange(self.rpc, self._store), self._sources)
+        self.hosts = Hosts(self.library, config.device, hardware.memory_bytes, self._publish_host)
+        self.planning = Planning(self.me)
+        self.suspects = Suspects(grace_s=config.suspect_grace_s)
+        returns = Returns(self.rpc)
+        self.stages = StageService(self.rpc, self.me, returns, self.hosts.compute)
+        self.gateway = MeshGateway(
+            self.rpc, self.me, returns, self.library, self.atlas, self._detail, self.mesh_json, metrics
+        )
+        self._api: str | None = None
+        self._changed = trio.Event()
+        self._settled_s = float("inf")
+        self._dialling: set[str] = set()
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Belong to the mesh until cancelled; says goodbye on the way out."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await nursery.start(self.rpc.run)
+            await nursery.start(self._watch_peers)
+            await nursery.start(self._watch_records)
+            await nursery.start(self.gossip.run)
+            await nursery.start(self.hosts.run)
+            self._publish_node()
+            self._offer_again()
+            await nursery.start(self.directory.run)
+            nursery.start_soon(self._keep_connected)
+            nursery.start_soon(self._keep_planning)
+            nursery.start_soon(self._keep_links)
+            self._settled_s = trio.current_time() + (SETTLE_S if self.membership.addrs else 0.0)
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def join(self, addrs: tuple[str, ...]) -> bool:
+        """Connect to any of the addresses; False (and a log line) if none answers in time, then it is tried on."""
+        deadline_s = trio.current_time() + JOIN_WAIT_S
+        problem: Exception | None = None
+        while trio.current_time() < deadline_s:
+            try:
+                peer = await self.host.connect(addrs, deadline_s=3.0)
+                log.info("joined the mesh through %s", peer)
+                self._settled_s = trio.current_time() + SETTLE_S
+                return True
+            except P2pError as failed:
+                problem = failed
+                await trio.sleep(0.3)
+        log.warning("none of the invite's addresses answers yet: %s; trying on", problem)
+        self._nursery.start_soon(self._join_later, addrs)
+        return False
+
+    async def _join_later(self, addrs: tuple[str, ...]) -> None:
+        while not self.host.peers():
+            await trio.sleep(2.0)
+            try:
+                await self.host.connect(addrs, deadline_s=3.0)
+                self._settled_s = trio.current_time() + SETTLE_S
+            except P2pError:
+                continue
+
+    def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Run `task` for as long as this life in the mesh lasts."""
+        self._nursery.start_soon(task)
+
+    def announce_api(self, url: str) -> None:
+        """The HTTP address is known: tell the mesh."""
+        self._api = url
+        self._publish_node()
+
+    async def goodbye(self) -> None:
+        """Withdraw everything this node said, so that it vanishes from every view at once."""
+        await self.gossip.withdraw_all(BYE_S)
+
+    # -- models ----------------------------------------------------------------------------------------------------
+
+    async def publish(
+        self, directory: Path, name: str, copies: int, progress: Progress | None = None
+    ) -> ModelAdvert:
+        """Offer a model directory to the mesh. Raises ModelError."""
+        files = await self.library.publish(directory, name, progress)
+        dtype = self.config.dtype if self.config.dtype != "auto" else natural_dtype(files)
+        shape = shape_of(files.config, files.index, dtype)
+        context = min(files.config.context_tokens, 1 << 17)
+        advert = ModelAdvert(
+            name=name,
+            manifest_id=files.manifest.id,
+            created_s=int(time.time()),
+            dtype=dtype,
+            quant=self.config.quant,
+            copies=copies,
+            concurrency=self.config.concurrency,
+            context_tokens=context,
+            **shape,
+        )
+        self._publish_model(advert)
+        return advert
+
+    def _publish_model(self, advert: ModelAdvert) -> None:
+        """Offer a model, now and after a restart."""
+        self.gossip.publish(adverts.MODEL, advert.name, adverts.write(advert), self.config.model_ttl_s)
+        self._offers[advert.manifest_id] = adverts.write(advert)
+        self._data.remember_offers(self._offers.values())
+        self._wake()
+
+    def _offer_again(self) -> None:
+        """Models that this node offered before it stopped and whose bytes are still here."""
+        here = {manifest.id for manifest in self._store.manifests()}
+        for value in self._data.offers():
+            advert = adverts.read(ModelAdvert, value)
+            if advert is not None and advert.manifest_id in here:
+                self._publish_model(advert)
+
+    # -- views -----------------------------------------------------------------------------------------------------
+
+    def atlas(self) -> Atlas:
+        """The mesh as requests see it: without suspects."""
+        return read_atlas(self.view, time.time(), self.suspects.suspects())
+
+    def mesh_json(self) -> dict[str, Any]:
+        """The `/mesh` document."""
+        live = [
+            {
+                "id": request.request_id,
+                "model": request.model,
+                "tokens": request.tokens,
+                "age_s": round(time.time() - request.began_s, 3),
+                "chain": [{"node": s.peer, "start": s.start, "end": s.end} for s in request.chain],
+            }
+            for request in self.gateway.live.values()
+        ]
+        return mesh_document(
+            self.atlas(),
+            self.planning,
+            mesh_id=self.membership.mesh_id,
+            me=self.me,
+            connected=self.host.peers(),
+            rtt_s=self.rpc.rtt_s,
+            requests=live,
+        )
+
+    def invite(self, ttl_s: float | None) -> str:
+        """An invite to this mesh with this node's addresses first."""
+        addrs = list(self.host.addrs())
+        for node in self.atlas().nodes.values():
+            addrs.extend(addr for addr in node.addrs if addr not in addrs)
+        expires_at_s = None if ttl_s is None else time.time() + ttl_s
+        return Invite(
+            self.membership.mesh_id, self.membership.swarm_key, tuple(addrs[:12]), expires_at_s
+        ).encode()
+
+    def model_state(self, manifest_id: str) -> tuple[bool, str]:
+        """(served completely with the wanted copies, what is missing in plain words)."""
+        atlas = self.atlas()
+        model = next((m for m in atlas.models.values() if m.manifest_id == manifest_id), None)
+        if model is None:
+            return False, "the model is not known yet"
+        return min(atlas.copies(model), default=0) >= 1, self._detail(model)
+
+    def _detail(self, model: ModelAdvert) -> str:
+        return model_detail(self.atlas(), self.planning, model)
+
+    def _sources(self, manifest_id: str) -> list[PeerId]:
+        """Connected peers that host or offer a model first, then the others."""
+        atlas = self.atlas()
+        offering = {r.signer for r in self.view.records(adverts.MODEL, time.time())}
+        likely = set(atlas.hosts.get(manifest_id, {})) | offering
+        connected = [peer for peer in self.host.peers() if peer != self.me]
+        return sorted(connected, key=lambda peer: (peer not in likely, peer))
+
+    # -- publishing ------------------------------------------------------------------------------------------------
+
+    def _publish_node(self) -> None:
+        advert = NodeAdvert(
+            name=self.config.name,
+            version=VERSION,
+            addrs=self.host.addrs(),
+            api=self._api,
+            serves=self.config.serve,
+            memory_bytes=self.hardware.memory_bytes,
+            flops_per_s=self.hardware.flops_per_s,
+            read_bytes_per_s=self.hardware.read_bytes_per_s,
+            device=self.hardware.device,
+            pinned=self.config.layers,
+        )
+        self.gossip.publish(adverts.NODE, "", adverts.write(advert), self.config.node_ttl_s)
+
+    def _publish_host(self, manifest_id: str, advert: HostAdvert | None) -> None:
+        if advert is None:
+            self.gossip.withdraw(adverts.HOST, manifest_id)
+        else:
+            self.gossip.publish(adverts.HOST, manifest_id, adverts.write(advert), self.config.node_ttl_s)
+
+    # -- loops -----------------------------------------------------------------------------------------------------
+
+    async def change(self) -> None:
+        """Wait until the view changed, or a moment passed."""
+        with trio.move_on_after(TICK_S / 4):
+            await self._changed.wait()
+        await trio.sleep(0.02)
+
+    def _wake(self) -> None:
+        self._changed.set()
+
+    async def _watch_peers(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with self.host.watch() as events:
+            task_status.started()
+            async for event in events:
+                self._on_peer(event)
+
+    def _on_peer(self, event: PeerEvent) -> None:
+        if event.kind == "up":
+            self.suspects.up(event.peer)
+        else:
+            self.suspects.down(event.peer, trio.current_time())
+            log.info("lost %s", event.peer)
+        self._wake()
+
+    async def _watch_records(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with self.gossip.watch() as changes:
+            task_status.started()
+            async for record in changes:
+                if record.kind == adverts.NODE and record.signer != self.me and record.value:
+                    self.suspects.heard(record.signer, trio.current_time())
+                self._wake()
+
+    async def _keep_connected(self) -> None:
+        """A connection to every member whose address is known; each peer redialled at most once a second."""
+        while True:
+            known = read_atlas(self.view, time.time()).nodes_known
+            self.suspects.forget(known)
+            for peer, node in known.items():
+                if (
+                    peer != self.me
+                    and not self.host.is_connected(peer)
+                    and peer not in self._dialling
+                    and node.addrs
+                ):
+                    self._dialling.add(peer)
+                    self._nursery.start_soon(self._dial, peer, node.addrs)
+            await trio.sleep(REDIAL_S / 2)
+
+    async def _dial(self, peer: str, addrs: tuple[str, ...]) -> None:
+        try:
+            if peer > self.me:
+                # Both ends dial; the one with the greater id waits a moment, so that mostly one connection is made.
+                await trio.sleep(REDIAL_S / 2)
+            if not self.host.is_connected(peer):
+                own = [addr for addr in addrs if addr.endswith(f"/p2p/{peer}")]
+                await self.host.connect(own, deadline_s=3.0)
+        except P2pError as problem:
+            log.debug("cannot reach %s: %s", peer, problem)
+            await trio.sleep(REDIAL_S)
+        finally:
+            self._dialling.discard(peer)
+
+    async def _keep_planning(self) -> None:
+        """Adopt, plan, host: after every change of the view, and now and then without one."""
+        while True:
+            self._changed = trio.Event()
+            self._plan_once()
+            with trio.move_on_after(TICK_S):
+                await self._changed.wait()
+            await trio.sleep(0.05)
+
+    def _plan_once(self) -> None:
+        now = trio.current_time()
+        atlas = read_atlas(self.view, time.time(), self.suspects.gone(now))
+        for publish in self.planning.handle(atlas, may_plan=now >= self._settled_s):
+            value = adverts.write(publish.advert)
+            self.gossip.publish(adverts.PLAN, publish.manifest_id, value, self.config.model_ttl_s)
+        if not self.config.serve:
+            return
+        for model in atlas.models.values():
+            plan = self.planning.plans.get(model.manifest_id)
+            span = self.planning.span_of(model.manifest_id, self.me)
+            self.hosts.want(model, span, 0 if plan is None else plan.epoch)
+            if model.manifest_id in self.hosts.hostings:
+                self._keep_offering(model)
+
+    def _keep_offering(self, model: ModelAdvert) -> None:
+        """Whoever hosts a model also offers it, so that it outlives its publisher."""
+        own = self.view.get(adverts.MODEL, model.name, PeerId(self.me))
+        if own is None or adverts.read(ModelAdvert, own.value) != model:
+            self._publish_model(model)
+
+    async def _keep_links(self) -> None:
+        """Publish measured round trips when they changed by more than a quarter."""
+        said: dict[str, float] = {}
+        while True:
+            await trio.sleep(LINKS_EVERY_S)
+            measured = {
+                str(peer): rtt for peer in self.host.peers() if (rtt := self.rpc.rtt_s(peer)) is not None
+            }
+            moved = any(abs(rtt - said.get(peer, -1.0)) > 0.25 * rtt for peer, rtt in measured.items())
+            if moved or set(said) != set(measured):
+                said = measured
+                self.gossip.publish(
+                    adverts.LINKS, "", adverts.write(LinksAdvert(measured)), self.config.model_ttl_s
+                )
+
+
+def natural_dtype(files: ModelFiles) -> str:
+    """The checkpoint's own precision: float32 stays, everything else computes in bfloat16."""
+    dtypes = {files.index.tensor(name).dtype for name in files.index.names()}
+    return "float32" if dtypes == {"float32"} else "bfloat16"
+
+
+@asynccontextmanager
+async def open_mesh(
+    config: DaemonConfig,
+    data: DataDir,
+    identity: Identity,
+    membership: Membership,
+    hardware: Hardware,
+    metrics: Metrics,
+) -> AsyncIterator[MeshNode]:
+    """Open the host and run a MeshNode for as long as the block lasts."""
+    host_config = HostConfig(listen=config.listen)
+    async with open_host(identity, membership.mesh_id, membership.swarm_key, host_config) as host:
+        node = MeshNode(config, data, identity, membership, hardware, metrics, host)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(node.run)
+            try:
+                yield node
+            finally:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + BYE_S + 0.2):
+                    await node.goodbye()
+                nursery.cancel_scope.cancel()

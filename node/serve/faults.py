@@ -1,0 +1,44 @@
+"""Faults of a chain of stages: found inside exception groups and told to whoever waits.
+
+Pure functions over exceptions; they log nothing and retry nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from node.errors import GatewayError, Overloaded, StageLost
+from p2p import CallFailed, PeerLost, RemoteFault
+
+
+def leaves(problem: BaseException) -> Iterator[BaseException]:
+    """The exceptions inside nested groups."""
+    if isinstance(problem, BaseExceptionGroup):
+        for inner in problem.exceptions:
+            yield from leaves(inner)
+    else:
+        yield problem
+
+
+def raise_as_gateway_error(problem: BaseException, first: str) -> None:
+    """What a broken chain means to the client; anything that is not the mesh's doing is raised as it is."""
+    for leaf in leaves(problem):
+        if isinstance(leaf, GatewayError):
+            raise leaf from None
+        if isinstance(leaf, CallFailed) and leaf.code == "busy":
+            raise Overloaded(leaf.retry_after_s or 1.0) from None
+        if isinstance(leaf, CallFailed):
+            raise StageLost((leaf.detail or {}).get("peer", leaf.peer), leaf.message) from None
+        if isinstance(leaf, PeerLost):
+            raise StageLost(leaf.peer, str(leaf)) from None
+        if isinstance(leaf, RemoteFault):
+            raise StageLost(first, str(leaf)) from None
+    raise problem
+
+
+def raise_single(group: BaseExceptionGroup[BaseException]) -> None:
+    """Raise the one exception inside a group by itself; a group of several as it is."""
+    found = list(leaves(group))
+    if len(found) == 1:
+        raise found[0] from None
+    raise group

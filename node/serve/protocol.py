@@ -1,0 +1,131 @@
+"""The messages of a serving session, and their limits.
+
+A session is a chain of nested channels: the gateway opens SESSION at the first stage, each stage opens it at the next.
+Activations go down the chain; a token goes from the last stage straight to the first and to the gateway over RETURN.
+Leaving the gateway's block cancels the first channel and, through the nesting, every stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from p2p import Method, Tensor
+
+Finish = Literal["stop", "length"]
+Role = Literal["gateway", "stage"]
+CHUNK_TOKENS_MAX = 512
+STAGES_MAX = 512
+TOKENS_MAX = 1 << 20
+PAYLOAD_BYTES_MAX = 64 << 20
+SESSION_S_MAX = 6 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageRef:
+    """Layers [start, end) on node `peer`."""
+
+    peer: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSpec:
+    """How the last stage chooses tokens; randomness depends on (seed, position) alone."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpen:
+    """Opens stage `index` of `stages`; that stage opens the next one with `index + 1`."""
+
+    session: str
+    manifest_id: str
+    stages: tuple[StageRef, ...]
+    index: int
+    gateway: str
+    prompt_tokens: int
+    new_tokens_max: int
+    ignore_eos: bool
+    sampling: SamplingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids (int32, [n]) from the gateway to the first stage, a chunk at a time."""
+
+    position: int
+    tokens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Hidden states [n, hidden] of positions [position, position + n); `sample` asks the last stage for a token."""
+
+    position: int
+    hidden: Tensor
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInput:
+    """What travels down the chain: exactly one of the two."""
+
+    prompt: Prompt | None = None
+    activations: Activations | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionNote:
+    """What a stage may say back up the chain while it works (nothing yet but that it is alive)."""
+
+    stage: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnOpen:
+    """The last stage of `session` offers its tokens to its gateway or to its first stage."""
+
+    session: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOut:
+    """The `index`-th new token of a session; `finish` is set on the last one."""
+
+    index: int
+    token: int
+    logprob: float | None = None
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnDone:
+    """The end of a RETURN channel."""
+
+    tokens: int
+
+
+SESSION = Method(
+    name="serve.session",
+    request=SessionOpen,
+    reply=SessionNote,
+    upstream=SessionInput,
+    body_bytes_max=256 << 10,
+    payload_bytes_max=PAYLOAD_BYTES_MAX,
+    deadline_s=SESSION_S_MAX,
+)
+RETURN = Method(
+    name="serve.return",
+    request=ReturnOpen,
+    reply=ReturnDone,
+    upstream=TokenOut,
+    body_bytes_max=4096,
+    deadline_s=SESSION_S_MAX,
+)

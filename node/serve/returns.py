@@ -1,0 +1,52 @@
+"""Tokens on their way back: the last stage of a session delivers them to whoever waits for that session here.
+
+A node may wait twice for one session (as its gateway and as its first stage). Offers for sessions nobody waits for are
+refused, so that a stranger cannot make this node hold tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import trio
+
+from node.serve.protocol import RETURN, ReturnDone, ReturnOpen, Role, TokenOut
+from p2p import Call, Channel, Rpc, RpcRefusal
+
+TOKENS_BUFFERED = 256
+
+
+class Returns:
+    """Serves RETURN and hands each session's tokens to the task that expects them."""
+
+    def __init__(self, rpc: Rpc) -> None:
+        self._waiting: dict[tuple[str, Role], trio.MemorySendChannel[TokenOut]] = {}
+        rpc.serve_channel(RETURN, self._serve)
+
+    @contextlib.contextmanager
+    def expect(self, session: str, role: Role) -> Iterator[trio.MemoryReceiveChannel[TokenOut]]:
+        """Receive a session's tokens for as long as the block lasts."""
+        key = (session, role)
+        if key in self._waiting:
+            raise RpcRefusal("invalid", f"session {session} is already open here")
+        send, receive = trio.open_memory_channel[TokenOut](TOKENS_BUFFERED)
+        self._waiting[key] = send
+        try:
+            with send, receive:
+                yield receive
+        finally:
+            del self._waiting[key]
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def _serve(self, call: Call, request: ReturnOpen, channel: Channel[TokenOut, ReturnDone]) -> None:
+        taker = self._waiting.get((request.session, request.role))
+        if taker is None:
+            raise RpcRefusal("not_found", f"nobody here waits for session {request.session}")
+        async for token in channel:
+            try:
+                await taker.send(token)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                return

@@ -1,0 +1,322 @@
+"""Serving sessions over an in-memory network: the embedded model cut into stages, without sockets or processes."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+import pytest
+import torch
+import trio
+
+from model_shards import CheckpointIndex, Engine, ModelConfig, Tokenizer, load_span
+from node import embedded
+from node.adverts import HostAdvert, ModelAdvert, NodeAdvert
+from node.atlas import Atlas
+from node.errors import ContextTooLong, GatewayError, ModelNotReady, Overloaded, StageLost, UnknownModel
+from node.gateway import GenerateRequest
+from node.metrics import Metrics
+from node.serve.compute import Compute
+from node.serve.gateway import MeshGateway
+from node.serve.protocol import SESSION, SamplingSpec, SessionOpen, StageRef
+from node.serve.returns import Returns
+from node.serve.stage import StageService
+from p2p import CallFailed, Rpc, RpcRefusal
+from p2p.testing import MemoryNetwork
+
+MANIFEST = "m" * 64
+CUTS = {"two": [(0, 4), (4, 8)], "four": [(0, 1), (1, 4), (4, 6), (6, 8)], "one": [(0, 8)]}
+KV_BYTES = 4 << 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    directory = embedded.path()
+    return ModelConfig.from_dir(directory), CheckpointIndex.open(directory), Tokenizer.from_dir(directory)
+
+
+class Node:
+    """One node's serving side."""
+
+    def __init__(self, host):
+        self.host = host
+        self.me = str(host.peer_id)
+        self.rpc = Rpc(host)
+        self.returns = Returns(self.rpc)
+        self.computes = {}
+        self.stages = StageService(self.rpc, self.me, self.returns, self._lookup)
+
+    def _lookup(self, manifest_id, start, end):
+        compute = self.computes.get(manifest_id)
+        span = compute and compute.engine.span
+        if not span or not span.start <= start < end <= span.end:
+            raise RpcRefusal("not_found", f"layers {start}:{end} are not here")
+        return compute
+
+
+class Ring:
+    """Stages on nodes of their own plus a gateway that hosts nothing."""
+
+    def __init__(self, network, nodes, gateway, spans):
+        self.network, self.nodes, self.entry = network, nodes, gateway
+        self.spans = spans
+        self.suspects = set()
+        self.gateway = MeshGateway(
+            gateway.rpc, gateway.me, gateway.returns, None, self.atlas, lambda model: "", dict, Metrics()
+        )
+
+    def atlas(self):
+        card = NodeAdvert("n", "0", (), None, True, 1, 1.0, 1.0, "cpu")
+        nodes = {node.me: card for node in [*self.nodes, self.entry]}
+        hosts = {}
+        for node, (start, end) in zip(self.nodes, self.spans, strict=True):
+            free = node.computes[MANIFEST].engine.kv_tokens_free()
+            hosts[node.me] = HostAdvert(start, end, "ready", 1, kv_tokens_free=free)
+        advert = ModelAdvert(
+            "toy", MANIFEST, 1, "bfloat16", "none", 1, 4, 1024, 8, 1, 1, 1, True, 1.0, 384, 256
+        )
+        return Atlas(nodes, frozenset(self.suspects), {"toy": advert}, {MANIFEST: hosts}, {}, {})
+
+    def busy(self):
+        return sum(node.computes[MANIFEST].engine.sessions() for node in self.nodes)
+
+    async def quiet(self):
+        with trio.fail_after(5):
+            while self.busy() or len(self.entry.returns) or any(node.stages.sessions for node in self.nodes):
+                await trio.lowlevel.checkpoint()
+
+
+@asynccontextmanager
+async def ring_of(model, spans, copies=1):
+    config, index, _ = model
+    network = MemoryNetwork()
+    spans = [span for span in spans for _ in range(copies)]
+    nodes = [Node(network.host(f"stage-{i}")) for i in range(len(spans))]
+    gateway = Node(network.host("gateway"))
+    async with trio.open_nursery() as nursery:
+        for node in [*nodes, gateway]:
+            await nursery.start(node.rpc.run)
+        for node, (start, end) in zip(nodes, spans, strict=True):
+            engine = Engine(load_span(embedded.path(), index, config, start, end), kv_bytes_max=KV_BYTES)
+            node.computes[MANIFEST] = Compute(engine, trio.CapacityLimiter(1))
+            nursery.start_soon(node.computes[MANIFEST].run)
+        everyone = [*nodes, gateway]
+        for i, node in enumerate(everyone):
+            for other in everyone[:i]:
+                await node.host.connect(other.host.addrs())
+        yield Ring(network, nodes, gateway, spans)
+        nursery.cancel_scope.cancel()
+
+
+def wish(prompt, **more):
+    fields = {"max_tokens": 12, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "ignore_eos": True}
+    fields |= {"model": "toy", "deadline_s": None} | more
+    return GenerateRequest(request_id="r", prompt=tuple(prompt), **fields)
+
+
+async def tokens_of(ring, request):
+    async with ring.gateway.generate(request) as events:
+        return [event async for event in events]
+
+
+@pytest.fixture
+def prompt(model):
+    return model[2].encode("def read_file(path):\n")
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """The tokens that one engine gives for a request."""
+    config, index, _ = model
+    engine = Engine(load_span(embedded.path(), index, config, 0, 8), kv_bytes_max=KV_BYTES)
+
+    def run(request):
+        from model_shards import Sampling, Step
+
+        sampling = Sampling(
+            temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, seed=request.seed
+        )
+        engine.open("s", 0, 8, len(request.prompt) + request.max_tokens)
+        found, given, position = [], request.prompt, 0
+        while len(found) < request.max_tokens:
+            chunk, given = given[:512], given[512:]
+            result = engine.run([Step("s", position, chunk, None, None if given else sampling)])[0]
+            position += len(chunk)
+            if not given:
+                found.append(result.token)
+                given = (result.token,)
+        engine.close("s")
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 11}])
+async def test_a_ring_gives_the_tokens_of_one_engine(model, alone, prompt, cut, how):
+    request = wish(prompt, **how)
+    async with ring_of(model, CUTS[cut]) as ring:
+        events = await tokens_of(ring, request)
+        assert [event.token for event in events] == alone(request)
+        assert [event.index for event in events] == list(range(12))
+        assert [event.finish for event in events] == [None] * 11 + ["length"]
+        await ring.quiet()
+
+
+async def test_a_prompt_of_several_chunks_gives_the_tokens_of_one_engine(model, alone, prompt):
+    request = wish((prompt * 200)[:900], max_tokens=5)
+    async with ring_of(model, CUTS["two"]) as ring:
+        assert [event.token for event in await tokens_of(ring, request)] == alone(request)
+
+
+async def test_requests_side_by_side_do_not_disturb_one_another(model, alone, prompt):
+    requests = [wish(prompt[: 2 + i], seed=i, temperature=0.7 * (i % 2)) for i in range(5)]
+    found = {}
+    async with ring_of(model, CUTS["four"]) as ring:
+
+        async def run(i):
+            found[i] = [event.token for event in await tokens_of(ring, requests[i])]
+
+        async with trio.open_nursery() as nursery:
+            for i in range(5):
+                nursery.start_soon(run, i)
+        await ring.quiet()
+    assert [found[i] for i in range(5)] == [alone(request) for request in requests]
+
+
+async def test_an_eos_token_ends_the_stream_unless_it_is_ignored(model, alone, prompt, monkeypatch):
+    request = wish(prompt, max_tokens=10, ignore_eos=False)
+    eos = alone(request)[3]
+    async with ring_of(model, CUTS["two"]) as ring:
+        for node in ring.nodes:
+            monkeypatch.setattr(
+                type(node.computes[MANIFEST].engine.span.config), "eos_ids", (eos,), raising=False
+            )
+        events = await tokens_of(ring, request)
+        assert events[-1].token == eos
+        assert events[-1].finish == "stop"
+        assert len(await tokens_of(ring, wish(prompt, max_tokens=10))) == 10
+
+
+async def test_leaving_early_frees_every_stage(model, prompt):
+    async with ring_of(model, CUTS["four"]) as ring:
+        async with ring.gateway.generate(wish(prompt, max_tokens=500)) as events:
+            async for event in events:
+                if event.index == 2:
+                    break
+            assert ring.busy() == 4
+        await ring.quiet()
+        assert not ring.gateway.live
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2, 3])
+async def test_a_stage_that_dies_is_named_and_the_others_are_freed(model, prompt, victim):
+    async with ring_of(model, CUTS["four"]) as ring:
+
+        async def run():
+            async with ring.gateway.generate(wish(prompt, max_tokens=900)) as events:
+                async for event in events:
+                    if event.index == 2:
+                        ring.network.kill(ring.nodes[victim].host.peer_id)
+
+        with pytest.raises(StageLost) as lost:
+            await run()
+        assert lost.value.peer == ring.nodes[victim].me
+        survivors = [node for i, node in enumerate(ring.nodes) if i != victim]
+        with trio.fail_after(5):
+            while any(node.computes[MANIFEST].engine.sessions() for node in survivors):
+                await trio.lowlevel.checkpoint()
+
+
+async def test_before_the_first_token_another_chain_is_tried(model, alone, prompt):
+    request = wish(prompt)
+    async with ring_of(model, CUTS["two"], copies=2) as ring:
+        for victim in (0, 2):
+            ring.network.kill(ring.nodes[victim].host.peer_id)
+        for _ in range(4):
+            assert [event.token for event in await tokens_of(ring, request)] == alone(request)
+
+
+async def test_without_room_the_gateway_says_when_to_come_back(model, prompt):
+    async with ring_of(model, CUTS["two"]) as ring:
+        async with ring.gateway.generate(wish(prompt, max_tokens=1000)) as events:
+            await anext(events)
+            for node in ring.nodes:
+                node.computes[MANIFEST].engine.open("hog", *ring.spans[ring.nodes.index(node)], 1024)
+            free = min(node.computes[MANIFEST].engine.kv_tokens_free() for node in ring.nodes)
+            for node in ring.nodes:
+                span = ring.spans[ring.nodes.index(node)]
+                while node.computes[MANIFEST].engine.kv_tokens_free() >= 1024:
+                    node.computes[MANIFEST].engine.open(f"hog{free}", *span, 1024)
+                    free += 1
+            with pytest.raises(Overloaded) as full:
+                await tokens_of(ring, wish(prompt, max_tokens=1000))
+            assert full.value.retry_after_s > 0
+
+
+async def test_what_cannot_be_served_is_said(model, prompt):
+    async with ring_of(model, CUTS["two"]) as ring:
+        with pytest.raises(UnknownModel):
+            await tokens_of(ring, wish(prompt, model="other"))
+        with pytest.raises(ContextTooLong):
+            await tokens_of(ring, wish(prompt, max_tokens=1024))
+        ring.suspects.add(ring.nodes[1].me)
+        with pytest.raises(ModelNotReady):
+            await tokens_of(ring, wish(prompt))
+
+
+def opening(ring, **changes):
+    fields = {
+        "session": "s",
+        "manifest_id": MANIFEST,
+        "stages": tuple(StageRef(n.me, *s) for n, s in zip(ring.nodes, ring.spans, strict=True)),
+        "index": 0,
+        "gateway": ring.entry.me,
+        "prompt_tokens": 4,
+        "new_tokens_max": 4,
+        "ignore_eos": True,
+        "sampling": SamplingSpec(0.0, 1.0, 0, 0),
+    }
+    return SessionOpen(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"index": 9},
+        {"index": -1},
+        {"index": 1},
+        {"stages": ()},
+        {"prompt_tokens": 0},
+        {"new_tokens_max": -1},
+        {"prompt_tokens": 1 << 40},
+        {"manifest_id": "other"},
+        {"new_tokens_max": 2000},
+        {"sampling": SamplingSpec(-1.0, 7.0, -3, 0)},
+    ],
+)
+async def test_a_session_no_honest_gateway_opens_is_refused_and_leaves_nothing(model, ring_refusals, changes):
+    async with ring_of(model, CUTS["two"]) as ring:
+        request = opening(ring, **changes)
+        with pytest.raises(CallFailed) as refused, trio.fail_after(5):
+            async with ring.entry.rpc.open(ring.nodes[0].me, SESSION, request) as channel:
+                await channel.receive()
+        assert refused.value.code in ring_refusals
+        await ring.quiet()
+
+
+@pytest.fixture
+def ring_refusals():
+    return {"invalid", "not_found", "busy"}
+
+
+def test_a_gateway_error_is_one_tree():
+    assert issubclass(StageLost, GatewayError)
+    assert issubclass(Overloaded, GatewayError)

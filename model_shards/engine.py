@@ -13,7 +13,7 @@ import torch
 
 from model_shards.errors import ContextOverflow, LocalFault, StepError
 from model_shards.exact import RowsExact
-from model_shards.kv import BLOCK_TOKENS, KvPool, SessionKv
+from model_shards.kv import BLOCK_TOKENS, KvCache, KvPool, SessionKv
 from model_shards.layers import Batch, Rows
 from model_shards.rope import RotaryTable
 from model_shards.sampler import Sampling, pick
@@ -52,6 +52,10 @@ class StepResult:
     logprob: float | None = None
 
 
+def _scope(scope: str, start: int, end: int) -> str:
+    return f"{start}:{end}:{scope}"
+
+
 def _never() -> None:
     return None
 
@@ -71,43 +75,81 @@ class Engine:
     def __init__(self, span: Span, *, kv_bytes_max: int) -> None:
         config = span.config
         self.span = span
-        self._pool = KvPool(kv_bytes_max, config.kv_heads, config.head_dim, span.dtype, span.device)
+        pool = KvPool(kv_bytes_max, config.kv_heads, config.head_dim, span.dtype, span.device)
+        self._cache = KvCache(pool)
         self._rotary = RotaryTable(config.rope, span.dtype, span.device)
         self._sessions: dict[str, SessionKv] = {}
         self._exact = RowsExact(span)
+        # Dynamic scaling rotates a key by the length its sequence had then: no other session may take it over.
+        self._sharing = config.rope.kind != "dynamic"
 
-    def open(self, session: str, start: int, end: int, tokens_max: int) -> None:
+    def open(
+        self,
+        session: str,
+        start: int,
+        end: int,
+        tokens_max: int,
+        *,
+        prompt: Sequence[int] = (),
+        reuse: int = 0,
+        scope: str = "",
+    ) -> None:
         """Admits ``session`` for layers [start, end) of the span and reserves KV for ``tokens_max``
         positions.
 
-        Raises NoRoom where it does not fit now, ContextOverflow beyond the model's context, StepError for an
-        open session, LocalFault for layers outside the span.
+        ``prompt`` (optional) lets its positions be shared with sessions of the same ``scope`` that begin
+        alike; ``reuse`` positions of it (see `cached`) are taken from the cache, and the first step starts
+        there. Every stage of a request must reuse equally many. Raises NoRoom where it does not fit now,
+        ContextOverflow beyond the model's context, StepError for an open session or a reuse that is not
+        cached, LocalFault for layers outside the span.
         """
         if session in self._sessions:
             raise StepError(session, "is open already")
-        if not self.span.start <= start < end <= self.span.end:
-            raise LocalFault(
-                f"layers [{start}, {end}) are not within the span [{self.span.start}, {self.span.end})"
-            )
-        if tokens_max < 1:
-            raise StepError(session, f"tokens_max is {tokens_max}, expected at least 1")
+        self._check_layers(start, end)
+        if tokens_max < max(1, len(prompt)):
+            raise StepError(session, f"tokens_max is {tokens_max}, expected at least {max(1, len(prompt))}")
         if tokens_max > self.span.config.context_tokens:
             raise ContextOverflow(self.span.config.context_tokens, tokens_max)
-        self._sessions[session] = SessionKv(self._pool, start, end, tokens_max)
+        pages = self._cache.pages.match(_scope(scope, start, end), prompt) if reuse else []
+        if reuse % BLOCK_TOKENS or not 0 <= reuse <= len(pages) * BLOCK_TOKENS:
+            held = len(pages) * BLOCK_TOKENS
+            raise StepError(
+                session, f"cannot reuse {reuse} positions, {held} are cached in steps of {BLOCK_TOKENS}"
+            )
+        self._sessions[session] = SessionKv(
+            self._cache,
+            start,
+            end,
+            tokens_max,
+            scope=_scope(scope, start, end),
+            prompt=prompt if self._sharing else (),
+            reuse=pages[: reuse // BLOCK_TOKENS],
+            sharing=self._sharing,
+        )
 
-    def close(self, session: str) -> None:
-        """Ends ``session`` and frees its KV; closing an unknown or closed one does nothing."""
+    def cached(self, start: int, end: int, prompt: Sequence[int], *, scope: str = "") -> int:
+        """How many first positions of ``prompt`` are in the cache for layers [start, end): whole blocks, and
+        never the last position. It holds until the next open()."""
+        self._check_layers(start, end)
+        return len(self._cache.pages.match(_scope(scope, start, end), prompt)) * BLOCK_TOKENS
+
+    def close(self, session: str, tokens: Sequence[int] = ()) -> None:
+        """Ends ``session`` and frees its KV; closing an unknown or closed one does nothing. ``tokens``, all
+        of the session's, let a stage that saw only activations keep them for prompts that continue this
+        text."""
         kv = self._sessions.pop(session, None)
         if kv is not None:
+            if tokens and self._sharing:
+                kv.learn(tokens)
             kv.release()
 
     def rewind(self, session: str, position: int) -> None:
         """Forgets every position from ``position`` on, so that the next step may start there. Raises
-        StepError."""
+        StepError, or NoRoom where shared positions had to be copied and cannot be."""
         kv = self._kv(session)
         if not 0 <= position <= kv.length:
             raise StepError(session, f"cannot rewind to {position}, it holds {kv.length} positions")
-        kv.length = position
+        kv.rewind(position)
 
     def position(self, session: str) -> int:
         """How many positions the session holds, which is where its next step must start. Raises StepError."""
@@ -164,7 +206,7 @@ class Engine:
             for at, result in zip(group, self._run_group(chosen, check_cancelled), strict=True):
                 results[at] = result
         for step in steps:
-            self._sessions[step.session].length += step.count
+            self._sessions[step.session].advance(step.count, step.tokens)
         return [result for result in results if result is not None]
 
     @torch.inference_mode()
@@ -174,18 +216,25 @@ class Engine:
         self._check_all(steps)
         found = [self.span.logits(self._forward([step], _never)) for step in steps]
         for step in steps:
-            self._sessions[step.session].length += step.count
+            self._sessions[step.session].advance(step.count, step.tokens)
         return found
 
     def kv_tokens_free(self) -> int:
         """How many more positions a session over the whole span could reserve now."""
-        return self._pool.free_blocks // (self.span.end - self.span.start) * BLOCK_TOKENS
+        return self._cache.free_blocks // (self.span.end - self.span.start) * BLOCK_TOKENS
 
     def kv_bytes_used(self) -> int:
-        return (self._pool.blocks - self._pool.free_blocks) * self._pool.block_bytes
+        """Bytes that sessions hold or have reserved; cached positions that nobody holds count as free."""
+        return (self._cache.pool.blocks - self._cache.free_blocks) * self._cache.pool.block_bytes
 
     def sessions(self) -> int:
         return len(self._sessions)
+
+    def _check_layers(self, start: int, end: int) -> None:
+        if not self.span.start <= start < end <= self.span.end:
+            raise LocalFault(
+                f"layers [{start}, {end}) are not within the span [{self.span.start}, {self.span.end})"
+            )
 
     def _kv(self, session: str) -> SessionKv:
         kv = self._sessions.get(session)

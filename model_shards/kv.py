@@ -8,9 +8,13 @@ bytes: admission says NoRoom. Knows nothing of what attention does with the rows
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from model_shards.errors import LocalFault, NoRoom, ResourceLimit
+from model_shards.prefix import Page, PrefixCache
 
 BLOCK_TOKENS = 16
 RETRY_AFTER_S = 1.0
@@ -76,57 +80,177 @@ class KvPool:
         return taken
 
 
-class SessionKv:
-    """One session's rows for layers [start, end). ``length`` is how many positions are filled in every
-    layer."""
+class KvCache:
+    """The pool and its prefix pages: what is free is what nobody holds, cached or not."""
 
-    def __init__(self, pool: KvPool, start: int, end: int, tokens_max: int) -> None:
+    def __init__(self, pool: KvPool) -> None:
+        self.pool = pool
+        self.pages = PrefixCache(BLOCK_TOKENS)
+
+    @property
+    def free_blocks(self) -> int:
+        return self.pool.free_blocks + self.pages.idle_blocks
+
+    def take(self, layers: int, blocks_a_layer: int) -> list[list[int]]:
+        """Blocks as KvPool.take gives them, idle pages evicted as needed. Raises NoRoom with nothing lost."""
+        wanted = layers * blocks_a_layer
+        if wanted > self.free_blocks:
+            raise NoRoom(
+                f"{wanted} KV blocks wanted, {self.free_blocks} of {self.pool.blocks} are free", RETRY_AFTER_S
+            )
+        if wanted > self.pool.free_blocks:
+            self.pool.give(self.pages.evict(wanted - self.pool.free_blocks))
+        return self.pool.take(layers, blocks_a_layer)
+
+
+class SessionKv:
+    """One session's rows for layers [start, end). ``length`` is how many positions are filled in every layer.
+
+    Its blocks are those of the ``pages`` it holds, from position 0 on, then its own. Positions whose tokens
+    are known become pages as soon as a block of them is full, and are never written again while anyone holds
+    them.
+    """
+
+    def __init__(
+        self,
+        cache: KvCache,
+        start: int,
+        end: int,
+        tokens_max: int,
+        *,
+        scope: str = "",
+        prompt: Sequence[int] = (),
+        reuse: Sequence[Page] = (),
+        sharing: bool = True,
+    ) -> None:
         self.start = start
         self.end = end
         self.tokens_max = tokens_max
-        self.length = 0
-        self.device = pool.k.device
-        self._pool = pool
-        self._blocks = pool.take(end - start, -(-tokens_max // BLOCK_TOKENS))
-        self._layers = [_layer_rows(pool, blocks) for blocks in self._blocks]
-
-    @property
-    def block_count(self) -> int:
-        return sum(len(blocks) for blocks in self._blocks)
+        self.length = len(reuse) * BLOCK_TOKENS
+        self.device = cache.pool.k.device
+        self._cache = cache
+        self._scope = scope
+        self._sharing = sharing
+        self._known = list(prompt)
+        self._held = list(reuse)
+        cache.pages.acquire(self._held)
+        try:
+            own = cache.take(end - start, -(-tokens_max // BLOCK_TOKENS) - len(self._held))
+        except NoRoom:
+            cache.pages.release(self._held)
+            raise
+        self._table = [[page.blocks[at] for page in self._held] + own[at] for at in range(end - start)]
+        self._map_layers()
 
     def write(self, layer: int, position: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores rows [n, kv_heads, head_dim] for positions from ``position`` on; ``length`` is advanced
         apart."""
-        keys, values, slots = self._layers[layer - self.start]
-        if slots is None:
-            keys[position : position + k.shape[0]] = k
-            values[position : position + v.shape[0]] = v
+        rows = self._layers[layer - self.start]
+        if rows.blocks is None:
+            rows.keys[position : position + k.shape[0]] = k
+            rows.values[position : position + v.shape[0]] = v
         else:
-            at = slots[position : position + k.shape[0]]
-            keys.index_copy_(0, at, k)
-            values.index_copy_(0, at, v)
+            at = rows.slots(position, k.shape[0])
+            rows.keys.index_copy_(0, at, k)
+            rows.values.index_copy_(0, at, v)
 
     def read(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [end - first, kv_heads, head_dim] of positions [first, end); views where rows are
-        contiguous."""
-        keys, values, slots = self._layers[layer - self.start]
-        if slots is None:
-            return keys[first:end], values[first:end]
-        at = slots[first:end]
-        return keys.index_select(0, at), values.index_select(0, at)
+        """Keys and values [end - first, kv_heads, head_dim] of positions [first, end); views of contiguous
+        rows."""
+        rows = self._layers[layer - self.start]
+        if rows.blocks is None:
+            return rows.keys[first:end], rows.values[first:end]
+        skipped = first // BLOCK_TOKENS
+        numbers = rows.blocks[skipped : -(-end // BLOCK_TOKENS)]
+        at = slice(first - skipped * BLOCK_TOKENS, end - skipped * BLOCK_TOKENS)
+        shape = rows.keys.shape
+        keys = rows.keys.view(-1, BLOCK_TOKENS, *shape[1:]).index_select(0, numbers)
+        values = rows.values.view(-1, BLOCK_TOKENS, *shape[1:]).index_select(0, numbers)
+        return keys.view(-1, *shape[1:])[at], values.view(-1, *shape[1:])[at]
+
+    def advance(self, count: int, tokens: Sequence[int] | None) -> None:
+        """``count`` more positions are filled, of ``tokens`` where those are seen here; full blocks become
+        pages."""
+        if tokens is not None and self._sharing:
+            self._known[self.length :] = tokens
+        self.length += count
+        self._share()
+
+    def learn(self, tokens: Sequence[int]) -> None:
+        """All tokens of the session, told to a stage that saw activations only. Ignored where they
+        contradict."""
+        if list(tokens[: len(self._known)]) == self._known:
+            self._known = list(tokens)
+            self._share()
+
+    def rewind(self, position: int) -> None:
+        """Forgets positions from ``position`` on. A page that others hold is replaced by a copy, which may
+        need room: raises NoRoom with nothing changed."""
+        kept = position // BLOCK_TOKENS
+        shared = [at for at in range(kept, len(self._held)) if self._held[at].refs > 1]
+        fresh = self._cache.take(self.end - self.start, len(shared)) if shared else []
+        for at in range(kept, len(self._held)):
+            if at not in shared:
+                self._cache.pages.forget(self._held[at])
+        for number, at in enumerate(shared):
+            for layer, row in enumerate(self._table):
+                self._copy_block(row[at], fresh[layer][number])
+                row[at] = fresh[layer][number]
+        self._cache.pages.release([self._held[at] for at in shared])
+        del self._held[kept:]
+        del self._known[position:]
+        self.length = position
+        if shared:
+            self._map_layers()
 
     def release(self) -> None:
-        """Gives every block back. The session must not be used again."""
-        for blocks in self._blocks:
-            self._pool.give(blocks)
-        self._blocks, self._layers = [], []
+        """Lets go of every page and gives every block of its own back. The session must not be used again."""
+        for row in self._table:
+            self._cache.pool.give(row[len(self._held) :])
+        self._cache.pages.release(self._held)
+        self._table, self._held = [], []
+
+    def _share(self) -> None:
+        """Makes pages of full blocks whose tokens are known, as far as no one else's page stands in the
+        way."""
+        while (end := (len(self._held) + 1) * BLOCK_TOKENS) <= min(self.length, len(self._known)):
+            at = len(self._held)
+            tokens = self._known[end - BLOCK_TOKENS : end]
+            parent = self._held[-1] if self._held else None
+            page = self._cache.pages.add(self._scope, parent, tokens, [row[at] for row in self._table])
+            if page is None:
+                return
+            self._held.append(page)
+
+    def _copy_block(self, source: int, target: int) -> None:
+        for rows in (self._cache.pool.k, self._cache.pool.v):
+            blocks = rows.view(-1, BLOCK_TOKENS, *rows.shape[1:])
+            blocks[target] = blocks[source]
+
+    def _map_layers(self) -> None:
+        self._layers: list[_LayerRows] = [_layer_rows(self._cache.pool, row) for row in self._table]
 
 
-def _layer_rows(pool: KvPool, blocks: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+@dataclass(slots=True)
+class _LayerRows:
+    """Where a layer's rows are: ``keys`` and ``values`` in place if ``blocks`` is None, else pool and block
+    numbers."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    blocks: torch.Tensor | None
+
+    def slots(self, position: int, count: int) -> torch.Tensor:
+        """Pool rows of ``count`` positions of a scattered session."""
+        if self.blocks is None:
+            raise LocalFault("a contiguous session is written in place")
+        positions = torch.arange(position, position + count, device=self.keys.device)
+        return self.blocks[positions // BLOCK_TOKENS] * BLOCK_TOKENS + positions % BLOCK_TOKENS
+
+
+def _layer_rows(pool: KvPool, blocks: list[int]) -> _LayerRows:
     first = blocks[0]
     if blocks == list(range(first, first + len(blocks))):
         rows = slice(first * BLOCK_TOKENS, (first + len(blocks)) * BLOCK_TOKENS)
-        return pool.k[rows], pool.v[rows], None
-    numbers = torch.tensor(blocks, device=pool.k.device)
-    slots = numbers[:, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=pool.k.device)
-    return pool.k, pool.v, slots.reshape(-1)
+        return _LayerRows(pool.k[rows], pool.v[rows], None)
+    return _LayerRows(pool.k, pool.v, torch.tensor(blocks, device=pool.k.device))

@@ -5,6 +5,18 @@ base58 strings, errors are those of `p2p.errors`. It does not know what a model 
 """
 
 from p2p import _bootstrap as _bootstrap  # first: libp2p may have to be found inside this package
+from p2p.blobs import (
+    BlobExchange,
+    BlobStore,
+    BlobUnavailable,
+    Chunk,
+    ExchangeConfig,
+    FileEntry,
+    Manifest,
+    SourceChanged,
+    StoreFault,
+    build_manifest,
+)
 from p2p.errors import (
     CallFailed,
     DeadlineExceeded,
@@ -29,12 +41,18 @@ from p2p.rpc_types import Call, EndOfChannel, Method, RpcConfig, RpcRefusal
 from p2p.tensor import Tensor
 
 __all__ = [
+    "BlobExchange",
+    "BlobStore",
+    "BlobUnavailable",
     "ByteStream",
     "Call",
     "CallFailed",
     "Channel",
+    "Chunk",
     "DeadlineExceeded",
     "EndOfChannel",
+    "ExchangeConfig",
+    "FileEntry",
     "Host",
     "HostConfig",
     "Identity",
@@ -43,6 +61,7 @@ __all__ = [
     "InviteError",
     "ListenError",
     "LocalFault",
+    "Manifest",
     "Method",
     "P2pError",
     "PeerEvent",
@@ -54,8 +73,11 @@ __all__ = [
     "Rpc",
     "RpcConfig",
     "RpcRefusal",
+    "SourceChanged",
+    "StoreFault",
     "Tensor",
     "Unreachable",
+    "build_manifest",
     "open_host",
     "pack_value",
     "unpack_value",

@@ -1,0 +1,186 @@
+"""Which chunks to ask of which peer next: rarest first, in runs, and never of a peer that sent bad bytes.
+
+A synchronous core: it is told which peers have what, what was asked, and how it ended; the clock is an argument.
+It does not know files, disks or calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+_SORT_EVERY_S = 3.0
+
+
+@dataclass(eq=False, slots=True)
+class Source:
+    """A peer that has some chunks. `rests_until_s`: when it may be asked again; `refused`: what it did not give."""
+
+    peer: str
+    bits: bytes = b""
+    rests_until_s: float = -math.inf
+    refused: set[int] = field(default_factory=set)
+    cautious: bool = False
+
+    def has(self, number: int) -> bool:
+        at = number >> 3
+        claimed = at < len(self.bits) and self.bits[at] >> (number & 7) & 1 == 1
+        return claimed and number not in self.refused
+
+
+@dataclass(slots=True)
+class _Asked:
+    """Who was asked for a chunk, and when last."""
+
+    peers: set[str] = field(default_factory=set)
+    since_s: float = 0.0
+
+
+class Picker:
+    """`missing` chunk numbers, the `length` of each in bytes, and `seed` so that peers fetch in different orders.
+
+    A run is at most `run_bytes_max` bytes and `run_chunks_max` chunks, all with neighbouring numbers. A chunk that a
+    peer has not delivered for `stalled_s` may be asked of another too.
+    """
+
+    def __init__(
+        self,
+        missing: Iterable[int],
+        length: Callable[[int], int],
+        seed: str,
+        *,
+        run_bytes_max: int = 4 << 20,
+        run_chunks_max: int = 256,
+        stalled_s: float = 5.0,
+    ) -> None:
+        self.missing = set(missing)
+        self.sources: dict[str, Source] = {}
+        self.bad: set[str] = set()
+        self._length = length
+        self._seed = seed
+        self._run_bytes_max = run_bytes_max
+        self._run_chunks_max = run_chunks_max
+        self._stalled_s = stalled_s
+        self._asked: dict[int, _Asked] = {}
+        self._order: list[int] = []
+        self._sorted_s = -math.inf
+        self._stale = True
+
+    def offer(self, peer: str, bits: bytes) -> None:
+        """What `peer` has now. Ignored for one that sent bad bytes."""
+        if peer in self.bad:
+            return
+        source = self.sources.setdefault(peer, Source(peer))
+        if source.bits != bits:
+            source.bits = bits
+            self._stale = True
+
+    def drop(self, peer: str, *, bad: bool) -> None:
+        """`peer` is gone, or never to be asked again."""
+        if bad:
+            self.bad.add(peer)
+        self.sources.pop(peer, None)
+        for asked in self._asked.values():
+            asked.peers.discard(peer)
+
+    def rest(self, peer: str, until_s: float) -> None:
+        source = self.sources.get(peer)
+        if source is not None:
+            source.rests_until_s = max(source.rests_until_s, until_s)
+
+    def refuse(self, peer: str, numbers: Sequence[int]) -> None:
+        """`peer` would not give these. One chunk is believed; of a run, its chunks are asked for one by one."""
+        source = self.sources.get(peer)
+        if source is not None:
+            source.cautious = True
+            if len(numbers) == 1:
+                source.refused.update(numbers)
+                self._stale = True
+
+    def useful(self, peer: str) -> bool:
+        """Whether `peer` has anything that is missing."""
+        source = self.sources.get(peer)
+        return source is not None and any(source.has(number) for number in self.missing)
+
+    def complete(self, peer: str) -> bool:
+        """Whether `peer` has everything that is missing."""
+        source = self.sources.get(peer)
+        return source is not None and all(source.has(number) for number in self.missing)
+
+    def pick(self, peer: str, now: float) -> range | None:
+        """The next run for `peer`, counted as asked; None while there is nothing for it."""
+        source = self.sources.get(peer)
+        if source is None or now < source.rests_until_s:
+            return None
+        first = self._first(source, now)
+        if first is None:
+            return None
+        last = first
+        size = self._length(first)
+        chunks_max = 1 if source.cautious else self._run_chunks_max
+        while last + 1 - first < chunks_max and self._free(last + 1, source, now):
+            size += self._length(last + 1)
+            if size > self._run_bytes_max:
+                break
+            last += 1
+        run = range(first, last + 1)
+        for number in run:
+            asked = self._asked.setdefault(number, _Asked())
+            asked.peers.add(peer)
+            asked.since_s = now
+        return run
+
+    def done(self, numbers: Iterable[int]) -> None:
+        """These chunks are here now, from whomever."""
+        for number in numbers:
+            self.missing.discard(number)
+            self._asked.pop(number, None)
+
+    def failed(self, peer: str, numbers: Iterable[int]) -> None:
+        """`peer` did not deliver these; others may be asked at once."""
+        for number in numbers:
+            asked = self._asked.get(number)
+            if asked is not None:
+                asked.peers.discard(peer)
+
+    def unavailable(self) -> list[int]:
+        """Missing chunks that no known peer has."""
+        return sorted(
+            number for number in self.missing if not any(s.has(number) for s in self.sources.values())
+        )
+
+    def _first(self, source: Source, now: float) -> int | None:
+        if self._stale and (now - self._sorted_s >= _SORT_EVERY_S or not self._order):
+            self._order = self._by_rarity()
+            self._sorted_s = now
+            self._stale = False
+        gone = 0
+        found = None
+        for number in self._order:
+            if number not in self.missing:
+                gone += 1
+            elif self._free(number, source, now):
+                found = number
+                break
+        if gone > 64:
+            self._order = [number for number in self._order if number in self.missing]
+        return found
+
+    def _free(self, number: int, source: Source, now: float) -> bool:
+        if number not in self.missing or not source.has(number):
+            return False
+        asked = self._asked.get(number)
+        if asked is None or not asked.peers:
+            return True
+        return source.peer not in asked.peers and now - asked.since_s >= self._stalled_s
+
+    def _by_rarity(self) -> list[int]:
+        """Rarest first; among equals each fetcher starts elsewhere, so that fetchers have something to exchange."""
+        numbers = sorted(self.missing)
+        owners: Sequence[Source] = list(self.sources.values())
+        start = int.from_bytes(blake3(self._seed.encode()).digest()[:8], "big") % max(1, len(numbers))
+        numbers = numbers[start:] + numbers[:start]
+        return sorted(numbers, key=lambda number: sum(source.has(number) for source in owners))

@@ -1,0 +1,350 @@
+"""Chunks on this disk: fetched ones in sparse files under the store, published ones where their owner keeps them.
+
+Knows directories, quotas and journals. Everything is verified: a chunk before it is written, and again whenever it is
+read for a peer. All methods block on the disk and may be called from any thread. It does not know peers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from p2p.blobs.errors import SourceChanged, StoreFault
+from p2p.blobs.journal import Journal
+from p2p.blobs.manifest import Chunk, Manifest
+from p2p.errors import LocalFault, P2pError, ProtocolViolation, ResourceLimit
+
+logger = logging.getLogger(__name__)
+
+# EDQUOT is not known on every system.
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_SYNC_EVERY_BYTES = 64 << 20
+_RETRY_AFTER_FULL_S = 60.0
+
+
+@dataclass(eq=False, slots=True)
+class _Held:
+    """One manifest of the store. `source` is set while its files are published from elsewhere."""
+
+    manifest: Manifest
+    root: Path
+    journal: Journal
+    source: Path | None
+    have_bytes: int
+    lock: threading.RLock
+    unsynced_bytes: int = 0
+    ready: bool = False
+
+    @property
+    def directory(self) -> Path:
+        return self.source or self.root / "files"
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+
+class BlobStore:
+    """Under `root`, one directory a manifest. `quota_bytes` bounds what is fetched; what is published is not copied."""
+
+    def __init__(self, root: Path, *, quota_bytes: int) -> None:
+        """Raises StoreFault where `root` cannot be used. What is damaged inside is left out, and logged."""
+        self._root = root
+        self._quota_bytes = quota_bytes
+        self._held: dict[str, _Held] = {}
+        self._lock = threading.RLock()
+        with _disk(root):
+            root.mkdir(parents=True, exist_ok=True)
+            for directory in sorted(root.iterdir()):
+                if directory.is_dir() and not directory.name.startswith("."):
+                    self._load(directory)
+
+    # ---- manifests
+
+    def manifests(self) -> tuple[Manifest, ...]:
+        """All that were published, opened or remembered here, also before a restart."""
+        return tuple(held.manifest for held in self._held.values())
+
+    def manifest(self, manifest_id: str) -> Manifest | None:
+        held = self._held.get(manifest_id)
+        return None if held is None else held.manifest
+
+    def remember(self, manifest: Manifest) -> None:
+        """Keep a manifest, without any of its data."""
+        with self._lock:
+            if manifest.id not in self._held:
+                directory = self._root / manifest.id
+                with _disk(directory):
+                    directory.mkdir(parents=True, exist_ok=True)
+                    _write_atomically(directory / "manifest", manifest.encode())
+                    self._load(directory)
+
+    def publish(self, manifest: Manifest, directory: Path) -> None:
+        """Serve straight from `directory`, of which `manifest` was built. Raises StoreFault, SourceChanged."""
+        directory = directory.resolve()
+        for entry in manifest.files:
+            _check_source(directory / entry.name, entry.size)
+        self.remember(manifest)
+        held = self._get(manifest.id)
+        with held.lock, _disk(held.root):
+            _write_atomically(held.root / "source", os.fsencode(directory))
+            held.source = directory
+
+    def open(self, manifest: Manifest) -> Path:
+        """The directory of its files: being filled, each with its whole size, or the published source."""
+        self.remember(manifest)
+        held = self._get(manifest.id)
+        with held.lock:
+            if held.source is None and not held.ready:
+                self._make_files(held)
+            return held.directory
+
+    def remove(self, manifest_id: str) -> None:
+        """Forget a manifest and delete what was fetched; a published source is left alone."""
+        with self._lock:
+            held = self._held.pop(manifest_id, None)
+            if held is not None:
+                with held.lock, _disk(held.root):
+                    shutil.rmtree(held.root)
+
+    # ---- what is here
+
+    def has(self, manifest_id: str, file: str, start: int, end: int) -> bool:
+        """Whether bytes [start, end) of `file` are here. False for what is not known."""
+        held = self._held.get(manifest_id)
+        if held is None or file not in held.manifest.by_name:
+            return False
+        if held.source is not None:
+            return True
+        return all(number in held.journal.present for number in held.manifest.numbers(file, start, end))
+
+    def missing(self, manifest_id: str, file: str, start: int, end: int) -> list[Chunk]:
+        """Chunks of bytes [start, end) of `file` that are not here."""
+        held = self._get(manifest_id)
+        present = held.journal.present
+        numbers = held.manifest.numbers(file, start, end) if held.source is None else ()
+        return [held.manifest.chunk(number)[1] for number in numbers if number not in present]
+
+    def have_bytes(self, manifest_id: str) -> int:
+        """Bytes of a manifest that can be read here; 0 for one that is not known."""
+        held = self._held.get(manifest_id)
+        if held is None:
+            return 0
+        return held.manifest.size_bytes if held.source is not None else held.have_bytes
+
+    def has_chunk(self, manifest_id: str, number: int) -> bool:
+        held = self._held.get(manifest_id)
+        return held is not None and (held.source is not None or number in held.journal.present)
+
+    def bits(self, manifest_id: str) -> bytes | None:
+        """One bit a chunk, the first in the lowest bit of the first byte; None for a manifest not known."""
+        held = self._held.get(manifest_id)
+        if held is None:
+            return None
+        count = held.manifest.chunk_count
+        bits = bytearray(b"\xff" * (-(-count // 8)) if held.source is not None else -(-count // 8))
+        if held.source is None:
+            for number in list(held.journal.present):
+                bits[number >> 3] |= 1 << (number & 7)
+        elif count % 8:
+            bits[-1] = (1 << (count % 8)) - 1
+        return bytes(bits)
+
+    def used_bytes(self) -> int:
+        """What fetched chunks take of the quota."""
+        return sum(held.have_bytes for held in list(self._held.values()))
+
+    def check_room(self, more_bytes: int) -> None:
+        """Raises ResourceLimit where `more_bytes` would not fit into the quota."""
+        used = self.used_bytes()
+        if used + more_bytes > self._quota_bytes:
+            raise ResourceLimit(
+                f"{more_bytes} bytes more do not fit into the {self._quota_bytes} bytes of {self._root}, "
+                f"of which {used} are used",
+                _RETRY_AFTER_FULL_S,
+            )
+
+    # ---- data
+
+    def write_chunk(self, manifest: Manifest, file: str, index: int, data: bytes | memoryview) -> None:
+        """Verify and keep one chunk. Raises ProtocolViolation for wrong bytes, ResourceLimit when full."""
+        self.write_chunks(manifest, manifest.first_chunk[manifest.by_name[file]] + index, [data])
+
+    def write_chunks(
+        self, manifest: Manifest, first: int, datas: list[bytes] | list[memoryview] | list[bytes | memoryview]
+    ) -> None:
+        """Verify and keep chunks with the global numbers from `first` on. All of them or none are marked."""
+        held = self._get(manifest.id)
+        numbers = range(first, first + len(datas))
+        for number, data in zip(numbers, datas, strict=True):
+            _verify(manifest, number, data)
+        with held.lock:
+            if held.source is not None:
+                return
+            new = [number for number in numbers if number not in held.journal.present]
+            new_bytes = sum(manifest.chunk(number)[1].length for number in new)
+            self.check_room(new_bytes)
+            if not held.ready:
+                self._make_files(held)
+            with _disk(held.root):
+                for number in new:
+                    entry, chunk = manifest.chunk(number)
+                    with held.path(entry.name).open("r+b") as file:
+                        file.seek(chunk.offset)
+                        file.write(datas[number - first])
+                held.journal.add(new)
+            held.have_bytes += new_bytes
+            held.unsynced_bytes += new_bytes
+            if held.unsynced_bytes >= _SYNC_EVERY_BYTES:
+                self.sync(manifest.id)
+
+    def sync(self, manifest_id: str) -> None:
+        """Flush what was written to the disk, so that a power cut does not cost it."""
+        held = self._get(manifest_id)
+        with held.lock, _disk(held.root):
+            if held.source is not None or not held.journal.unsynced:
+                return
+            for name in {held.manifest.chunk(number)[0].name for number in held.journal.unsynced}:
+                with held.path(name).open("r+b") as file:
+                    os.fsync(file.fileno())
+            held.journal.synced()
+            held.unsynced_bytes = 0
+
+    def read_chunk(self, manifest_id: str, number: int) -> bytes:
+        """A verified chunk by its global number. Raises SourceChanged, or LocalFault where it is not here."""
+        held = self._get(manifest_id)
+        if not self.has_chunk(manifest_id, number) or number >= held.manifest.chunk_count:
+            raise LocalFault(f"chunk {number} of {held.manifest.name} is not here")
+        entry, chunk = held.manifest.chunk(number)
+        path = held.path(entry.name)
+        with _disk(path), path.open("rb") as file:
+            file.seek(chunk.offset)
+            data = file.read(chunk.length)
+        if len(data) == chunk.length and blake3(data).digest() == chunk.hash:
+            return data
+        if held.source is not None:
+            raise SourceChanged(f"{path} is no longer what was published; publish it again")
+        with held.lock, _disk(held.root):
+            self._forget(held, number)
+        raise LocalFault(f"chunk {number} of {path} was damaged on the disk; it will be fetched again")
+
+    # ---- inside
+
+    def _get(self, manifest_id: str) -> _Held:
+        held = self._held.get(manifest_id)
+        if held is None:
+            raise LocalFault(f"manifest {manifest_id} is not in the store; open it first")
+        return held
+
+    def _load(self, directory: Path) -> None:
+        try:
+            manifest = Manifest.decode((directory / "manifest").read_bytes())
+            if manifest.id != directory.name:
+                raise StoreFault("it holds another manifest")
+            journal = Journal(directory / "journal", manifest.id, manifest.chunk_count)
+        except (OSError, P2pError) as error:
+            logger.warning("leaving out the damaged blobs in %s: %s", directory, error)
+            return
+        held = _Held(manifest, directory, journal, _read_source(directory), 0, threading.RLock())
+        whole = {
+            entry.name for entry in manifest.files if _has_size(directory / "files" / entry.name, entry.size)
+        }
+        for number in sorted(journal.present):
+            name = manifest.chunk(number)[0].name
+            if name not in whole or (number in journal.unsynced and not _intact(held, number)):
+                journal.forget(number)
+        held.have_bytes = sum(manifest.chunk(number)[1].length for number in journal.present)
+        self._held[manifest.id] = held
+
+    def _forget(self, held: _Held, number: int) -> None:
+        if number in held.journal.present:
+            held.journal.forget(number)
+            held.have_bytes -= held.manifest.chunk(number)[1].length
+
+    def _make_files(self, held: _Held) -> None:
+        """Sparse files of the final sizes, so that whatever reads them can seek."""
+        with _disk(held.root):
+            (held.root / "files").mkdir(exist_ok=True)
+            for entry in held.manifest.files:
+                path = held.path(entry.name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("ab") as file:
+                    if file.tell() != entry.size:
+                        file.truncate(entry.size)
+            held.ready = True
+
+
+def _verify(manifest: Manifest, number: int, data: bytes | memoryview) -> None:
+    entry, chunk = manifest.chunk(number)
+    if len(data) != chunk.length or blake3(data).digest() != chunk.hash:
+        raise ProtocolViolation(
+            f"bytes [{chunk.offset}, {chunk.end}) of {entry.name} do not have the hash of {manifest.name}'s manifest"
+        )
+
+
+def _intact(held: _Held, number: int) -> bool:
+    entry, chunk = held.manifest.chunk(number)
+    try:
+        with (held.root / "files" / entry.name).open("rb") as file:
+            file.seek(chunk.offset)
+            return blake3(file.read(chunk.length)).digest() == chunk.hash
+    except OSError:
+        return False
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def _check_source(path: Path, size: int) -> None:
+    with _disk(path):
+        found = path.stat().st_size
+    if found != size:
+        raise SourceChanged(f"{path} has {found} bytes, {size} were published")
+
+
+def _read_source(directory: Path) -> Path | None:
+    try:
+        source = Path(os.fsdecode((directory / "source").read_bytes()))
+    except FileNotFoundError:
+        return None
+    if source.is_dir():
+        return source
+    logger.warning("%s, which was published, is gone", source)
+    return None
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """A full disk is a limit, any other trouble with it one clear line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            raise ResourceLimit(f"no room left for {path}: {reason}", _RETRY_AFTER_FULL_S) from error
+        raise StoreFault(f"cannot use {path}: {reason}") from error

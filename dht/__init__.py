@@ -5,10 +5,13 @@ as arguments; gossip and directory are the shells around them.
 """
 
 from dht.errors import OwnRecordsFull, RecordInvalid, RecordRefused
+from dht.gossip import Gossip, GossipConfig
 from dht.records import Record, sign_record
 from dht.view import View, ViewConfig
 
 __all__ = [
+    "Gossip",
+    "GossipConfig",
     "OwnRecordsFull",
     "Record",
     "RecordInvalid",

@@ -67,7 +67,8 @@ def pip(what: str, *arguments: str, count: int = 1, complain: bool = True) -> bo
             seen += line.startswith(("Collecting ", "Requirement already ", "Obtaining "))
             if sys.stdout.isatty():
                 print(f"\r{what} {min(seen, count)}/{count} ", end="", flush=True)
-    print(f"\r{what}: {'done' if process.returncode == 0 else 'failed'}   ", flush=True)
+    start = "\r" if sys.stdout.isatty() else ""
+    print(f"{start}{what}: {'done' if process.returncode == 0 else 'failed'}    ", flush=True)
     if process.returncode != 0 and complain:
         sys.stderr.writelines(line for line in last if not line.startswith("WARNING: Location"))
     return process.returncode == 0

@@ -28,7 +28,7 @@ class Hardware:
 
 def measure(device: str, dtype: str, memory_bytes: int | None, budget_s: float = 0.3) -> Hardware:
     """Measure once at start. `memory_bytes` (the owner's cap) wins over what is free."""
-    figures = micro_benchmark(device, dtype, budget_s)
+    figures = micro_benchmark(device, "bfloat16" if dtype == "auto" else dtype, budget_s)
     lent = memory_bytes if memory_bytes is not None else _free_bytes(device)
     return Hardware(device, lent, float(figures["flops_per_s"]), float(figures["read_bytes_per_s"]))
 
@@ -43,5 +43,8 @@ def _free_bytes(device: str) -> int:
 
 
 def default_threads() -> int:
-    """Threads for the engine: all cores."""
-    return max(1, os.cpu_count() or 1)
+    """Threads for the engine: all cores but one, which the event loop (and the machine's owner) keeps.
+
+    With every core in the pool a single busy neighbour stalls each step at its barriers: ten times slower was seen.
+    """
+    return max(1, (os.cpu_count() or 1) - 1)

@@ -247,7 +247,11 @@ class MeshNode:
     def _sources(self, manifest_id: str) -> list[PeerId]:
         """Connected peers that host or offer a model first, then the others."""
         atlas = self.atlas()
-        offering = {r.signer for r in self.view.records(adverts.MODEL, time.time())}
+        offering = {
+            record.signer
+            for record in self.view.records(adverts.MODEL, time.time())
+            if (advert := adverts.read(ModelAdvert, record.value)) and advert.manifest_id == manifest_id
+        }
         likely = set(atlas.hosts.get(manifest_id, {})) | offering
         connected = [peer for peer in self.host.peers() if peer != self.me]
         return sorted(connected, key=lambda peer: (peer not in likely, peer))

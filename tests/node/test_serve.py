@@ -170,6 +170,17 @@ async def test_a_ring_gives_the_tokens_of_one_engine(model, alone, prompt, cut, 
         await ring.quiet()
 
 
+@pytest.mark.parametrize("cut", ["one", "two"])
+@pytest.mark.parametrize("at", [0, -1])
+async def test_a_stage_can_be_its_own_gateway(model, alone, prompt, cut, at):
+    request = wish(prompt)
+    async with ring_of(model, CUTS[cut]) as ring:
+        own = Ring(ring.network, ring.nodes, ring.nodes[at], ring.spans)
+        with trio.fail_after(20):
+            assert [event.token for event in await tokens_of(own, request)] == alone(request)
+            await own.quiet()
+
+
 async def test_a_prompt_of_several_chunks_gives_the_tokens_of_one_engine(model, alone, prompt):
     request = wish((prompt * 200)[:900], max_tokens=5)
     async with ring_of(model, CUTS["two"]) as ring:

@@ -111,6 +111,23 @@ def test_an_installation_that_broke_off_is_done_again(
     assert asked
 
 
+def test_going_back_to_the_old_pins_after_a_broken_change_installs_again(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_venv(tool, monkeypatch)
+    fake_pip(tool, monkeypatch)
+    tool.install()
+    old = tool.PINS[0].read_text()
+    tool.PINS[0].write_text(old + "more==1.0\n")
+    fake_pip(tool, monkeypatch, fails=("--editable",))
+    with pytest.raises(tool.InstallError):
+        tool.install()
+    tool.PINS[0].write_text(old)
+    asked = fake_pip(tool, monkeypatch)
+    tool.install()
+    assert asked
+
+
 def test_on_linux_only_a_cpu_torch_is_taken_unasked(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

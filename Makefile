@@ -4,7 +4,6 @@
 # A torch that is already in .venv is kept. Every path here is relative, because a checkout's path may have a space in it.
 PYTHON ?= python3
 PY := .venv/bin/python
-PACKAGES := shoal node scheduler collectives model_shards dht p2p testnet
 export TORCH_INDEX
 
 .PHONY: help install demo test test-all lint format lock train-embedded clean

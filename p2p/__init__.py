@@ -34,6 +34,7 @@ from p2p.errors import (
 from p2p.host import ByteStream, Host, HostConfig, PeerEvent, open_host
 from p2p.identity import Identity, PeerId, verify
 from p2p.invite import Invite
+from p2p.kad import Kad, KadConfig
 from p2p.messages import pack_value, unpack_value
 from p2p.rpc import Rpc
 from p2p.rpc_lane import Channel
@@ -59,6 +60,8 @@ __all__ = [
     "IdentityError",
     "Invite",
     "InviteError",
+    "Kad",
+    "KadConfig",
     "ListenError",
     "LocalFault",
     "Manifest",

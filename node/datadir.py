@@ -45,7 +45,7 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
             os.fsync(out.fileno())
         os.chmod(name, mode)
         os.replace(name, path)
-    except BaseException:
+    except BaseException:  # whatever ended it, also a cancellation, leaves no debris
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise

@@ -372,13 +372,13 @@ class Host:
         except (NegotiationError, MuxedStreamError, MuxedConnUnavailable, RemoteFault) as error:
             logger.debug("a stream from %s was reset: %s", link.peer, error)
             stream.abort()
-        except Exception as error:
+        except Exception as error:  # a handler is anyone's code: its failure resets its stream
             if only_remote(error):
                 logger.debug("a stream from %s was reset: %s", link.peer, error)
             else:
                 logger.exception("a handler failed; its stream from %s is reset", link.peer)
             stream.abort()
-        except BaseException:
+        except BaseException:  # cancelled: the stream must not outlive its handler
             stream.abort()
             raise
 

@@ -212,7 +212,7 @@ class _StreamedAnswer(Response):
             if not self._started:
                 raise
             await self._write(send, sse(from_error(problem).body()))
-        except Exception:
+        except Exception:  # a bug may end one answer, said in its own stream, and no more
             if not self._started:
                 raise
             log.exception("a streamed answer failed")

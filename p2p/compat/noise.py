@@ -84,7 +84,7 @@ class BufferedNoise(Transport):
             raise HandshakeFailure("the handshake took too long") from None
         except HandshakeFailure:
             raise
-        except Exception as error:
+        except Exception as error:  # the cipher library raises anything for a stranger's bytes
             raise HandshakeFailure(f"{type(error).__name__}: {error}") from error
 
 

@@ -174,7 +174,7 @@ class MendedSwarm(Swarm):
             return existing
         try:
             addrs = self.peerstore.addrs(peer_id)
-        except Exception as error:
+        except Exception as error:  # the library's store has no common error class
             raise SwarmException(f"no addresses known for {peer_id}") from error
         conn, reasons = await race([(addr, peer_id) for addr in addrs], self)
         if conn is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -18,7 +18,6 @@ from typing import Any, Protocol, TypeVar
 import trio
 
 from p2p.errors import (
-    CallFailed,
     DeadlineExceeded,
     LocalFault,
     PeerLost,
@@ -31,9 +30,11 @@ from p2p.host import ByteStream, PeerEvent
 from p2p.identity import PeerId
 from p2p.messages import codec_of
 from p2p.pipe import stream_pair
-from p2p.rpc_core import REQUEST_WINDOW_BYTES, Budget, CallState, CoreLimits, LaneCore, MessageLimits
+from p2p.rpc_core import Budget, CoreLimits, LaneCore
 from p2p.rpc_lane import Channel, Lane, Port, decode_or_fail
-from p2p.rpc_types import LANES, Call, LaneName, Method, RpcConfig, RpcRefusal
+from p2p.rpc_serve import Served, answer
+from p2p.rpc_state import REQUEST_WINDOW_BYTES, CallState, MessageLimits
+from p2p.rpc_types import LANES, Call, LaneName, Method, RpcConfig, limits_of
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +62,6 @@ class RpcHost(Protocol):
     ) -> ByteStream: ...
     def handle(self, protocol: str, handler: Callable[[Any], Awaitable[None]]) -> None: ...
     def watch(self) -> AbstractContextManager[trio.MemoryReceiveChannel[PeerEvent]]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Served:
-    """A method with its handler; `channel` tells which of the two kinds it is."""
-
-    method: Method[Any, Any]
-    handler: Callable[..., Awaitable[Any]]
-    channel: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -119,7 +111,7 @@ class Rpc:
         self.host = host
         self.config = config or RpcConfig()
         self.faults: Counter[PeerId] = Counter()
-        self._served: dict[str, _Served] = {}
+        self._served: dict[str, Served] = {}
         self._links: dict[PeerId, _Link] = {}
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
@@ -149,7 +141,7 @@ class Rpc:
     ) -> None:
         if method.name in self._served:
             raise LocalFault(f"method {method.name!r} is served already")
-        self._served[method.name] = _Served(method, handler, channel)
+        self._served[method.name] = Served(method, handler, channel)
 
     # ---- calling
 
@@ -166,7 +158,7 @@ class Rpc:
             lane = await self._room_on(lane, method, deadline)
         port = self._open(lane, method, deadline)
         try:
-            port.queue(encoded, _limits(method))
+            port.queue(encoded, limits_of(method))
             lane.core.end(port.state)
             lane.flush()
             received = await port.get()
@@ -174,8 +166,7 @@ class Rpc:
                 raise ProtocolViolation(f"{method.name}: {peer} ended the call without an answer")
             return decode_or_fail(port, codec_of(method.reply), received)
         finally:
-            lane.core.cancel(port.state)
-            lane.flush()
+            port.close()
 
     async def _room_on(self, lane: Lane, method: Method[Any, Any], deadline: float) -> Lane:
         """Wait for one of our own calls to end, rather than be told `busy`."""
@@ -200,16 +191,14 @@ class Rpc:
         within_s = min(method.deadline_s if deadline_s is None else deadline_s, DEADLINE_S_MAX)
         port = self._open(lane, method, trio.current_time() + within_s)
         try:
-            await port.put(encoded, _limits(method))
+            await port.put(encoded, limits_of(method))
             if method.upstream is None:
                 lane.core.end(port.state)
                 lane.flush()
             upstream = None if method.upstream is None else codec_of(method.upstream)
-            yield Channel(port, codec_of(method.reply), upstream, _limits(method))
+            yield Channel(port, codec_of(method.reply), upstream, limits_of(method))
         finally:
-            lane.core.cancel(port.state)
-            lane.room.unpark_all()
-            lane.flush()
+            port.close()
 
     def _open(self, lane: Lane, method: Method[Any, Any], deadline: float) -> Port:
         if lane.failure is not None:
@@ -217,7 +206,7 @@ class Rpc:
             raise lane.failure.with_traceback(None)
         within_s = max(deadline - trio.current_time(), 1e-3)
         window_bytes = self.config.lane_window_bytes(method.lane)
-        return Port(lane, lane.core.open(method.name, deadline, within_s, _limits(method), window_bytes))
+        return Port(lane, lane.core.open(method.name, deadline, within_s, limits_of(method), window_bytes))
 
     # ---- what is known of peers
 
@@ -369,7 +358,7 @@ class Rpc:
 
     def _out_lane(self, link: _Link, name: LaneName) -> Lane:
         lane = link.out.get(name)
-        if lane is None:
+        if lane is None or lane.failure is not None:
             lane = link.out[name] = self._new_lane(link, name, serves=False)
             self._started().start_soon(self._run_out, link, lane)
         return lane
@@ -397,6 +386,8 @@ class Rpc:
             lane.fail(PeerLost(link.peer, f"{link.peer} serves no calls: {failure}"))
         except RemoteFault as failure:
             lane.fail(failure)
+        except Exception:  # what a peer sends must never end more than its stream
+            logger.exception("the stream of calls to %s failed here", link.peer)
         finally:
             lane.fail(PeerLost(link.peer, f"the stream of calls to {link.peer} has ended"))
             if link.out.get(lane.name) is lane:
@@ -435,7 +426,9 @@ class Rpc:
             return None
         method = served.method
         large = method.upstream is not None or method.payload_bytes_max > REQUEST_WINDOW_BYTES
-        return _limits(method), self.config.lane_window_bytes(method.lane) if large else REQUEST_WINDOW_BYTES
+        return limits_of(method), self.config.lane_window_bytes(
+            method.lane
+        ) if large else REQUEST_WINDOW_BYTES
 
     def _on_begun(self, lane: Lane, state: CallState) -> None:
         if lane.nursery is not None:
@@ -448,7 +441,8 @@ class Rpc:
         with trio.CancelScope(deadline=state.deadline) as scope:
             port.scope = scope
             if not state.over:
-                refusal = await self._answer(self._served[state.method], port)
+                refusal = await answer(self._served[state.method], port)
+        state.owner = None
         if scope.cancelled_caught:
             lane.core.refuse(state, Refusal("deadline", "the handler took too long"), at_once=True)
         elif refusal is not None:
@@ -456,66 +450,6 @@ class Rpc:
         else:
             lane.core.end(state)
         lane.flush()
-
-    async def _answer(self, served: _Served, port: Port) -> Refusal | None:
-        """The boundary between the mesh and our handlers: what a handler raises ends its own call only."""
-        method = served.method
-        call = Call(port.lane.peer, port.state.deadline)
-        try:
-            received = port.lane.core.take(port.state)
-            if received is None:
-                return Refusal("invalid", "a call without a request")
-            request = decode_or_fail(port, codec_of(method.request), received)
-            if served.channel:
-                upstream = None if method.upstream is None else codec_of(method.upstream)
-                channel: Channel[Any, Any] = Channel(port, upstream, codec_of(method.reply), _limits(method))
-                await served.handler(call, request, channel)
-            else:
-                reply = await served.handler(call, request)
-                port.queue(codec_of(method.reply).encode(reply), _limits(method))
-            return None
-        except Exception as problem:
-            refusal = _refusal_of(problem)
-            if refusal is None:
-                logger.exception("the handler of %s failed for %s", method.name, call.peer)
-                refusal = Refusal("internal", f"the handler of {method.name} failed")
-            return refusal
-
-
-def _limits(method: Method[Any, Any]) -> MessageLimits:
-    return MessageLimits(method.body_bytes_max, method.payload_bytes_max)
-
-
-def _leaves(problem: BaseException) -> Iterator[BaseException]:
-    if isinstance(problem, BaseExceptionGroup):
-        for inner in problem.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield problem
-
-
-def _refusal_of(problem: BaseException) -> Refusal | None:
-    """What a handler's failure means to its caller; None for a fault of our own.
-
-    Within a group a refusal counts first; a single fault of our own makes the whole group one.
-    """
-    leaves: Sequence[BaseException] = list(_leaves(problem))
-    for leaf in leaves:
-        if isinstance(leaf, RpcRefusal):
-            return Refusal(leaf.code, leaf.message, leaf.retry_after_s, leaf.detail)
-    if not all(isinstance(leaf, RemoteFault | ResourceLimit) for leaf in leaves):
-        return None
-    leaf = leaves[0]
-    if isinstance(leaf, ResourceLimit):
-        return Refusal("busy", str(leaf), leaf.retry_after_s)
-    detail = {"cause": type(leaf).__name__}
-    if isinstance(leaf, CallFailed):
-        return Refusal(
-            "unavailable", str(leaf), leaf.retry_after_s, {"peer": leaf.peer} | detail | leaf.detail
-        )
-    if isinstance(leaf, PeerLost):
-        detail["peer"] = leaf.peer
-    return Refusal("unavailable", str(leaf), None, detail)
 
 
 __all__ = ["Rpc", "RpcHost"]

@@ -10,30 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 from p2p import frames
 from p2p.errors import LocalFault, P2pError, ProtocolViolation, ResourceLimit
-from p2p.frames import HEADER_BYTES, PREFIX_BYTES, FrameParser, Refusal
+from p2p.frames import HEADER_BYTES, FrameParser, Refusal
+from p2p.rpc_state import REQUEST_WINDOW_BYTES, CallerLeft, CallState, MessageLimits, Received
 
-# What a callee may be sent before it has granted anything: a constant of the protocol.
-REQUEST_WINDOW_BYTES = 256 << 10
 _CREDIT_BYTES_MAX = 1 << 40
-
-
-class MessageLimits(NamedTuple):
-    """The most that one message may measure, body and payload apart."""
-
-    body_bytes_max: int
-    payload_bytes_max: int
-
-
-class Received(NamedTuple):
-    """A whole message as it came; both are memory of its own. `wire_bytes` is what it counts against windows."""
-
-    body: bytes
-    payload: bytearray
-    wire_bytes: int
 
 
 @dataclass(slots=True)
@@ -54,63 +37,6 @@ class CoreLimits:
     copy_bytes_max: int = 64 << 10
     control_frames_max: int = 8192
     busy_retry_after_s: float = 0.5
-
-
-class CallerLeft(Exception):
-    """Why a served call is over: its caller wants no answer any more."""
-
-
-@dataclass(eq=False, slots=True)
-class _Outgoing:
-    """A message on its way out; `parts` are what is left of it."""
-
-    parts: deque[memoryview | bytes]
-    left_bytes: int
-    started: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class _Incoming:
-    """The message that is arriving. Its memory grows with what came, never with what was claimed."""
-
-    prefix: bytearray = field(default_factory=bytearray)
-    body: bytearray = field(default_factory=bytearray)
-    payload: bytearray = field(default_factory=bytearray)
-    body_bytes: int = 0
-    payload_bytes: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class CallState:
-    """One call at one end.
-
-    `begun`: its request has come (or was sent). `over`: nothing more will be sent or come; then `failure` or `refused`
-    says why, unless it ended cleanly. `peer_ended`: what is in `inbox` is the last. The inbox outlives the call.
-    """
-
-    id: int
-    method: str
-    limits: MessageLimits
-    deadline: float
-    send_credit_bytes: int
-    window_bytes: int
-    allowance_bytes: int
-    owner: Any = None
-    begun: bool = False
-    over: bool = False
-    peer_ended: bool = False
-    failure: P2pError | CallerLeft | None = None
-    refused: Refusal | None = None
-    outbox: deque[_Outgoing] = field(default_factory=deque)
-    outbox_bytes: int = 0
-    in_turn: bool = False
-    end_wanted: bool = False
-    end_sent: bool = False
-    refusal: Refusal | None = None
-    inbox: deque[Received] = field(default_factory=deque)
-    incoming: _Incoming | None = None
-    queued_bytes: int = 0
-    held_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -175,19 +101,9 @@ class LaneCore:
         """Queue a message. False where `payload` is referred to, not copied, until `call.outbox` is empty."""
         if call.over or call.end_wanted:
             return True
-        left = PREFIX_BYTES + len(body) + payload_bytes
-        prefix = frames.pack_prefix(len(body), payload_bytes)
-        copied = left <= self.limits.copy_bytes_max
-        parts: list[memoryview | bytes] = [prefix, body, *payload]
-        call.outbox.append(_Outgoing(deque((b"".join(parts),) if copied else parts), left))
-        call.outbox_bytes += left
+        copied = call.queue(body, payload, payload_bytes, self.limits.copy_bytes_max)
         self._schedule(call)
         return copied
-
-    def detach(self, call: CallState) -> None:
-        """Copy what `send` referred to, so that its owner may have it back before it is sent."""
-        for message in call.outbox:
-            message.parts = deque(bytes(part) for part in message.parts)
 
     def end(self, call: CallState) -> None:
         """Say that nothing more will be sent; at the callee that ends the call cleanly."""
@@ -200,8 +116,7 @@ class LaneCore:
         if call.over or call.refusal is not None:
             return
         if at_once:
-            call.outbox.clear()
-            call.outbox_bytes = 0
+            call.drop_outbox()
         call.refusal = refusal
         call.end_wanted = True
         self._schedule(call)
@@ -267,9 +182,7 @@ class LaneCore:
         return parts
 
     def _schedule(self, call: CallState) -> None:
-        if call.in_turn or call.over or call.end_sent:
-            return
-        if call.send_credit_bytes > 0 if call.outbox else call.end_wanted:
+        if not call.in_turn and call.sendable:
             call.in_turn = True
             self._turns.append(call)
 
@@ -277,28 +190,9 @@ class LaneCore:
         """One frame of a call's; returns its size."""
         if not call.outbox:
             return self._take_end(call, parts)
-        message = call.outbox[0]
-        length = min(message.left_bytes, self.limits.piece_bytes_max, call.send_credit_bytes)
-        done = length == message.left_bytes
-        end = done and len(call.outbox) == 1 and call.end_wanted and call.refusal is None
-        parts.append(frames.pack_data_header(call.id, length, first=not message.started, end=end))
-        left = length
-        while left:
-            part = message.parts.popleft()
-            if len(part) > left:
-                view = memoryview(part)
-                message.parts.appendleft(view[left:])
-                part = view[:left]
-            parts.append(part)
-            left -= len(part)
-        message.started = True
-        message.left_bytes -= length
-        call.outbox_bytes -= length
-        call.send_credit_bytes -= length
-        if done:
-            call.outbox.popleft()
-            if not call.outbox:
-                self.drained.append(call)
+        length, end = call.cut_frame(self.limits.piece_bytes_max, parts)
+        if not call.outbox:
+            self.drained.append(call)
         if end:
             self._ended(call)
         return HEADER_BYTES + length
@@ -409,7 +303,7 @@ class LaneCore:
         call.allowance_bytes -= size
         if size:
             self._hold(call, size)
-            received = self._gather(call, piece)
+            received = call.gather(piece)
             if received is not None:
                 call.inbox.append(received)
                 call.queued_bytes += received.wire_bytes
@@ -433,47 +327,6 @@ class LaneCore:
             self._finish(call, None)
         fed.changed[call] = None
 
-    def _gather(self, call: CallState, piece: frames.Piece) -> Received | None:
-        """Add a piece to the message that is arriving; the message, once it is whole."""
-        data = piece.data
-        if piece.first == (call.incoming is not None):
-            raise ProtocolViolation("a message started within another, or went on after its end")
-        if piece.first and len(data) >= PREFIX_BYTES:
-            body_bytes, payload_bytes = self._sizes(call, data)
-            body_end = PREFIX_BYTES + body_bytes
-            if len(data) == body_end + payload_bytes:
-                return Received(bytes(data[PREFIX_BYTES:body_end]), bytearray(data[body_end:]), len(data))
-        incoming = call.incoming = call.incoming or _Incoming()
-        if len(incoming.prefix) < PREFIX_BYTES:
-            missing = PREFIX_BYTES - len(incoming.prefix)
-            incoming.prefix += data[:missing]
-            data = data[missing:]
-            if len(incoming.prefix) < PREFIX_BYTES:
-                return None
-            incoming.body_bytes, incoming.payload_bytes = self._sizes(call, incoming.prefix)
-        missing = incoming.body_bytes - len(incoming.body)
-        if missing:
-            incoming.body += data[:missing]
-            data = data[missing:]
-        incoming.payload += data
-        if len(incoming.payload) > incoming.payload_bytes:
-            raise ProtocolViolation("a message is longer than it said")
-        if len(incoming.body) < incoming.body_bytes or len(incoming.payload) < incoming.payload_bytes:
-            return None
-        call.incoming = None
-        wire_bytes = PREFIX_BYTES + incoming.body_bytes + incoming.payload_bytes
-        return Received(bytes(incoming.body), incoming.payload, wire_bytes)
-
-    def _sizes(self, call: CallState, prefix: memoryview | bytearray) -> tuple[int, int]:
-        body_bytes, payload_bytes = frames.parse_prefix(prefix)
-        limits = call.limits
-        if body_bytes > limits.body_bytes_max or payload_bytes > limits.payload_bytes_max:
-            raise ProtocolViolation(
-                f"{call.method}: a message of {body_bytes} and {payload_bytes} bytes, where at most "
-                f"{limits.body_bytes_max} and {limits.payload_bytes_max} are allowed"
-            )
-        return body_bytes, payload_bytes
-
     # ---- bookkeeping
 
     def _hold(self, call: CallState, change_bytes: int) -> None:
@@ -481,12 +334,8 @@ class LaneCore:
         self._budget.used_bytes += change_bytes
 
     def _grant(self, call: CallState) -> None:
-        """Top up what the peer may send, in large steps. A message that is arriving does not fill the window, so that
-        one larger than the window gets through; whole ones that wait to be taken do."""
-        if call.over or call.peer_ended:
-            return
-        due = call.window_bytes - call.queued_bytes - call.allowance_bytes
-        if due > 0 and due * 2 >= call.window_bytes:
+        due = call.grant_due()
+        if due:
             call.allowance_bytes += due
             self._control.append(frames.pack_credit(call.id, due))
 
@@ -512,28 +361,15 @@ class LaneCore:
     def _finish(self, call: CallState, failure: P2pError | CallerLeft | None) -> None:
         call.over = True
         call.failure = call.failure or failure
-        call.incoming = None
-        call.outbox.clear()
-        call.outbox_bytes = 0
+        call.drop_outbox()
         self.calls.pop(call.id, None)
 
     def validate(self) -> None:
         """Raises LocalFault where the books do not balance; for tests, after every event."""
         for call in self.calls.values():
-            arriving = call.incoming
-            partial = 0
-            if arriving is not None:
-                partial = len(arriving.prefix) + len(arriving.body) + len(arriving.payload)
-            checks = {
-                "queued": call.queued_bytes == sum(one.wire_bytes for one in call.inbox),
-                "held": call.held_bytes == call.queued_bytes + partial,
-                "outbox": call.outbox_bytes == sum(one.left_bytes for one in call.outbox),
-                "parts": all(sum(map(len, one.parts)) == one.left_bytes for one in call.outbox),
-                "allowance": call.allowance_bytes >= 0,
-                "turn": call.in_turn == (call in self._turns),
-                "over": not call.over,
-            }
-            broken = [name for name, holds in checks.items() if not holds]
+            broken = call.imbalances()
+            if call.in_turn != (call in self._turns):
+                broken.append("turns")
             if broken:
                 raise LocalFault(f"call {call.id}: {', '.join(broken)} out of balance")
         if self._budget.used_bytes < 0:

@@ -24,7 +24,8 @@ from p2p.errors import (
 from p2p.host import ByteStream
 from p2p.identity import PeerId
 from p2p.messages import Codec, Encoded
-from p2p.rpc_core import CallState, LaneCore, MessageLimits, Received
+from p2p.rpc_core import LaneCore
+from p2p.rpc_state import CallState, MessageLimits, Received
 from p2p.rpc_types import EndOfChannel, LaneName
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,11 @@ class Lane:
         if self.core.wants_write:
             self._work.unpark_all()
 
+    def make_room(self) -> None:
+        """Let as many waiting callers open calls as have ended."""
+        if self.room:
+            self.room.unpark(count=max(0, self.core.limits.calls_max - len(self.core.calls)))
+
     def _wake(self, call: CallState) -> None:
         port: Port | None = call.owner
         if port is not None:
@@ -115,8 +121,7 @@ class Lane:
                 for call in fed.changed:
                     self._wake(call)
                 self._on_heard(self, len(data), fed.pongs)
-                if self.room:
-                    self.room.unpark_all()
+                self.make_room()
                 self.flush()
         except RemoteFault as failure:
             self.fail(failure)
@@ -150,6 +155,13 @@ class Port:
         self.scope: trio.CancelScope | None = None
         state.owner = self
 
+    def close(self) -> None:
+        """The caller leaves: the other side is told, unless it has ended."""
+        self.lane.core.cancel(self.state)
+        self.state.owner = None
+        self.lane.make_room()
+        self.lane.flush()
+
     def queue(self, encoded: Encoded, limits: MessageLimits) -> bool:
         """Queue a message without waiting; True once its memory is the caller's again."""
         if len(encoded.body) > limits.body_bytes_max or encoded.payload_bytes > limits.payload_bytes_max:
@@ -162,8 +174,10 @@ class Port:
     async def put(self, encoded: Encoded, limits: MessageLimits) -> None:
         """Send a message; returns when it is queued, and for larger ones when it has been written."""
         state = self.state
-        if state.over or state.end_wanted or state.end_sent:
-            raise self._why_over() or EndOfChannel(f"{state.method}: the call has ended")
+        if state.over:
+            raise self._why_over() or EndOfChannel(f"{state.method}: {self.lane.peer} has ended")
+        if state.end_wanted:
+            raise LocalFault(f"{state.method}: this side has ended already")
         copied = self.queue(encoded, limits)
         self.lane.flush()
         if copied and state.outbox_bytes <= _QUEUE_BYTES_MAX:
@@ -174,7 +188,7 @@ class Port:
                 await self._wait()
         finally:
             if state.outbox:
-                self.lane.core.detach(state)
+                state.detach()
         failure = self._why_over()
         if failure is not None:
             raise failure

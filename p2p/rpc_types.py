@@ -13,6 +13,7 @@ from p2p.errors import LocalFault, P2pError
 from p2p.frames import DATA_FRAME_BYTES_MAX, DEADLINE_S_MAX, METHOD_CHARS_MAX
 from p2p.identity import PeerId
 from p2p.messages import codec_of
+from p2p.rpc_state import MessageLimits
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -58,6 +59,11 @@ class Method(Generic[Q, A]):
         for kind in (self.request, self.reply, self.upstream):
             if kind is not None:
                 codec_of(kind)
+
+
+def limits_of(method: Method[Any, Any]) -> MessageLimits:
+    """What one message of a method may measure."""
+    return MessageLimits(method.body_bytes_max, method.payload_bytes_max)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ import trio
 from p2p import HostConfig, Identity, Rpc, open_host
 from p2p.testing import MemoryNetwork
 
+ON_LOOPBACK = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
+
 
 @dataclass
 class Peers:
@@ -62,3 +64,18 @@ async def peers(request, network):
 async def memory_peers(network):
     async for one in _peers(network):
         yield one
+
+
+@pytest.fixture
+def make_host(nursery):
+    """Opens hosts of one mesh, each in a task of its own; all end with the test."""
+
+    async def run(identity, mesh_id, key, config, task_status):
+        async with open_host(identity, mesh_id, key, config) as host:
+            task_status.started(host)
+            await trio.sleep_forever()
+
+    async def make(config=ON_LOOPBACK, mesh_id="mesh", key=b"k" * 32, identity=None):
+        return await nursery.start(run, identity or Identity.generate(), mesh_id, key, config)
+
+    return make

@@ -3,8 +3,6 @@
 import math
 import random
 import socket
-import subprocess
-import sys
 import time
 from contextlib import AsyncExitStack
 
@@ -17,29 +15,14 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from p2p.compat.negotiate import encode_message
-from p2p.compat.swarm import SwarmHooks, SwarmLimits, build_swarm, check_guards
-from p2p.errors import DeadlineExceeded, ListenError, LocalFault, PeerLost, ProtocolViolation, Unreachable
-from p2p.host import HostConfig, PeerEvent, open_host
+from p2p.compat.swarm import SwarmHooks, SwarmLimits, build_swarm
+from p2p.errors import DeadlineExceeded, PeerLost, ProtocolViolation, Unreachable
+from p2p.host import HostConfig, PeerEvent
 from p2p.identity import Identity
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 KEY = b"k" * 32
 CONFIG = HostConfig(listen=(LOOPBACK,))
-
-
-@pytest.fixture
-def make_host(nursery):
-    """Opens hosts of one mesh, each in a task of its own; all end with the test."""
-
-    async def run(identity, mesh_id, key, config, task_status):
-        async with open_host(identity, mesh_id, key, config) as host:
-            task_status.started(host)
-            await trio.sleep_forever()
-
-    async def make(config=CONFIG, mesh_id="mesh", key=KEY, identity=None):
-        return await nursery.start(run, identity or Identity.generate(), mesh_id, key, config)
-
-    return make
 
 
 @pytest.fixture
@@ -542,140 +525,3 @@ async def test_one_peer_may_not_hold_every_connection(make_host, stranger_mux):
     muxes = [await stranger_mux(b) for _ in range(4)]
     await until(lambda: sum(mux.is_closed for mux in muxes) >= 2)
     assert len(b._swarm.get_connections()) <= 2
-
-
-async def test_a_port_in_use_is_one_line_that_names_it(make_host):
-    a = await make_host()
-    with pytest.raises(ListenError, match=rf"port {port_of(a)} is already in use") as caught:
-        await make_host(HostConfig(listen=(f"/ip4/127.0.0.1/tcp/{port_of(a)}",)))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "address", ["", "nonsense", "/ip4/127.0.0.1/udp/0", "/ip4/127.0.0.1", "/dns4/x/tcp/0"]
-)
-async def test_a_listen_address_that_is_not_one_is_one_clear_line(make_host, address):
-    with pytest.raises(ListenError, match="cannot listen on"):
-        await make_host(HostConfig(listen=(address,)))
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"connections_max": 0},
-        {"dial_deadline_s": -1.0},
-        {"stream_window_bytes": 1000},
-        {"events_max": math.nan},
-    ],
-)
-def test_a_limit_out_of_range_is_named(fields):
-    with pytest.raises(LocalFault, match=f"HostConfig.{next(iter(fields))} must be"):
-        HostConfig(**fields)
-
-
-async def test_a_bad_mesh_id_is_refused(make_host):
-    with pytest.raises(LocalFault, match="mesh id"):
-        await make_host(mesh_id="no/slashes")
-
-
-async def test_an_exception_of_the_block_leaves_as_it_is():
-    with pytest.raises(KeyError):
-        async with open_host(Identity.generate(), "mesh", KEY, CONFIG):
-            raise KeyError("mine")
-
-
-async def test_closing_is_quick_with_many_peers_and_releases_the_port(make_host):
-    others = [await make_host() for _ in range(5)]
-    async with open_host(Identity.generate(), "mesh", KEY, CONFIG) as host:
-        port = port_of(host)
-        for other in others:
-            await host.connect(other.addrs())
-        started = time.perf_counter()
-    assert time.perf_counter() - started < 1
-    await until(lambda: not any(other.peers() for other in others))
-    with socket.create_server(("127.0.0.1", port)):
-        pass
-
-
-async def test_what_was_sent_just_before_the_host_stopped_still_arrives(make_host):
-    other = await make_host()
-    got = bytearray()
-
-    async def collect(stream):
-        while data := await stream.receive_some():
-            got.extend(data)
-
-    other.handle("collect/1", collect)
-    async with open_host(Identity.generate(), "mesh", KEY, CONFIG) as host:
-        await host.connect(other.addrs())
-        stream = await host.open_stream(other.peer_id, "collect/1")
-        await stream.send_all(b"last words" * 20_000)
-    await until(lambda: len(got) == 200_000)
-
-
-async def test_no_connection_is_made_that_nobody_asked_for(make_host):
-    a, b, c = [await make_host() for _ in range(3)]
-    await a.connect(b.addrs())
-    await b.connect(c.addrs())
-    a.raw.get_peerstore().add_addrs(
-        ID.from_base58(c.peer_id), [Multiaddr(c.addrs()[0].partition("/p2p/")[0])], 600
-    )
-    await a._swarm.auto_connector.maybe_connect()
-    await a.disconnect(b.peer_id)
-    await trio.testing.wait_all_tasks_blocked(0.3)
-    assert a.peers() == ()
-
-
-def test_a_swarm_without_its_guards_is_refused():
-    swarm = build_swarm(b"s" * 32, SwarmLimits(), SwarmHooks())
-    check_guards(swarm)
-    swarm.set_resource_manager(None)
-    with pytest.raises(LocalFault, match="resource manager"):
-        check_guards(swarm)
-
-
-CHILD = """
-import sys, trio
-from p2p import HostConfig, Identity, open_host
-async def main():
-    config = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
-    async with open_host(Identity.generate(), "mesh", b"k" * 32, config) as host:
-        print(*host.addrs(), flush=True)
-        await trio.sleep_forever()
-trio.run(main)
-"""
-
-
-@pytest.fixture
-def child():
-    process = subprocess.Popen([sys.executable, "-c", CHILD], stdout=subprocess.PIPE, text=True)
-    try:
-        yield process, process.stdout.readline().split()
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-async def test_a_killed_peer_is_down_at_once(make_host, child):
-    process, addrs = child
-    host = await make_host()
-    with host.watch() as events:
-        peer = await host.connect(addrs)
-        assert await events.receive() == PeerEvent(peer, "up")
-        process.kill()
-        with trio.fail_after(2.5):
-            assert await events.receive() == PeerEvent(peer, "down")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGSTOP")
-async def test_a_stopped_peer_can_be_disconnected_at_once(make_host, child):
-    import signal
-
-    process, addrs = child
-    host = await make_host()
-    peer = await host.connect(addrs)
-    process.send_signal(signal.SIGSTOP)
-    with host.watch() as events, trio.fail_after(2.5):
-        await host.disconnect(peer)
-        assert await events.receive() == PeerEvent(peer, "down")

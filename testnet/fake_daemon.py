@@ -119,107 +119,111 @@ class FakeDaemon:
         }
 
 
+class _Handler(BaseHTTPRequestHandler):
+    """The contract, answered from `daemon`, which each FakeDaemon fills in by a subclass of its own."""
+
+    daemon: FakeDaemon
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.daemon.seen.append((self.path, {}))
+        if self._canned():
+            return
+        if self.path == "/mesh":
+            self.reply(200, self.daemon.mesh(me=self.daemon.peer))
+        elif self.path.startswith("/fake/mesh/"):
+            self.reply(200, self.daemon.mesh(me=self.path.rpartition("/")[2]))
+        else:
+            self.reply(404, {"detail": "Not Found"})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.daemon.seen.append((self.path, body))
+        if self._canned():
+            return
+        actions = {
+            "/shoal/invite": self.invite,
+            "/shoal/models": self.models,
+            "/shoal/join": self.join,
+            "/shoal/stop": self.stop,
+            "/fake/hello": self.hello,
+            "/v1/completions": self.completions,
+            "/v1/chat/completions": self.completions,
+        }
+        if self.path in actions:
+            actions[self.path](body)
+        else:
+            self.reply(404, {"detail": "Not Found"})
+
+    def _canned(self) -> bool:
+        canned = self.daemon.answers.get(self.path)
+        if canned is not None:
+            self.reply(*canned)
+        return canned is not None
+
+    def reply(self, status: int, document: Any) -> None:
+        data = document if isinstance(document, bytes) else json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def stream(self, lines: list[str]) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            for line in [*lines, ""]:
+                data = line.encode()
+                self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+                if self.daemon.hold.is_set() and "text" in line:
+                    self.connection.recv(1)
+
+    def invite(self, body: dict[str, Any]) -> None:
+        self.reply(200, {"invite": "shoal1-fake-" + self.daemon.api.removeprefix("http://")})
+
+    def join(self, body: dict[str, Any]) -> None:
+        if not body["invite"].startswith("shoal1-"):
+            self.reply(400, {"error": {"message": "the invite does not start with shoal1-"}})
+            return
+        self.daemon.join(body["invite"])
+        self.reply(200, {"joined": True})
+
+    def hello(self, body: dict[str, Any]) -> None:
+        self.daemon.nodes.append(body)
+        self.reply(200, {})
+
+    def stop(self, body: dict[str, Any]) -> None:
+        self.reply(200, {})
+        self.daemon.stopped.set()
+
+    def models(self, body: dict[str, Any]) -> None:
+        total = LAYERS * LAYER_BYTES
+        events: list[dict[str, Any]] = [
+            {"state": "hashing", "done": done * total // 4, "total": total} for done in range(5)
+        ]
+        events += [{"state": "published", "model": body["name"]}, {"state": "ready"}, {"done": True}]
+        self.daemon.add(body["name"], body["copies"])
+        self.stream([json.dumps(event) + "\n" for event in events])
+
+    def completions(self, body: dict[str, Any]) -> None:
+        words = [word + " " for word in self.daemon.text.split()][: body["max_tokens"]]
+        events: list[dict[str, Any]] = [{"choices": [self.choice(word)]} for word in words]
+        events.append({"choices": [{**self.choice(""), "finish_reason": "length"}]})
+        events.append({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(words)}})
+        lines = [f"data: {json.dumps(event)}\n\n" for event in events]
+        self.stream([": keepalive\n\n", *lines, "data: [DONE]\n\n"])
+
+    def choice(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}} if "chat" in self.path else {"text": text}
+
+
 def _handler(daemon: FakeDaemon) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            daemon.seen.append((self.path, {}))
-            if self._canned():
-                return
-            if self.path == "/mesh":
-                self.reply(200, daemon.mesh(me=daemon.peer))
-            elif self.path.startswith("/fake/mesh/"):
-                self.reply(200, daemon.mesh(me=self.path.rpartition("/")[2]))
-            else:
-                self.reply(404, {"detail": "Not Found"})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            daemon.seen.append((self.path, body))
-            if self._canned():
-                return
-            actions = {
-                "/shoal/invite": self.invite,
-                "/shoal/models": self.models,
-                "/shoal/join": self.join,
-                "/shoal/stop": self.stop,
-                "/fake/hello": self.hello,
-                "/v1/completions": self.completions,
-                "/v1/chat/completions": self.completions,
-            }
-            if self.path in actions:
-                actions[self.path](body)
-            else:
-                self.reply(404, {"detail": "Not Found"})
-
-        def _canned(self) -> bool:
-            canned = daemon.answers.get(self.path)
-            if canned is not None:
-                self.reply(*canned)
-            return canned is not None
-
-        def reply(self, status: int, document: Any) -> None:
-            data = document if isinstance(document, bytes) else json.dumps(document).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def stream(self, lines: list[str]) -> None:
-            self.send_response(200)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            with contextlib.suppress(ConnectionError):
-                for line in [*lines, ""]:
-                    data = line.encode()
-                    self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-                    if daemon.hold.is_set() and "text" in line:
-                        self.connection.recv(1)
-
-        def invite(self, body: dict[str, Any]) -> None:
-            self.reply(200, {"invite": "shoal1-fake-" + daemon.api.removeprefix("http://")})
-
-        def join(self, body: dict[str, Any]) -> None:
-            if not body["invite"].startswith("shoal1-"):
-                self.reply(400, {"error": {"message": "the invite does not start with shoal1-"}})
-                return
-            daemon.join(body["invite"])
-            self.reply(200, {"joined": True})
-
-        def hello(self, body: dict[str, Any]) -> None:
-            daemon.nodes.append(body)
-            self.reply(200, {})
-
-        def stop(self, body: dict[str, Any]) -> None:
-            self.reply(200, {})
-            daemon.stopped.set()
-
-        def models(self, body: dict[str, Any]) -> None:
-            total = LAYERS * LAYER_BYTES
-            events: list[dict[str, Any]] = [
-                {"state": "hashing", "done": done * total // 4, "total": total} for done in range(5)
-            ]
-            events += [{"state": "published", "model": body["name"]}, {"state": "ready"}, {"done": True}]
-            daemon.add(body["name"], body["copies"])
-            self.stream([json.dumps(event) + "\n" for event in events])
-
-        def completions(self, body: dict[str, Any]) -> None:
-            words = [word + " " for word in daemon.text.split()][: body["max_tokens"]]
-            events: list[dict[str, Any]] = [{"choices": [self.choice(word)]} for word in words]
-            events.append({"choices": [{**self.choice(""), "finish_reason": "length"}]})
-            events.append({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(words)}})
-            lines = [f"data: {json.dumps(event)}\n\n" for event in events]
-            self.stream([": keepalive\n\n", *lines, "data: [DONE]\n\n"])
-
-        def choice(self, text: str) -> dict[str, Any]:
-            return {"delta": {"content": text}} if "chat" in self.path else {"text": text}
-
-    return Handler
+    return type("Handler", (_Handler,), {"daemon": daemon})
 
 
 def _post(url: str, document: dict[str, Any]) -> None:

@@ -121,6 +121,7 @@ class Gossip:
         self._watchers: set[_Watcher] = set()
         self._progress = trio.lowlevel.ParkingLot()
         self._running = False
+        self._silent = False
         rpc.serve(GOSSIP, self._serve)
 
     def now_s(self) -> float:
@@ -140,8 +141,11 @@ class Gossip:
         """Say (kind, name) -> value until withdrawn, renewed before each `ttl_s` is over.
 
         Connected peers are told at once. Saying the same again costs nothing. Raises RecordInvalid
-        (a field is out of its limits) or OwnRecordsFull.
+        (a field is out of its limits) or OwnRecordsFull. Ignored after `withdraw_all`.
         """
+        if self._silent:
+            logger.debug("not published after the end: %s %s", kind, name)
+            return
         self._do(Publish(kind, name, value, ttl_s))
 
     def withdraw(self, kind: str, name: str) -> None:
@@ -149,7 +153,8 @@ class Gossip:
         self._do(Withdraw(kind, name))
 
     async def withdraw_all(self, deadline_s: float) -> None:
-        """Take everything back and wait until connected peers were told, at most `deadline_s` seconds."""
+        """Take everything back, for good, and wait until connected peers know: at most `deadline_s` seconds."""
+        self._silent = True
         self._do(WithdrawAll())
         with trio.move_on_after(deadline_s):
             while self._running and not all(outbox.idle for outbox, _ in self._outboxes.values()):

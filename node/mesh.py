@@ -53,7 +53,6 @@ TICK_S = 1.0
 SETTLE_S = 1.5
 JOIN_WAIT_S = 8.0
 LINKS_EVERY_S = 10.0
-REDIAL_S = 1.0
 BYE_S = 0.8
 
 
@@ -94,7 +93,6 @@ class MeshNode:
         self._api: str | None = None
         self._changed = trio.Event()
         self._settled_s = float("inf")
-        self._dialling: set[str] = set()
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -110,15 +108,16 @@ class MeshNode:
             self._publish_node()
             self._offer_again()
             await nursery.start(self.directory.run)
-            nursery.start_soon(self._keep_connected)
             nursery.start_soon(self._keep_planning)
             nursery.start_soon(self._keep_links)
-            self._settled_s = trio.current_time() + (SETTLE_S if self.membership.addrs else 0.0)
+            others = bool(self.membership.addrs or self.directory.remembered())
+            self._settled_s = trio.current_time() + (SETTLE_S if others else 0.0)
             task_status.started()
             await trio.sleep_forever()
 
     async def join(self, addrs: tuple[str, ...]) -> bool:
         """Connect to any of the addresses; False (and a log line) if none answers in time, then it is tried on."""
+        self.directory.add(addrs)
         deadline_s = trio.current_time() + JOIN_WAIT_S
         problem: Exception | None = None
         while trio.current_time() < deadline_s:
@@ -130,18 +129,10 @@ class MeshNode:
             except P2pError as failed:
                 problem = failed
                 await trio.sleep(0.3)
+            if self.host.peers():
+                return True  # the inviter is away, but remembered members are not
         log.warning("none of the invite's addresses answers yet: %s; trying on", problem)
-        self._nursery.start_soon(self._join_later, addrs)
         return False
-
-    async def _join_later(self, addrs: tuple[str, ...]) -> None:
-        while not self.host.peers():
-            await trio.sleep(2.0)
-            try:
-                await self.host.connect(addrs, deadline_s=3.0)
-                self._settled_s = trio.current_time() + SETTLE_S
-            except P2pError:
-                continue
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
         """Run `task` for as long as this life in the mesh lasts."""
@@ -312,36 +303,6 @@ class MeshNode:
                     self.suspects.heard(record.signer, trio.current_time())
                 self._wake()
 
-    async def _keep_connected(self) -> None:
-        """A connection to every member whose address is known; each peer redialled at most once a second."""
-        while True:
-            known = read_atlas(self.view, time.time()).nodes_known
-            self.suspects.forget(known)
-            for peer, node in known.items():
-                if (
-                    peer != self.me
-                    and not self.host.is_connected(peer)
-                    and peer not in self._dialling
-                    and node.addrs
-                ):
-                    self._dialling.add(peer)
-                    self._nursery.start_soon(self._dial, peer, node.addrs)
-            await trio.sleep(REDIAL_S / 2)
-
-    async def _dial(self, peer: str, addrs: tuple[str, ...]) -> None:
-        try:
-            if peer > self.me:
-                # Both ends dial; the one with the greater id waits a moment, so that mostly one connection is made.
-                await trio.sleep(REDIAL_S / 2)
-            if not self.host.is_connected(peer):
-                own = [addr for addr in addrs if addr.endswith(f"/p2p/{peer}")]
-                await self.host.connect(own, deadline_s=3.0)
-        except P2pError as problem:
-            log.debug("cannot reach %s: %s", peer, problem)
-            await trio.sleep(REDIAL_S)
-        finally:
-            self._dialling.discard(peer)
-
     async def _keep_planning(self) -> None:
         """Adopt, plan, host: after every change of the view, and now and then without one."""
         while True:
@@ -354,6 +315,7 @@ class MeshNode:
     def _plan_once(self) -> None:
         now = trio.current_time()
         atlas = read_atlas(self.view, time.time(), self.suspects.gone(now))
+        self.suspects.forget(atlas.nodes_known)
         for publish in self.planning.handle(atlas, may_plan=now >= self._settled_s):
             value = adverts.write(publish.advert)
             self.gossip.publish(adverts.PLAN, publish.manifest_id, value, self.config.model_ttl_s)

@@ -13,8 +13,9 @@ from typing import Any
 
 from model_shards.errors import ConfigError
 from model_shards.families import FAMILIES, family_of
+from model_shards.families.base import ACTIVATIONS
 from model_shards.fields import Fields, read_json_object
-from model_shards.rope import RopeConfig, read_rope, usable_context
+from model_shards.rope import RopeConfig, usable_context
 
 LAYERS_MAX = 4096
 WIDTH_MAX = 1 << 20
@@ -25,7 +26,8 @@ CONTEXT_MAX = 1 << 28
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One decoder-only model. Widths in elements, context in tokens; ``windows[i]`` is layer i's sliding
-    window."""
+    window, ``layer_ropes[i]`` which of ``ropes`` turns it (None: none does), ``sparse[i]`` whether it has
+    experts."""
 
     family: str
     layers: int
@@ -41,12 +43,29 @@ class ModelConfig:
     bos_id: int | None
     norm_eps: float
     activation: str
-    rope: RopeConfig
+    ropes: tuple[RopeConfig, ...]
+    layer_ropes: tuple[int | None, ...]
     windows: tuple[int | None, ...]
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    embed_scale: float | None = None
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
+    expert_weights_sum_to_one: bool = False
+    sparse: tuple[bool, ...] = ()
+
+    @property
+    def rope(self) -> RopeConfig:
+        """The rotation of full-attention layers."""
+        return self.ropes[0]
 
     @classmethod
     def from_dir(cls, directory: Path) -> ModelConfig:
@@ -82,11 +101,12 @@ class ModelConfig:
         head_dim = fields.integer("head_dim", 2, 4096, family.head_dim or hidden // heads)
         max_positions = fields.integer("max_position_embeddings", 1, CONTEXT_MAX, family.max_positions)
         vocab = fields.integer("vocab_size", 1, VOCAB_MAX)
-        rope = read_rope(fields, head_dim, max_positions)
+        ropes, layer_ropes = family.ropes(fields, head_dim, max_positions, layers)
         eos_ids = fields.integers("eos_token_id", 0, vocab - 1)
-        activation = fields.text("hidden_act", "silu")
-        if activation not in ("silu", "swish"):
-            raise fields.bad("hidden_act", "silu")
+        field, default = family.activation
+        activation = fields.text(field, default)
+        if activation not in ACTIVATIONS:
+            raise fields.bad(field, f"one of {', '.join(ACTIVATIONS)}")
         return cls(
             family=family.name,
             layers=layers,
@@ -96,15 +116,16 @@ class ModelConfig:
             head_dim=head_dim,
             intermediate=fields.integer("intermediate_size", 1, WIDTH_MAX),
             vocab=vocab,
-            context_tokens=usable_context(rope, max_positions),
-            tied=fields.flag("tie_word_embeddings", False),
+            context_tokens=usable_context(ropes[0], max_positions) if family.stretched else max_positions,
+            tied=fields.flag("tie_word_embeddings", family.tied),
             eos_ids=eos_ids,
             bos_id=fields.integer("bos_token_id", 0, vocab - 1) if fields.has("bos_token_id") else None,
-            norm_eps=fields.number("rms_norm_eps", 0.0, 1.0, 1e-6),
-            activation="silu",
-            rope=rope,
+            norm_eps=fields.number("rms_norm_eps", 0.0, 1.0, family.norm_eps),
+            activation=ACTIVATIONS[activation],
+            ropes=ropes,
+            layer_ropes=layer_ropes,
             windows=family.windows(fields, layers),
-            **family.traits(fields),
+            **family.traits(fields, layers),
         )
 
 

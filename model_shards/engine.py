@@ -15,7 +15,7 @@ from model_shards.errors import ContextOverflow, LocalFault, StepError
 from model_shards.exact import RowsExact
 from model_shards.kv import BLOCK_TOKENS, KvCache, KvPool, SessionKv
 from model_shards.layers import Batch, Rows
-from model_shards.rope import RotaryTable
+from model_shards.rope import LENGTH_DEPENDENT, RotaryTable
 from model_shards.sampler import Sampling, pick
 from model_shards.span import Span
 
@@ -77,11 +77,11 @@ class Engine:
         self.span = span
         pool = KvPool(kv_bytes_max, config.kv_heads, config.head_dim, span.dtype, span.device)
         self._cache = KvCache(pool)
-        self._rotary = RotaryTable(config.rope, span.dtype, span.device)
+        self._rotary = [RotaryTable(rope, span.dtype, span.device) for rope in config.ropes]
         self._sessions: dict[str, SessionKv] = {}
         self._exact = RowsExact(span)
-        # Dynamic scaling rotates a key by the length its sequence had then: no other session may take it over.
-        self._sharing = config.rope.kind != "dynamic"
+        # Such a scaling rotates a key by the length its sequence had then: no other session may take it over.
+        self._sharing = not any(rope.kind in LENGTH_DEPENDENT for rope in config.ropes)
 
     def open(
         self,
@@ -281,17 +281,20 @@ class Engine:
         for step in steps:
             rows.append(Rows(self._sessions[step.session], step.position, step.count, offset))
             offset += step.count
-        tables = [self._rotary.rows(part.position, part.count) for part in rows]
-        if len(tables) == 1:
-            batch = Batch(rows, *tables[0])
-        else:
-            batch = Batch(rows, torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables]))
+        batch = Batch(rows, [self._turns(table, rows) for table in self._rotary])
         hidden = self._enter(steps)
         kv = rows[0].kv
         for layer in self.span.layers[kv.start - self.span.start : kv.end - self.span.start]:
             check_cancelled()
             hidden = layer(hidden, batch)
         return hidden
+
+    @staticmethod
+    def _turns(table: RotaryTable, rows: list[Rows]) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(rows) == 1:
+            return table.rows(rows[0].position, rows[0].count)
+        found = [table.rows(part.position, part.count) for part in rows]
+        return torch.cat([cos for cos, _ in found]), torch.cat([sin for _, sin in found])
 
     def _enter(self, steps: list[Step]) -> torch.Tensor:
         if steps[0].tokens is not None:

@@ -18,6 +18,8 @@ class RowsExact:
     """Remembers, for one span, which row counts give each row the bits it has alone."""
 
     def __init__(self, span: Span) -> None:
+        # With experts the rows of a group meet in groups of any size, so there a session decodes alone.
+        self._alone = bool(span.config.experts)
         linears = list(span.layers[0].linears()) if span.layers else []
         if span.head is not None:
             linears.append(span.head)
@@ -28,6 +30,8 @@ class RowsExact:
     def largest(self, rows: int) -> int:
         """The largest usable group of at most ``rows``, among ``rows`` itself and the powers of two (1 always
         is)."""
+        if self._alone:
+            return 1
         power = 1 << (rows.bit_length() - 1)
         while not self._exact(power):
             power //= 2

@@ -45,6 +45,10 @@ class Fields:
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def present(self, name: str) -> bool:
+        """Whether the key is there at all, null included."""
+        return name in self._values
+
     def raw(self, name: str) -> Any:
         return self._values.get(name)
 

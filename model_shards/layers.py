@@ -7,7 +7,9 @@ nothing of batching policy, sampling or files.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +31,11 @@ class Rows:
 
 @dataclass(slots=True)
 class Batch:
-    """The sessions of one pass, and the rotary rows (cos, sin), each [N, 1, dim], of their positions."""
+    """The sessions of one pass, and for each of the model's ropes the rows (cos, sin), each [N, 1, dim], of
+    their positions."""
 
     rows: list[Rows]
-    cos: torch.Tensor
-    sin: torch.Tensor
+    rotary: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Linear:
@@ -58,35 +60,65 @@ class Linear:
 
 
 class RmsNorm:
-    """Root-mean-square norm over the last dimension (arXiv 1910.07467), reduced in float32."""
+    """Root-mean-square norm over the last dimension (arXiv 1910.07467), reduced in float32.
 
-    __slots__ = ("eps", "shape", "weight")
+    ``weight`` is float32. With an ``offset`` (Gemma's 1 + weight) the whole norm is computed in float32;
+    without one the weight multiplies in the compute dtype, each as its reference does.
+    """
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        self.weight = weight
+    __slots__ = ("eps", "shape", "weight", "wide")
+
+    def __init__(self, weight: torch.Tensor, eps: float, dtype: torch.dtype, offset: float = 0.0) -> None:
+        self.wide = offset != 0.0 and dtype != torch.float32
+        self.weight = weight + offset if offset else weight.to(dtype)
         self.eps = eps
         self.shape = tuple(weight.shape[-1:])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.wide:
+            return F.rms_norm(x.float(), self.shape, self.weight, self.eps).to(x.dtype)
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
-class Attention:
-    """Grouped-query attention (arXiv 2305.13245) with rotary positions, optional head norms and sliding
-    window."""
+class HeadNorms:
+    """RMS norms of query and key heads in one go; ``weight`` [heads + kv_heads, head_dim], offset as in
+    RmsNorm."""
+
+    __slots__ = ("eps", "weight", "wide")
 
     def __init__(
-        self, config: ModelConfig, layer: int, qkv: Linear, out: Linear, norms: torch.Tensor | None
+        self, config: ModelConfig, q_norm: torch.Tensor, k_norm: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        weight = torch.cat((q_norm.expand(config.heads, -1), k_norm.expand(config.kv_heads, -1)))
+        self.wide = config.norm_offset != 0.0
+        self.weight = weight + config.norm_offset if self.wide else weight.to(dtype)
+        self.eps = config.norm_eps
+
+    def __call__(self, qk: torch.Tensor) -> torch.Tensor:
+        """[N, heads + kv_heads, head_dim], unchanged in shape and dtype."""
+        if self.wide:
+            return (F.rms_norm(qk.float(), qk.shape[-1:], None, self.eps) * self.weight).to(qk.dtype)
+        return F.rms_norm(qk, qk.shape[-1:], None, self.eps) * self.weight
+
+
+class Attention:
+    """Grouped-query attention (arXiv 2305.13245) with rotary positions; optional head norms, sliding
+    window, and soft cap on the scores (arXiv 2408.00118)."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, qkv: Linear, out: Linear, norms: HeadNorms | None
     ) -> None:
         self.layer = layer
         self.qkv = qkv
         self.out = out
-        self.norms = norms  # [heads + kv_heads, head_dim]: query heads' weights, then key heads'
+        self.norms = norms
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.group = config.heads // config.kv_heads
         self.window = config.windows[layer]
-        self.eps = config.norm_eps
+        self.rope = config.layer_ropes[layer]
         self.rotary_dim = config.rope.dim
+        self.scale = config.attention_scale  # None: 1 / sqrt(head_dim)
+        self.cap = config.attention_cap
         self._qk_width = (config.heads + config.kv_heads) * config.head_dim
 
     def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -96,8 +128,9 @@ class Attention:
         qk = fused[:, : self._qk_width].view(count, self.heads + self.kv_heads, self.head_dim)
         v = fused[:, self._qk_width :].view(count, self.kv_heads, self.head_dim)
         if self.norms is not None:
-            qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * self.norms
-        qk = self._rotate(qk, batch)
+            qk = self.norms(qk)
+        if self.rope is not None:
+            qk = self._rotate(qk, *batch.rotary[self.rope])
         q, k = qk[:, : self.heads], qk[:, self.heads :]
         if len(batch.rows) == 1:
             return self.out(self._attend(batch.rows[0], q, k, v))
@@ -108,12 +141,12 @@ class Attention:
         ]
         return self.out(torch.cat(mixed))
 
-    def _rotate(self, qk: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _rotate(self, qk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         dim = self.rotary_dim
         if dim == self.head_dim:
-            return torch.addcmul(qk * batch.cos, qk.roll(dim // 2, -1), batch.sin)
+            return torch.addcmul(qk * cos, qk.roll(dim // 2, -1), sin)
         turned = qk[..., :dim]
-        turned = torch.addcmul(turned * batch.cos, turned.roll(dim // 2, -1), batch.sin)
+        turned = torch.addcmul(turned * cos, turned.roll(dim // 2, -1), sin)
         return torch.cat((turned, qk[..., dim:]), dim=-1)
 
     def _attend(self, rows: Rows, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -123,17 +156,32 @@ class Attention:
         first = 0 if self.window is None else max(0, rows.position + 1 - self.window)
         keys, values = rows.kv.read(self.layer, first, end)
         keys, values = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
+        if self.cap is not None:
+            return self._attend_capped(q, keys[0], values[0], self._mask(rows, first, end), self.cap)
         if rows.count == 1:
             # One position: the heads of a group stand in for a sequence, so keys are read once and no mask is made.
             grouped = q.view(1, self.kv_heads, self.group, self.head_dim)
-            return F.scaled_dot_product_attention(grouped, keys, values).reshape(1, -1)
-        heads_first = q.transpose(0, 1).unsqueeze(0)
+            return F.scaled_dot_product_attention(grouped, keys, values, scale=self.scale).reshape(1, -1)
+        heads = q.transpose(0, 1).unsqueeze(0)
         causal = rows.position == 0 and (self.window is None or rows.count <= self.window)
         mask = None if causal else self._mask(rows, first, end)
         mixed = F.scaled_dot_product_attention(
-            heads_first, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=self.group > 1
+            heads, keys, values, mask, is_causal=causal, scale=self.scale, enable_gqa=self.group > 1
         )
         return mixed.squeeze(0).transpose(0, 1).reshape(rows.count, -1)
+
+    def _attend_capped(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, cap: float
+    ) -> torch.Tensor:
+        """Plain attention with scores bent by ``cap * tanh(score / cap)``; keys and values [kv_heads, T,
+        head_dim]."""
+        grouped = q.transpose(0, 1).reshape(self.kv_heads, self.group, q.shape[0], self.head_dim)
+        scale = self.scale if self.scale is not None else self.head_dim**-0.5
+        scores = torch.matmul(grouped, keys.unsqueeze(1).transpose(2, 3)) * scale
+        bent = torch.tanh(scores / cap) * cap
+        weights = torch.softmax(bent.float().masked_fill(~mask, -torch.inf), -1).to(q.dtype)
+        mixed = torch.matmul(weights, values.unsqueeze(1)).flatten(0, 1)
+        return mixed.transpose(0, 1).reshape(q.shape[0], -1)
 
     def _mask(self, rows: Rows, first: int, end: int) -> torch.Tensor:
         """[n, end - first], True where a query may look: not ahead, not beyond the window. Shared by like
@@ -150,52 +198,117 @@ class Attention:
         return mask
 
 
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
 class Mlp:
     """Gated feed-forward (SwiGLU, arXiv 2002.05202); gate and up are one matrix [2 * intermediate,
     hidden]."""
 
-    def __init__(self, gate_up: Linear, down: Linear) -> None:
+    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
         self.gate_up = gate_up
         self.down = down
         self.width = gate_up.shape[0] // 2
+        self.activation = ACTIVATIONS[activation]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         both = self.gate_up(x)
-        return self.down(F.silu(both[:, : self.width]).mul_(both[:, self.width :]))
+        return self.down(self.activation(both[:, : self.width]).mul_(both[:, self.width :]))
+
+    def linears(self) -> tuple[Linear, ...]:
+        return self.gate_up, self.down
+
+
+class Experts:
+    """Mixture of gated feed-forwards: each row goes to the likeliest ``top`` of a softmax router (arXiv
+    2101.03961).
+
+    ``router`` [experts, hidden]; the experts are Mlps. Rows of one expert are computed together, experts in
+    order.
+    """
+
+    def __init__(self, router: Linear, experts: list[Mlp], top: int, sum_to_one: bool) -> None:
+        self.router = router
+        self.experts = experts
+        self.top = top
+        self.sum_to_one = sum_to_one
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = torch.topk(torch.softmax(self.router(x).float(), -1), self.top, -1)
+        if self.sum_to_one:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
+        mixed = torch.zeros_like(x)
+        for expert in sorted(set(chosen.flatten().tolist())):
+            rows, place = torch.where(chosen == expert)
+            mixed.index_add_(0, rows, self.experts[expert](x[rows]) * weights[rows, place, None])
+        return mixed
+
+    def linears(self) -> tuple[Linear, ...]:
+        return self.router, *(linear for expert in self.experts for linear in expert.linears())
 
 
 class DecoderLayer:
-    """Pre-norm residual layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm residual layer: x + attention(norm(x)), then x + mlp(norm(x)); Gemma norms what is added,
+    too."""
 
-    def __init__(self, attn_norm: RmsNorm, attention: Attention, mlp_norm: RmsNorm, mlp: Mlp) -> None:
+    def __init__(
+        self,
+        attn_norm: RmsNorm,
+        attention: Attention,
+        mlp_norm: RmsNorm,
+        mlp: Mlp | Experts,
+        post_norms: tuple[RmsNorm, RmsNorm] | None = None,
+    ) -> None:
         self.attn_norm = attn_norm
         self.attention = attention
         self.mlp_norm = mlp_norm
         self.mlp = mlp
+        self.post_norms = post_norms
 
     def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        if self.post_norms is not None:
+            after_attention, after_mlp = self.post_norms
+            x = x + after_attention(self.attention(self.attn_norm(x), batch))
+            return x + after_mlp(self.mlp(self.mlp_norm(x)))
         x = x + self.attention(self.attn_norm(x), batch)
         return x + self.mlp(self.mlp_norm(x))
 
     def linears(self) -> tuple[Linear, ...]:
-        return self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down
+        return self.attention.qkv, self.attention.out, *self.mlp.linears()
 
 
-def build_layer(config: ModelConfig, layer: int, parts: dict[str, torch.Tensor]) -> DecoderLayer:
+def build_layer(
+    config: ModelConfig, layer: int, parts: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> DecoderLayer:
     """A layer from its parameters by part name (see `families/base.py`)."""
-    norms = None
-    if config.qk_norm:
-        queries = parts["q_norm"].expand(config.heads, -1)
-        norms = torch.cat((queries, parts["k_norm"].expand(config.kv_heads, -1)))
+
+    def norm(part: str) -> RmsNorm:
+        return RmsNorm(parts[part], config.norm_eps, dtype, config.norm_offset)
+
+    norms = HeadNorms(config, parts["q_norm"], parts["k_norm"], dtype) if config.qk_norm else None
     qkv = Linear(parts["qkv.weight"], parts.get("qkv.bias"))
     out = Linear(parts["out.weight"], parts.get("out.bias"))
-    mlp = Mlp(
-        Linear(parts["gate_up.weight"], parts.get("gate_up.bias")),
-        Linear(parts["down.weight"], parts.get("down.bias")),
-    )
+    post = (norm("attn_post_norm"), norm("mlp_post_norm")) if config.post_norms else None
+    attention = Attention(config, layer, qkv, out, norms)
     return DecoderLayer(
-        RmsNorm(parts["attn_norm"], config.norm_eps),
-        Attention(config, layer, qkv, out, norms),
-        RmsNorm(parts["mlp_norm"], config.norm_eps),
-        mlp,
+        norm("attn_norm"), attention, norm("mlp_norm"), _feed_forward(config, layer, parts), post
     )
+
+
+def _feed_forward(config: ModelConfig, layer: int, parts: Mapping[str, torch.Tensor]) -> Mlp | Experts:
+    if not config.sparse or not config.sparse[layer]:
+        gate_up = Linear(parts["gate_up.weight"], parts.get("gate_up.bias"))
+        return Mlp(gate_up, Linear(parts["down.weight"], parts.get("down.bias")), config.activation)
+    gate_ups = parts["experts.gate_up"].view(config.experts, -1, config.hidden)
+    downs = parts["experts.down"].view(config.experts, config.hidden, -1)
+    experts = [
+        Mlp(Linear(gate_up), Linear(down), config.activation)
+        for gate_up, down in zip(gate_ups, downs, strict=True)
+    ]
+    router = Linear(parts["router"])
+    return Experts(router, experts, config.experts_per_token, config.expert_weights_sum_to_one)

@@ -1,22 +1,24 @@
 """Rotary position embedding: the inverse frequencies of every scaling, and tables of cosines and sines.
 
 Formulas: RoFormer (arXiv 2104.09864); linear: position interpolation (arXiv 2306.15595); dynamic: NTK-aware
-scaling by sequence length; yarn: arXiv 2309.00071; llama3: the Llama 3.1 reference code. They follow
-`transformers` term by term, in float32. Knows nothing of attention heads or sessions; a position's row is a
-pure function of the config, the position and, for `dynamic` only, of the sequence length at the end of the
-step that computes it.
+scaling by sequence length; yarn: arXiv 2309.00071; longrope: arXiv 2402.13753; llama3: the Llama 3.1
+reference code. They follow `transformers` term by term, in float32. Knows nothing of attention heads or
+sessions; a position's row is a pure function of the config, the position and, for `dynamic` and `longrope`,
+of the sequence length at the end of the step that computes it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from model_shards.fields import Fields
 
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+# The rotation of these depends on how long the sequence is when a step is computed.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 _TABLE_ROWS = 512
 
 
@@ -37,15 +39,21 @@ class RopeConfig:
     mscale_all_dim: float = 0.0
     attention_factor: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
-def read_rope(fields: Fields, head_dim: int, context_tokens: int) -> RopeConfig:
-    """Reads `rope_parameters` (new) or `rope_scaling` and `rope_theta` (old). Raises ConfigError."""
-    nested = fields.object("rope_scaling") or fields.object("rope_parameters") or Fields({})
+def read_rope(
+    fields: Fields, head_dim: int, context_tokens: int, given: Fields | None = None, theta: float = 10000.0
+) -> RopeConfig:
+    """Reads `rope_parameters` (new) or `rope_scaling` and `rope_theta` (old), or ``given`` instead; ``theta``
+    is the family's default. Raises ConfigError."""
+    nested = given or fields.object("rope_scaling") or fields.object("rope_parameters") or Fields({})
     kind = nested.text("rope_type", nested.text("type", "default"))
+    kind = "longrope" if kind == "su" else kind
     if kind not in KINDS:
         raise nested.bad("rope_type" if nested.has("rope_type") else "type", f"one of {', '.join(KINDS)}")
-    theta = nested.number("rope_theta", 1.0, 1e15, fields.number("rope_theta", 1.0, 1e15, 10000.0))
+    theta = nested.number("rope_theta", 1.0, 1e15, fields.number("rope_theta", 1.0, 1e15, theta))
     partial = nested.number(
         "partial_rotary_factor", 0.0, 1.0, fields.number("partial_rotary_factor", 0.0, 1.0, 1.0)
     )
@@ -54,10 +62,17 @@ def read_rope(fields: Fields, head_dim: int, context_tokens: int) -> RopeConfig:
         raise fields.bad("head_dim", f"an even rotated part of a head, not {dim}")
     if kind == "default":
         return RopeConfig(kind, theta, dim)
+    return _read_scaling(fields, nested, RopeConfig(kind, theta, dim), context_tokens)
+
+
+def _read_scaling(fields: Fields, nested: Fields, plain: RopeConfig, context_tokens: int) -> RopeConfig:
+    kind = plain.kind
     original = nested.integer("original_max_position_embeddings", 1, 1 << 28, context_tokens)
+    # Phi-3 keeps the length it was trained at beside the scaling, and that one counts.
+    original = fields.integer("original_max_position_embeddings", 1, 1 << 28, original)
     if kind in ("linear", "dynamic"):
         original = context_tokens
-    if kind == "dynamic" and dim < 4:
+    if kind == "dynamic" and plain.dim < 4:
         raise fields.bad("head_dim", "a rotated part of at least 4 with dynamic scaling")
     low, high = (
         nested.number("low_freq_factor", 1e-6, 1e6, 1.0),
@@ -65,14 +80,13 @@ def read_rope(fields: Fields, head_dim: int, context_tokens: int) -> RopeConfig:
     )
     if kind == "llama3" and high <= low:
         raise nested.bad("high_freq_factor", f"more than low_freq_factor = {low:g}")
-    if kind == "yarn" and not nested.has("factor"):
+    if kind in ("yarn", "longrope") and not nested.has("factor"):
         factor = context_tokens / original
     else:
         factor = nested.number("factor", 1e-3, 1e6)
-    return RopeConfig(
-        kind=kind,
-        theta=theta,
-        dim=dim,
+    long = kind == "longrope"
+    return replace(
+        plain,
         factor=factor,
         original_context=original,
         low_freq_factor=low,
@@ -83,6 +97,8 @@ def read_rope(fields: Fields, head_dim: int, context_tokens: int) -> RopeConfig:
         mscale_all_dim=nested.number("mscale_all_dim", 0.0, 1e3, 0.0),
         attention_factor=nested.optional_number("attention_factor", 0.0, 1e3),
         truncate=nested.flag("truncate", True),
+        short_factor=nested.numbers("short_factor", plain.dim // 2) if long else (),
+        long_factor=nested.numbers("long_factor", plain.dim // 2) if long else (),
     )
 
 
@@ -97,7 +113,8 @@ def usable_context(rope: RopeConfig, max_positions: int) -> int:
 def inverse_frequencies(rope: RopeConfig, seq_len: int | None = None) -> tuple[torch.Tensor, float]:
     """Inverse frequencies [dim / 2], float32, and the factor applied to cosines and sines.
 
-    ``seq_len`` (tokens) matters to `dynamic` alone; at or below the original context it changes nothing.
+    ``seq_len`` (tokens) matters to `dynamic` and `longrope`; at or below the original context it changes
+    nothing.
     """
     if rope.kind == "dynamic":
         length = max(seq_len or 0, rope.original_context)
@@ -112,6 +129,8 @@ def inverse_frequencies(rope: RopeConfig, seq_len: int | None = None) -> tuple[t
         return _llama3(rope, plain), 1.0
     if rope.kind == "yarn":
         return _yarn(rope)
+    if rope.kind == "longrope":
+        return _longrope(rope, (seq_len or 0) > rope.original_context)
     return plain, 1.0
 
 
@@ -129,6 +148,16 @@ def _llama3(rope: RopeConfig, plain: torch.Tensor) -> torch.Tensor:
     blended = (1 - smooth) * scaled / rope.factor + smooth * scaled
     between = ~(wavelength < shortest) * ~(wavelength > longest)
     return torch.where(between, blended, scaled)
+
+
+def _longrope(rope: RopeConfig, long: bool) -> tuple[torch.Tensor, float]:
+    factors = torch.tensor(rope.long_factor if long else rope.short_factor, dtype=torch.float32)
+    inv_freq = 1.0 / (factors * rope.theta ** _exponents(rope.dim))
+    if rope.attention_factor is not None:
+        return inv_freq, rope.attention_factor
+    if rope.factor <= 1.0:
+        return inv_freq, 1.0
+    return inv_freq, math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_context))
 
 
 def _yarn(rope: RopeConfig) -> tuple[torch.Tensor, float]:
@@ -175,7 +204,7 @@ class RotaryTable:
     def rows(self, position: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each [count, 1, dim], for positions [position, position + count) of one step."""
         end = position + count
-        if self._rope.kind == "dynamic" and end > self._rope.original_context:
+        if self._rope.kind in LENGTH_DEPENDENT and end > self._rope.original_context:
             inv_freq, scale = inverse_frequencies(self._rope, end)
             cos, sin = self._compute(position, count, inv_freq, scale)
             return cos.unsqueeze(1), sin.unsqueeze(1)

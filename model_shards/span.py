@@ -18,8 +18,7 @@ from model_shards.checkpoint import CheckpointIndex, check_span
 from model_shards.config import ModelConfig
 from model_shards.dtypes import dtype_named
 from model_shards.errors import LocalFault, ModelError
-from model_shards.families import head_tensors, layer_tensors
-from model_shards.families.base import embed_tensors
+from model_shards.families import embed_tensors, head_tensors, layer_tensors
 from model_shards.layers import DecoderLayer, Linear, RmsNorm, build_layer
 from model_shards.weights import TensorReader, load_parts
 
@@ -61,14 +60,21 @@ class Span:
         """Token ids [n] int64 -> [n, hidden]. Only where the span starts at 0."""
         if self.embed_weight is None:
             raise LocalFault(f"span [{self.start}, {self.end}) holds no embedding")
-        return F.embedding(tokens, self.embed_weight)
+        hidden = F.embedding(tokens, self.embed_weight)
+        if self.config.embed_scale is None:
+            return hidden
+        # The scale is rounded to the compute dtype first, as Gemma was trained.
+        return hidden * torch.tensor(self.config.embed_scale, dtype=self.dtype, device=self.device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The last layer's output [n, hidden] -> [n, vocab] float32. Only where the span ends with the
         model."""
         if self.norm is None or self.head is None:
             raise LocalFault(f"span [{self.start}, {self.end}) holds no head")
-        return self.head(self.norm(hidden)).float()
+        scores = self.head(self.norm(hidden))
+        if self.config.logit_cap is not None:
+            scores = torch.tanh(scores / self.config.logit_cap) * self.config.logit_cap
+        return scores.float()
 
 
 def load_span(
@@ -106,7 +112,7 @@ def load_span(
     with torch.inference_mode(), TensorReader(dir, index, report) as reader:
         embed = load_parts(reader, embed_tensors(config), kind, place)["embed"] if start == 0 else None
         layers = [
-            build_layer(config, layer, load_parts(reader, layer_tensors(config, layer), kind, place))
+            build_layer(config, layer, load_parts(reader, layer_tensors(config, layer), kind, place), kind)
             for layer in range(start, end)
         ]
         norm, head = None, None
@@ -114,7 +120,7 @@ def load_span(
             shared = {"embed": embed} if config.tied and embed is not None else {}
             specs = [spec for spec in head_tensors(config) if spec.part not in shared]
             parts = load_parts(reader, specs, kind, place) | shared
-            norm = RmsNorm(parts["norm"], config.norm_eps)
+            norm = RmsNorm(parts["norm"], config.norm_eps, kind, config.norm_offset)
             head = Linear(parts["head"] if "head" in parts else parts["embed"])
         return Span(config, start, end, kind, place, layers, embed, norm, head, reader.ranges_read)
 
@@ -130,6 +136,8 @@ def shape_of(config: ModelConfig, index: CheckpointIndex, dtype: str) -> dict[st
         return sum(torch.Size(spec.shape).numel() for spec in specs)
 
     layer = max(elements(layer_tensors(config, at)) for at in range(config.layers))
+    idle_experts = config.experts - config.experts_per_token
+    idle = 3 * config.hidden * config.expert_width * idle_experts
     embed = elements(embed_tensors(config))
     return {
         "layers": config.layers,
@@ -137,7 +145,7 @@ def shape_of(config: ModelConfig, index: CheckpointIndex, dtype: str) -> dict[st
         "embed_bytes": embed * itemsize,
         "head_bytes": elements(head_tensors(config)) * itemsize,
         "tied": config.tied,
-        "layer_flops_per_token": 2.0 * layer,
+        "layer_flops_per_token": 2.0 * (layer - idle),
         "hidden_bytes": config.hidden * itemsize,
         "kv_bytes_per_token_per_layer": 2 * config.kv_heads * config.head_dim * itemsize,
     }

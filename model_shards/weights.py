@@ -103,7 +103,7 @@ def load_parts(
     reader: TensorReader, specs: Iterable[TensorSpec], dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """The parameters that ``specs`` fill, by part name; parts of several tensors are fused along their
-    rows."""
+    rows. Norms, which are small, keep float32."""
     listed = list(specs)
     rows: dict[str, int] = {}
     for spec in listed:
@@ -112,6 +112,7 @@ def load_parts(
     for spec in listed:
         if spec.part not in parts:
             shape = (rows[spec.part], *spec.shape[1:])
-            parts[spec.part] = torch.empty(shape, dtype=dtype, device=device)
+            kept = torch.float32 if spec.part.endswith("norm") else dtype
+            parts[spec.part] = torch.empty(shape, dtype=kept, device=device)
         reader.read_into(spec, parts[spec.part][spec.row : spec.row + spec.shape[0]])
     return parts

@@ -7,7 +7,8 @@ from model_shards.families.base import Family, qwen_windows
 from model_shards.fields import Fields
 
 
-def _traits(fields: Fields) -> dict[str, Any]:
+def qwen3_traits(fields: Fields, _layers: int) -> dict[str, Any]:
+    """Biases and head norms as Qwen3 has them."""
     bias = fields.flag("attention_bias", False)
     return {"qkv_bias": bias, "out_bias": bias, "qk_norm": True}
 
@@ -16,7 +17,7 @@ QWEN3 = Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
     max_positions=32768,
-    traits=_traits,
+    traits=qwen3_traits,
     head_dim=128,
     windows=qwen_windows,
 )

@@ -267,7 +267,7 @@ def test_a_value_that_is_not_finite_is_refused_by_tensor(copied, llama, value):
 
 def test_a_value_beyond_float16_is_refused_when_that_dtype_is_asked_for(copied, llama):
     index = CheckpointIndex.open(copied)
-    info = index.tensor("model.norm.weight")
+    info = index.tensor("lm_head.weight")
     with (copied / "model.safetensors").open("r+b") as stream:
         stream.seek(info.start)
         stream.write(bytes(torch.tensor([1e6]).view(torch.uint8).tolist()))
@@ -398,3 +398,10 @@ def test_shape_of_counts_what_serving_will_hold(make_reference, tied):
     assert shape["hidden_bytes"] == 64
     assert shape["kv_bytes_per_token_per_layer"] == 2 * 2 * 16 * 2
     assert shape_of(config, index, "float32")["layer_bytes"] == 4 * layer
+
+
+def test_shape_of_a_mixture_counts_all_experts_as_bytes_and_the_chosen_as_work(make_reference):
+    reference = make_reference("mixtral", num_local_experts=5, num_experts_per_tok=2)
+    shape = shape_of(reference.config, CheckpointIndex.open(reference.directory), "bfloat16")
+    expert = 3 * 32 * 48
+    assert shape["layer_bytes"] / 2 - shape["layer_flops_per_token"] / 2 == 3 * expert

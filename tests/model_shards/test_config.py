@@ -62,7 +62,9 @@ def test_an_unknown_architecture_is_named_together_with_those_supported():
     assert "MambaForCausalLM" in str(caught.value)
     for family in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         assert family in str(caught.value)
-    assert {"llama", "qwen2", "qwen3"} <= set(supported_families())
+    assert set(supported_families()) == {
+        "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "phi3", "smollm3"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -144,3 +146,56 @@ def test_unknown_layer_types_are_refused():
                 "layer_types": ["linear_attention", "full_attention"],
             }
         )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "field"),
+    [
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1]}, "no_rope_layers"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
+        ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window"),
+        ("MixtralForCausalLM", {"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok"),
+        ("Qwen3MoeForCausalLM", {"num_experts": 0}, "num_experts"),
+        ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+        ("Gemma2ForCausalLM", {"hidden_activation": "relu"}, "hidden_activation"),
+        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("Gemma3ForCausalLM", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        (
+            "Phi3ForCausalLM",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "rope_scaling.short_factor",
+        ),
+    ],
+)
+def test_a_bad_field_of_one_family_is_refused_by_name(architecture, changes, field):
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict({**LLAMA, "architectures": [architecture], **changes})
+    assert caught.value.field == field
+
+
+def test_a_null_window_is_none_and_an_absent_one_mistrals_default():
+    mistral = {**LLAMA, "architectures": ["MistralForCausalLM"]}
+    assert ModelConfig.from_dict(mistral).windows == (4096, 4096)
+    assert ModelConfig.from_dict({**mistral, "sliding_window": None}).windows == (None, None)
+
+
+def test_the_older_spelling_of_gemma_3():
+    config = ModelConfig.from_dict(
+        {
+            **LLAMA,
+            "num_hidden_layers": 6,
+            "architectures": ["Gemma3ForCausalLM"],
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 5000.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "sliding_window": 16,
+            "sliding_window_pattern": 3,
+        }
+    )
+    assert config.windows == (16, 16, None, 16, 16, None)
+    assert config.layer_ropes == (1, 1, 0, 1, 1, 0)
+    assert [(rope.kind, rope.theta, rope.factor) for rope in config.ropes] == [
+        ("linear", 1e6, 8.0),
+        ("default", 5000.0, 1.0),
+    ]
+    assert config.context_tokens == 128

@@ -59,7 +59,9 @@ def test_every_split_gives_the_same_bits_in_every_dtype(make_reference, tools, d
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_session_has_the_same_bits_alone_and_in_company(llama, tools, dtype):
+@pytest.mark.parametrize("model", ["llama", "qwen3_moe"])
+def test_a_session_has_the_same_bits_alone_and_in_company(make_reference, tools, model, dtype):
+    llama = make_reference(model, head_dim=8, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=2)
     prompts = [[(at * 7 + step) % 97 for step in range(3 + at % 4)] for at in range(9)]
 
     def decode(engine, names):

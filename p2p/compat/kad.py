@@ -1,3 +1,4 @@
+# mypy: disallow-subclassing-any=False
 """The mends of py-libp2p 0.8.1's KadDHT: what it sees of the host, and bounded stores of its own kind.
 
 No global of the library is changed, so that nodes of several meshes can live in one process. It
@@ -145,7 +146,8 @@ class BoundedValues(ValueStore):
         if key in self.read_past:
             self.read_past.discard(key)
             return None
-        return super().get(key)
+        found: KadRecord | None = super().get(key)
+        return found
 
     def put(self, key: bytes, value: bytes, validity: float = 0.0) -> None:
         super().put(key, value, validity or time.time() + self._ttl_s)

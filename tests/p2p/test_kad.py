@@ -102,6 +102,17 @@ async def test_the_library_s_own_protocol_is_not_spoken(make_node):
         await other.raw.new_stream(ID.from_base58(host.peer_id), [PROTOCOL_ID])
 
 
+async def test_a_member_heard_of_in_a_lookup_is_known_to_speak_the_mesh_s_protocol(make_node):
+    """Identify names the mesh's own protocol id, which the library does not take for the DHT's."""
+    (one, kad), (other, _) = await make_node(), await make_node()
+    await one.connect(other.addrs())
+    peer_id = ID.from_base58(other.peer_id)
+    store = one.raw.get_peerstore()
+    await until(lambda: peer_id in store.peer_ids() and "/shoal/mesh/kad/1" in store.get_protocols(peer_id))
+    kad._dht.routing_table.remove_peer(peer_id)
+    assert await kad._dht.routing_table.add_peer(PeerInfo(peer_id, store.addrs(peer_id)))
+
+
 async def test_two_meshes_in_one_process_do_not_mix(make_node):
     nodes = [await make_node(mesh) for mesh in ("red", "red", "blue", "blue")]
     await nodes[0][0].connect(nodes[1][0].addrs())

@@ -18,6 +18,7 @@ from scheduler.errors import (
 )
 from scheduler.placement import make_plan, needs_replan
 from scheduler.planner import adopt, planner_rank
+from scheduler.preview import preview
 from scheduler.routing import Chain, ChainRequest, Hosted, Stage, choose_chain
 from scheduler.shapes import Assignment, Device, Link, Links, ModelShape, NodeShape, Plan, memory_needed
 
@@ -49,4 +50,5 @@ __all__ = [
     "memory_needed",
     "needs_replan",
     "planner_rank",
+    "preview",
 ]

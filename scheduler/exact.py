@@ -1,8 +1,9 @@
 """The best grouping of a small pool, by trying every group and every way to put groups together.
 
 Seats with equal figures count once, so five of one kind and two of another are eighteen groups, not 128. The
-objective couples the two sums of rates; it is met by weighing one rate against the other over a grid of weights,
-each solved exactly, then refining around the best. It knows nothing of the heuristics for larger pools.
+objective couples the two sums of rates. Weighing one against the other, over a grid of weights, gives good plans and
+upper bounds; a walk over all sums that are neither dominated nor out of bounds then finds the best plan there is. It
+knows nothing of the heuristics for larger pools.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scheduler.pool import Option, Pool, Prefer, objective
 
 EXACT_GROUPS_MAX = 256
 WEIGHTS = tuple(i / 16 for i in range(17))
-REFINEMENTS_MAX = 6
+REPLICA_BONUS = 1e6
+WALK_STEPS_MAX = 400_000
+"""Bounds the walk on pools with very many plans of nearly one score; what is found by then stands."""
 
 Counts = tuple[int, ...]
 
@@ -37,7 +41,10 @@ def group_count(pool: Pool) -> int:
 def solve_exactly(
     pool: Pool, prefer: Prefer, replicas_max: int | None = None
 ) -> list[tuple[tuple[int, ...], Option]]:
-    """Groups of seats with their options that maximise the objective; empty when nothing holds the model."""
+    """Groups of seats with their options that maximise the objective; empty when nothing holds the model.
+
+    With `replicas_max`, the most replicas that fit come first, up to that number, then the objective.
+    """
     table = _Table(pool)
     if not table.feasible:
         return []
@@ -45,23 +52,42 @@ def solve_exactly(
         max(getattr(o, rate) for g in table.feasible for o in table.options[g])
         for rate in ("token_rate", "full_rate")
     ]
-    best: tuple[float, list[tuple[int, Option]]] = (-1.0, [])
     weights = {"balanced": WEIGHTS, "latency": (1 - 1e-7,), "throughput": (1e-7,)}[prefer]
-    queue = [(w / tops[0], (1 - w) / tops[1]) for w in weights]
-    seen: set[tuple[tuple[int, Option], ...]] = set()
-    for step in range(len(queue) + REFINEMENTS_MAX):
-        if step >= len(queue):
-            s, p = _sums(best[1])
-            queue.append((1 / s, 1 / p))
-        found = table.solve(*queue[step], replicas_max)
-        if tuple(found) in seen and step >= len(weights):
-            break
-        seen.add(tuple(found))
+    scaled = [(w / tops[0], (1 - w) / tops[1]) for w in weights]
+    best: tuple[float, list[tuple[int, Option]]] = (-1.0, [])
+    bounds: list[_Bound] = []
+    for token_weight, full_weight in scaled:
+        found, values = table.solve(token_weight, full_weight, replicas_max)
+        bounds.append(_Bound(token_weight, full_weight, values))
         for candidate in (found, _retuned(table, found, prefer)):
             score = objective(*_sums(candidate), prefer)
-            if score > best[0] * (1 + 1e-12):
+            if (len(candidate), score) > (len(best[1]), best[0]) if replicas_max else score > best[0]:
                 best = (score, candidate)
+    if prefer == "balanced" and replicas_max is None:
+        best = table.walk(best, [b for b in bounds if b.token_weight > 0 and b.full_weight > 0])
     return table.seated(best[1])
+
+
+def solve_weighted(
+    pool: Pool, token_weight: float, full_weight: float
+) -> list[tuple[tuple[int, ...], Option]]:
+    """Groups that maximise the weighted sum of their rates; for a part of a larger pool."""
+    table = _Table(pool)
+    return table.seated(table.solve(token_weight, full_weight, None)[0]) if table.feasible else []
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """By state, the most that `token_weight` * S + `full_weight` * P can still gain."""
+
+    token_weight: float
+    full_weight: float
+    values: Sequence[float]
+
+    def ceiling(self, s: float, p: float, state: int) -> float:
+        """No plan with sums (s, p) and the seats of `state` left scores more: AM >= GM on the weighted sums."""
+        total = self.token_weight * s + self.full_weight * p + self.values[state]
+        return total / (2 * math.sqrt(self.token_weight * self.full_weight))
 
 
 def _sums(found: Sequence[tuple[int, Option]]) -> tuple[float, float]:
@@ -88,6 +114,26 @@ def _retuned(table: _Table, found: list[tuple[int, Option]], prefer: Prefer) -> 
     return found
 
 
+_Path = tuple[int, Option, Any] | None
+_Label = tuple[float, float, _Path]
+
+
+def _path(path: _Path) -> list[tuple[int, Option]]:
+    found = []
+    while path is not None:
+        found.append((path[0], path[1]))
+        path = path[2]
+    return found
+
+
+def _undominated(labels: list[_Label]) -> list[_Label]:
+    kept: list[_Label] = []
+    for label in sorted(labels, key=lambda x: (-x[0], -x[1])):
+        if not kept or label[1] > kept[-1][1]:
+            kept.append(label)
+    return kept
+
+
 class _Table:
     """Every multiset of kinds, numbered so that parts come before wholes, with options and ways to split."""
 
@@ -102,9 +148,15 @@ class _Table:
         self.options = [pool.options(self._seats(state)) for state in self.states]
         self.feasible = [k for k, options in enumerate(self.options) if options]
         self.splits = [self._splits(state) for state in self.states]
+        self.smaller = [self._smaller(state) for state in self.states]
 
     def _seats(self, state: Counts) -> tuple[int, ...]:
         return tuple(i for kind, n in zip(self.kinds, state, strict=True) for i in self.members[kind][:n])
+
+    def _smaller(self, state: Counts) -> int:
+        """The state less one seat of its first kind; -1 for the empty one."""
+        lead = next((i for i, n in enumerate(state) if n), None)
+        return -1 if lead is None else self.number[tuple(n - (i == lead) for i, n in enumerate(state))]
 
     def _splits(self, state: Counts) -> list[_Split]:
         """Feasible groups within `state` that use its first kind, and what they leave."""
@@ -119,17 +171,20 @@ class _Table:
                 found.append(_Split(group, self.number[rest]))
         return found
 
-    def solve(self, token_weight: float, full_weight: float, most: int | None) -> list[tuple[int, Option]]:
-        """The groups of greatest weighted rate, at most `most` of them."""
+    def solve(
+        self, token_weight: float, full_weight: float, most: int | None
+    ) -> tuple[list[tuple[int, Option]], list[float]]:
+        """The groups of greatest weighted rate (with `most`: as many as fit, at most `most`), and the rate by state."""
         values: list[tuple[float, Option] | None] = [None] * len(self.states)
         for g in self.feasible:
             pick = max(self.options[g], key=lambda o: token_weight * o.token_rate + full_weight * o.full_rate)
-            values[g] = (token_weight * pick.token_rate + full_weight * pick.full_rate, pick)
+            value = token_weight * pick.token_rate + full_weight * pick.full_rate
+            values[g] = (value if most is None else value + REPLICA_BONUS, pick)
         rounds = 1 if most is None else most
         layers: list[list[tuple[float, _Split | None]]] = [[(0.0, None)] * len(self.states)]
         for _ in range(rounds):
             layers.append(self._round(values, layers[-1], unlimited=most is None))
-        return self._trace(values, layers, unlimited=most is None)
+        return self._trace(values, layers, unlimited=most is None), [value for value, _ in layers[-1]]
 
     def _round(
         self,
@@ -139,12 +194,11 @@ class _Table:
         unlimited: bool,
     ) -> list[tuple[float, _Split | None]]:
         best: list[tuple[float, _Split | None]] = []
-        for k, state in enumerate(self.states):
-            lead = next((i for i, n in enumerate(state) if n), None)
-            if lead is None:
+        for k in range(len(self.states)):
+            smaller = self.smaller[k]
+            if smaller < 0:
                 best.append((0.0, None))
                 continue
-            smaller = self.number[tuple(n - (i == lead) for i, n in enumerate(state))]
             top: tuple[float, _Split | None] = (best[smaller][0], _Split(-1, smaller))
             rests = best if unlimited else below
             for split in self.splits[k]:
@@ -152,6 +206,31 @@ class _Table:
                 if value is not None and value[0] + rests[split.rest][0] > top[0] * (1 + 1e-13):
                     top = (value[0] + rests[split.rest][0], split)
             best.append(top)
+        return best
+
+    def walk(
+        self, best: tuple[float, list[tuple[int, Option]]], bounds: Sequence[_Bound]
+    ) -> tuple[float, list[tuple[int, Option]]]:
+        """Improve `best` to the optimum: from all seats down, every undominated pair of sums that may still beat it."""
+        labels: list[list[_Label]] = [[] for _ in self.states]
+        labels[-1] = [(0.0, 0.0, None)]
+        steps = 0
+        for k in range(len(self.states) - 1, -1, -1):
+            here = _undominated(labels[k])
+            labels[k] = []
+            for s, p, path in here:
+                if s * p > (best[0] * (1 + 1e-12)) ** 2:
+                    best = (math.sqrt(s * p), _path(path))
+                steps += len(self.splits[k])
+                if steps > WALK_STEPS_MAX or any(b.ceiling(s, p, k) <= best[0] * (1 + 1e-12) for b in bounds):
+                    continue
+                if self.smaller[k] >= 0:
+                    labels[self.smaller[k]].append((s, p, path))
+                for split in self.splits[k]:
+                    for option in self.options[split.group]:
+                        sums = s + option.token_rate, p + option.full_rate
+                        if all(b.ceiling(*sums, split.rest) > best[0] for b in bounds):
+                            labels[split.rest].append((*sums, (split.group, option, path)))
         return best
 
     def _trace(

@@ -8,16 +8,25 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+from scheduler.pipeline import Seat
 from scheduler.pool import Pool
 
 LOOK_AHEAD = 16
 """How many free seats around the wanted size are compared by nearness."""
 
 
-def pack(pool: Pool, *, replicas_max: int | None = None, spread: bool = False) -> list[tuple[int, ...]]:
-    """Disjoint groups that each hold the model. `spread` pairs the roomiest with the smallest that completes it at
-    the start of each group instead of the next roomiest, which makes more and longer replicas."""
-    free = sorted((pool.seats[i].room, -pool.seats[i].layer_s, i) for i in range(len(pool.seats)))
+def pack(
+    pool: Pool, *, seats: Sequence[int] | None = None, replicas_max: int | None = None, spread: bool = False
+) -> list[tuple[int, ...]]:
+    """Disjoint groups of `seats` (all, when not given) that each hold the model.
+
+    `spread` pairs the roomiest with the smallest at the start of each group instead of the next roomiest, which
+    makes more and longer replicas.
+    """
+    free = sorted(
+        (pool.seats[i].room, -pool.seats[i].layer_s, i)
+        for i in (range(len(pool.seats)) if seats is None else seats)
+    )
     free = [entry for entry in free if entry[0] > 0]
     groups: list[tuple[int, ...]] = []
     alone = [i for _, _, i in free if pool.seats[i].room_alone >= pool.layers and pool.options((i,))]
@@ -105,3 +114,41 @@ def _any_subset(
     for entry in group:
         insort(free, entry)
     return None
+
+
+def ends_of_last_resort(seats: Sequence[Seat], layers: int) -> list[int]:
+    """Seat numbers in an order that holds the model if any order of any of the seats does; empty if none does.
+
+    First and last are those that lose least by embedding and head; where there are more seats than layers the
+    roomiest stay, each with one layer at least.
+    """
+    alone = [i for i, seat in enumerate(seats) if seat.room_alone >= layers]
+    if alone:
+        return alone[:1]
+    first = sorted(
+        (i for i, s in enumerate(seats) if s.room_first > 0), key=lambda i: (_loss_first(seats[i]), i)
+    )
+    last = sorted(
+        (i for i, s in enumerate(seats) if s.room_last > 0), key=lambda i: (_loss_last(seats[i]), i)
+    )
+    pairs = [(f, g) for f in first[:2] for g in last[:2] if f != g]
+    for f, g in sorted(pairs, key=lambda p: (_loss_first(seats[p[0]]) + _loss_last(seats[p[1]]), p)):
+        inner = [i for i, s in enumerate(seats) if s.room > 0 and i not in (f, g)]
+        inner.sort(key=lambda i: (-seats[i].room, i))
+        order = [f, *inner[: max(0, layers - 2)], g]
+        if len(order) <= layers and _held(seats, order) >= layers:
+            return order
+    return []
+
+
+def _loss_first(seat: Seat) -> int:
+    return seat.room - seat.room_first
+
+
+def _loss_last(seat: Seat) -> int:
+    return seat.room - seat.room_last
+
+
+def _held(seats: Sequence[Seat], order: Sequence[int]) -> int:
+    inner = sum(seats[i].room for i in order[1:-1])
+    return seats[order[0]].room_first + inner + seats[order[-1]].room_last

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from scheduler.judge import Judge
 from scheduler.mend import Held, Mender
-from scheduler.pipeline import Seat, cuts
+from scheduler.pipeline import Seat
 from scheduler.pool import Pool
-from scheduler.search import group_seats
-from scheduler.seating import ends_of_last_resort, hops_between, seat_of, shortage
+from scheduler.search import best_effort_group, group_seats
+from scheduler.seating import hops_between, seat_of, shortage
 from scheduler.shapes import Assignment, Links, ModelShape, NodeShape, Plan, coverage
 
 HYSTERESIS = 0.25
@@ -82,14 +82,11 @@ def plan_afresh(
     """Assignments from nothing: the best replicas, then partial copies of what is still short. None: no room."""
     pool = Pool(seats, model.layers, hop)
     found: list[Assignment] = []
-    for replica in group_seats(pool, "balanced", replicas_max=copies).replicas():
+    replicas = group_seats(pool, "balanced", replicas_max=copies).replicas() or best_effort_group(pool)
+    for replica in replicas:
         found.extend(_stages([seats[i].node for i in replica.seats], replica.counts))
     if not found:
-        order = ends_of_last_resort(seats, model.layers)
-        options = cuts([seats[i] for i in order], model.layers) if order else []
-        if not options:
-            return None
-        found = _stages([seats[i].node for i in order], options[-1].counts)
+        return None
     return mender.mend(found, copies)
 
 

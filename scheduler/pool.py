@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scheduler.pipeline import Cut, Seat, cuts
+from scheduler.pipeline import Cut, Seat, cuts, quick_cuts
 
 Prefer = Literal["balanced", "latency", "throughput"]
-EXACT_STAGES_MAX = 4
-"""Up to so many stages every choice of first and last is tried; beyond, a few likely ones."""
+EXACT_STAGES_MAX = 8
+"""Up to so many stages a thorough pool tries every choice of first and last; beyond, a few likely ones."""
 TOUR_STAGES_MAX = 6
-"""Up to so many stages the shortest ring is found by trying all."""
+"""Up to so many stages the shortest ring is found by trying all (one fewer in search)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Pool:
     """Seats, layers, and seconds by hop from one seat to another.
 
     `hop_s` is one figure for every pair, or a function of two seat numbers. `batch` is the tokens that a step of the
-    pipeline yields.
+    pipeline yields. A pool that is not `thorough` looks at likely orders and a few cuts only, for search.
     """
 
     def __init__(
@@ -67,20 +67,29 @@ class Pool:
         hop_s: float | Callable[[int, int], float],
         *,
         batch: int = 1,
-        coarse: float = 0.0,
-        thorough: bool = False,
+        thorough: bool = True,
     ) -> None:
         self.seats = tuple(seats)
         self.layers = layers
         self.batch = batch
-        self.coarse = coarse
         self.thorough = thorough
         self.uniform_hop_s = hop_s if isinstance(hop_s, (int, float)) else None
         self._hop_s = hop_s if callable(hop_s) else None
         self.kinds = self._kinds()
         self._options: dict[tuple[int, ...], tuple[Option, ...]] = {}
-        self._rings: dict[tuple[int, ...], list[tuple[tuple[int, ...], float]]] = {}
         self.evaluated = 0
+
+    def quick(self) -> Pool:
+        """The same pool for search: likely orders and few cuts."""
+        hop_s = self._hop_s if self._hop_s is not None else self.uniform_hop_s or 0.0
+        return Pool(self.seats, self.layers, hop_s, batch=self.batch, thorough=False)
+
+    def part(self, seats: Sequence[int]) -> Pool:
+        """A pool of some of the seats, numbered anew in this order."""
+        hop_s = self._hop_s
+        between = self.uniform_hop_s or 0.0 if hop_s is None else lambda a, b: hop_s(seats[a], seats[b])
+        picked = [self.seats[i] for i in seats]
+        return Pool(picked, self.layers, between, batch=self.batch, thorough=self.thorough)
 
     def _kinds(self) -> tuple[int, ...]:
         if self.uniform_hop_s is None:
@@ -125,10 +134,11 @@ class Pool:
         self.evaluated += 1
         reliability = math.prod(self.seats[i].reliability for i in members)
         found: list[Option] = []
+        cut_up = cuts if self.thorough else quick_cuts
         for orders in (self._orders(members), self._plain_orders(members)):
             for order, hops in orders:
                 seats = [self.seats[members[i]] for i in order]
-                for cut in cuts(seats, self.layers, self.coarse):
+                for cut in cut_up(seats, self.layers):
                     single = cut.sum_s + hops
                     found.append(
                         Option(order, cut, single, reliability / single, reliability * self.batch / cut.max_s)
@@ -153,13 +163,13 @@ class Pool:
         if self.uniform_hop_s is not None:
             hops = size * self.uniform_hop_s
             return [(_between(first, last, size), hops) for first, last in self._ends(members)]
-        if self.thorough and size <= TOUR_STAGES_MAX + 2:
+        if self.thorough and size <= EXACT_STAGES_MAX:
             return self._best_paths(members)
         ring = self._ring(members)
         seconds = sum(self.hop_s(members[a], members[b]) for a, b in _around(ring))
         wanted = self._ends(members)
         turns = [ring[i:] + ring[:i] for i in range(size)]
-        if size > EXACT_STAGES_MAX:
+        if size > 3:
             firsts, lasts = {first for first, _ in wanted}, {last for _, last in wanted}
             turns.sort(key=lambda turn: ((turn[0] not in firsts) + (turn[-1] not in lasts), turn))
             turns = turns[:3]
@@ -170,7 +180,7 @@ class Pool:
         size = len(members)
         kinds = [self.kinds[i] for i in members]
         distinct = [i for i in range(size) if i == kinds.index(kinds[i])] if size <= 64 else list(range(size))
-        if self.thorough or size <= EXACT_STAGES_MAX:
+        if size <= (EXACT_STAGES_MAX if self.thorough else 2):
             firsts = lasts = distinct
         else:
             seat = [self.seats[i] for i in members]
@@ -181,7 +191,8 @@ class Pool:
             )
             by_head = sorted(can_end, key=lambda i: (seat[i].room - seat[i].room_last, seat[i].head_s, i))
             by_speed = sorted(can_end, key=lambda i: (seat[i].head_s, -seat[i].room_last, i))
-            firsts, lasts = by_loss[:2], list(dict.fromkeys([*by_head[:2], *by_speed[:1]]))
+            # Two of each, so that some pair is of different seats; the speed of the head matters only in the end.
+            firsts, lasts = by_loss[:2], list(dict.fromkeys([*by_head[:2], *by_speed[: self.thorough]]))
         pairs: dict[tuple[int, int], tuple[int, int]] = {}
         for first, last in itertools.product(firsts, lasts):
             partner = last
@@ -201,7 +212,7 @@ class Pool:
         def length(ring: tuple[int, ...]) -> float:
             return sum(cost[a][b] for a, b in _around(ring))
 
-        if size <= TOUR_STAGES_MAX:
+        if size <= TOUR_STAGES_MAX - (not self.thorough):
             tours = ((0, *rest) for rest in itertools.permutations(range(1, size)))
             return min(tours, key=lambda ring: (length(ring), ring))
         ring = [0]

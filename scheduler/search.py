@@ -1,120 +1,114 @@
-"""Which seats to group into replicas: a greedy start, then improvement by small moves, for pools of any size.
+"""Which seats to group into replicas, for pools of any size: exact when small, else packed and improved.
 
-Small pools are solved by `exact`. Everything is deterministic and bounded by a count of evaluations, never by a
-clock. It knows rates, not seconds to fetch or plans of yesterday.
+Everything is deterministic and bounded by a count of evaluations, never by a clock. It knows rates, not seconds to
+fetch or plans of yesterday.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 from scheduler.exact import EXACT_GROUPS_MAX, group_count, solve_exactly
-from scheduler.packing import pack
-from scheduler.pool import Option, Pool, Prefer, Replica, objective
+from scheduler.grouping import Grouping
+from scheduler.improve import improve, shake, without
+from scheduler.packing import ends_of_last_resort, pack
+from scheduler.pipeline import cuts
+from scheduler.pool import Pool, Prefer, Replica
 
-GAIN_LEAST = 1e-9
+SEVERAL_STARTS_MAX = 200
+"""Up to so many seats each start is improved; beyond, only the better one."""
 
 
-@dataclass(slots=True)
-class Grouping:
-    """Groups of seats with the option each runs, and the sums of their rates."""
-
-    pool: Pool
-    prefer: Prefer
-    groups: list[tuple[int, ...]] = field(default_factory=list)
-    options: list[Option] = field(default_factory=list)
-    token_rates: float = 0.0
-    full_rates: float = 0.0
-
-    def score(self, token_rates: float | None = None, full_rates: float | None = None) -> float:
-        """A number to maximise: the objective, with a trace of the other rate to break ties."""
-        s = self.token_rates if token_rates is None else token_rates
-        p = self.full_rates if full_rates is None else full_rates
-        if self.prefer == "balanced":
-            return math.sqrt(max(0.0, s * p))
-        return objective(s, p, self.prefer) + 1e-7 * (p if self.prefer == "latency" else s)
-
-    def best(self, group: Sequence[int], token_rates: float, full_rates: float) -> Option | None:
-        """The option of `group` that scores best beside replicas with these sums."""
-        options = self.pool.options(group)
-        if not options:
-            return None
-        return max(options, key=lambda o: self.score(token_rates + o.token_rate, full_rates + o.full_rate))
-
-    def add(self, group: Sequence[int], option: Option) -> None:
-        """Append a replica."""
-        self.groups.append(tuple(group))
-        self.options.append(option)
-        self.token_rates += option.token_rate
-        self.full_rates += option.full_rate
-
-    def settle(self) -> None:
-        """Let each replica pick its option again beside the others, until none changes."""
-        for _ in range(8):
-            changed = False
-            for k, group in enumerate(self.groups):
-                old = self.options[k]
-                s, p = self.token_rates - old.token_rate, self.full_rates - old.full_rate
-                new = self.best(group, s, p)
-                if new is not None and new is not old:
-                    gain = self.score(s + new.token_rate, p + new.full_rate) - self.score()
-                    if gain > GAIN_LEAST * self.score():
-                        self.options[k] = new
-                        self.token_rates, self.full_rates = s + new.token_rate, p + new.full_rate
-                        changed = True
-            if not changed:
-                break
-        self.token_rates = sum(o.token_rate for o in self.options)
-        self.full_rates = sum(o.full_rate for o in self.options)
-
-    def unused(self) -> list[int]:
-        """Seats in no group."""
-        used = {i for group in self.groups for i in group}
-        return [i for i in range(len(self.pool.seats)) if i not in used]
-
-    def replicas(self) -> list[Replica]:
-        """The replicas as stages."""
-        return [self.pool.replica(g, o) for g, o in zip(self.groups, self.options, strict=True)]
-
-    def swap(self, olds: Sequence[int], news: Sequence[tuple[int, ...]]) -> float:
-        """Replace groups by number with `news` if that scores better; the gain, or 0 when nothing was done."""
-        s = self.token_rates - sum(self.options[k].token_rate for k in olds)
-        p = self.full_rates - sum(self.options[k].full_rate for k in olds)
-        picked: list[Option] = []
-        for group in news:
-            option = self.best(group, max(s, 1e-12), max(p, 1e-12))
-            if option is None:
-                return 0.0
-            picked.append(option)
-            s += option.token_rate
-            p += option.full_rate
-        gain = self.score(s, p) - self.score()
-        if gain <= GAIN_LEAST * self.score():
-            return 0.0
-        for k in sorted(olds, reverse=True):
-            del self.groups[k], self.options[k]
-        self.groups.extend(tuple(group) for group in news)
-        self.options.extend(picked)
-        self.token_rates, self.full_rates = s, p
-        return gain
+THRIFT_LOSS_MAX = 0.0125
+THRIFT_GAIN_LEAST = 0.2
+THRIFT_SEATS_MAX = 64
 
 
 def group_seats(pool: Pool, prefer: Prefer, *, replicas_max: int | None = None) -> Grouping:
-    """The grouping to use: exact where the pool is small, else packed and improved."""
-    best = Grouping(pool, prefer)
+    """The grouping to use.
+
+    With `replicas_max` (copies wanted) as many replicas as fit come first, up to that number, then the objective.
+    """
+    found = _group(pool, prefer, replicas_max)
+    if prefer == "balanced" and len(pool.seats) <= THRIFT_SEATS_MAX:
+        _spare(found)
+    return found
+
+
+def _spare(grouping: Grouping) -> None:
+    """Leave out a seat that slows its replica much for almost nothing.
+
+    Where the balanced objective is nearly flat, a stage can cost its replica a fifth of its speed and add a
+    hundredth to the whole; the users of that replica, and whoever needs a spare node after a failure, are better
+    off without it. All such steps together give up THRIFT_LOSS_MAX of the objective at most.
+    """
+    least = grouping.score() * (1 - THRIFT_LOSS_MAX)
+    while True:
+        best: tuple[float, int, tuple[int, ...]] | None = None
+        for k, (group, option) in enumerate(zip(grouping.groups, grouping.options, strict=True)):
+            s, p = grouping.token_rates - option.token_rate, grouping.full_rates - option.full_rate
+            for seat in group if len(group) > 2 else ():
+                rest = without(group, seat)
+                new = grouping.best(rest, s, p)
+                if new is None or new.single_s > option.single_s * (1 - THRIFT_GAIN_LEAST):
+                    continue
+                score = grouping.score(s + new.token_rate, p + new.full_rate)
+                if score >= least and (best is None or score > best[0]):
+                    best = (score, k, rest)
+        if best is None:
+            return
+        grouping.replace(best[1], best[2])
+
+
+def _group(pool: Pool, prefer: Prefer, replicas_max: int | None) -> Grouping:
+    """Exact where the pool is small, else packed and improved."""
+    found = Grouping(pool, prefer)
     if group_count(pool) <= EXACT_GROUPS_MAX:
         for group, option in solve_exactly(pool, prefer, replicas_max):
-            best.add(group, option)
-        return best
+            found.add(group, option)
+        return found
+    quick = pool.quick()
+    best = Grouping(quick, prefer)
+    budget = evaluations_for(len(pool.seats))
+    spent = 0
     for spread in (False, True):
-        found = Grouping(pool, prefer)
-        for group in pack(pool, replicas_max=replicas_max, spread=spread):
-            chosen = found.best(group, found.token_rates, found.full_rates)
-            if chosen is not None:
-                found.add(group, chosen)
-        found.settle()
-        if found.score() > best.score():
-            best = found
-    return best
+        start = Grouping(quick, prefer)
+        for group in pack(quick, replicas_max=replicas_max, spread=spread):
+            start.append(group)
+        start.settle()
+        packed = quick.evaluated
+        if len(pool.seats) <= SEVERAL_STARTS_MAX:
+            improve(start, budget * 2 // 5, fixed=replicas_max is not None)
+        spent += quick.evaluated - packed
+        if _ahead(start, best, counted=replicas_max is not None):
+            best = start
+    left = budget - spent
+    if len(pool.seats) > SEVERAL_STARTS_MAX:
+        improve(best, left, fixed=replicas_max is not None)
+    else:
+        best = shake(best, left, fixed=replicas_max is not None)
+    for group in best.groups:
+        found.append(group)
+    found.settle()
+    return found
+
+
+def evaluations_for(seats: int) -> int:
+    """How many groups to look at: bounded work by the size of the pool, so that plans never depend on a clock."""
+    return 4500 + 8 * seats
+
+
+def _ahead(a: Grouping, b: Grouping, *, counted: bool) -> bool:
+    if counted and len(a.groups) != len(b.groups):
+        return len(a.groups) > len(b.groups)
+    return a.score() > b.score()
+
+
+def best_effort_group(pool: Pool) -> list[Replica]:
+    """One replica, if any order of any seats holds the model, however slow; for pools where packing finds none."""
+    order = ends_of_last_resort(pool.seats, pool.layers)
+    found = cuts([pool.seats[i] for i in order], pool.layers) if order else []
+    if not found:
+        return []
+    cut = found[-1]
+    ring = zip(order, [*order[1:], order[0]], strict=True)
+    single = cut.sum_s + (sum(pool.hop_s(a, b) for a, b in ring) if len(order) > 1 else 0.0)
+    return [Replica(tuple(order), cut.counts, single, 1 / single, pool.batch / cut.max_s)]

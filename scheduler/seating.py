@@ -95,11 +95,11 @@ def same_link(_a: str, _b: str) -> Link:
     return Link(0.0, 1e12)
 
 
-def spare_layers(model: ModelShape, seats: Iterable[Seat]) -> int:
+def spare_layers(layers: int, seats: Iterable[Seat]) -> int:
     """The most layers that one copy could place on these seats, embedding and head counted."""
     found = [seat for seat in seats if seat.room > 0]
-    if any(seat.room_alone >= model.layers for seat in found):
-        return model.layers
+    if any(seat.room_alone >= layers for seat in found):
+        return layers
     first = sorted((s for s in found if s.room_first > 0), key=lambda s: (s.room - s.room_first, s.node))[:2]
     last = sorted((s for s in found if s.room_last > 0), key=lambda s: (s.room - s.room_last, s.node))[:2]
     total = sum(seat.room for seat in found)
@@ -108,45 +108,7 @@ def spare_layers(model: ModelShape, seats: Iterable[Seat]) -> int:
         for g in last:
             if f.node != g.node:
                 best = max(best, total - (f.room - f.room_first) - (g.room - g.room_last))
-    return min(best, model.layers)
-
-
-def ends_of_last_resort(seats: Sequence[Seat], layers: int) -> list[int]:
-    """Seat numbers in an order that holds the model if any order of any of the seats does; empty if none does.
-
-    First and last are those that lose least by embedding and head; where there are more seats than layers the
-    roomiest stay, each with one layer at least.
-    """
-    alone = [i for i, seat in enumerate(seats) if seat.room_alone >= layers]
-    if alone:
-        return alone[:1]
-    first = sorted(
-        (i for i, s in enumerate(seats) if s.room_first > 0), key=lambda i: (_loss_first(seats[i]), i)
-    )
-    last = sorted(
-        (i for i, s in enumerate(seats) if s.room_last > 0), key=lambda i: (_loss_last(seats[i]), i)
-    )
-    pairs = [(f, g) for f in first[:2] for g in last[:2] if f != g]
-    for f, g in sorted(pairs, key=lambda p: (_loss_first(seats[p[0]]) + _loss_last(seats[p[1]]), p)):
-        inner = [i for i, s in enumerate(seats) if s.room > 0 and i not in (f, g)]
-        inner.sort(key=lambda i: (-seats[i].room, i))
-        order = [f, *inner[: max(0, layers - 2)], g]
-        if len(order) <= layers and _held(seats, order) >= layers:
-            return order
-    return []
-
-
-def _loss_first(seat: Seat) -> int:
-    return seat.room - seat.room_first
-
-
-def _loss_last(seat: Seat) -> int:
-    return seat.room - seat.room_last
-
-
-def _held(seats: Sequence[Seat], order: Sequence[int]) -> int:
-    inner = sum(seats[i].room for i in order[1:-1])
-    return seats[order[0]].room_first + inner + seats[order[-1]].room_last
+    return min(best, layers)
 
 
 def shortage(model: ModelShape, nodes: Sequence[NodeShape], seats: Sequence[Seat]) -> Shortage:
@@ -155,5 +117,5 @@ def shortage(model: ModelShape, nodes: Sequence[NodeShape], seats: Sequence[Seat
     taking_part = max(1, sum(seat.room > 0 for seat in seats))
     needed = model.weight_bytes(0, model.layers) + model.layers * model.kv_bytes_per_layer
     needed += model.working_bytes * taking_part
-    short = max(1, model.layers - spare_layers(model, seats))
+    short = max(1, model.layers - spare_layers(model.layers, seats))
     return Shortage(needed, available, short, model.layers)

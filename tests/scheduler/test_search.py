@@ -1,0 +1,114 @@
+"""The search against brute force, against others' published ones, and its own invariants on larger pools."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+from scheduler import Shortage, preview, search
+from scheduler.pool import Pool
+from scheduler.preview import read_document
+from scheduler.sim.baselines import parallax_greedy, parallax_program
+
+spec = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
+oracle = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(oracle)
+
+
+def against_oracle(seeds, **sizes):
+    """Ratios of our objective to the best by brute force; every result is checked on the way."""
+    ratios = []
+    for seed in seeds:
+        document = oracle.random_document(seed, **sizes)
+        brute = oracle.Oracle(document)
+        best = brute.best()
+        try:
+            result = preview(document)
+        except Shortage:
+            assert best == 0, f"pool {seed} fits and was refused"
+            continue
+        oracle.check_result(brute, result)
+        assert math.isclose(result["objective"], oracle.objective_of(result), rel_tol=1e-9)
+        ratios.append(result["objective"] / best)
+    return ratios
+
+
+def near_the_best(ratios):
+    assert min(ratios) > 0.97
+    assert max(ratios) < 1 + 1e-9
+    assert sum(r > 1 - 1e-9 for r in ratios) >= 0.9 * len(ratios)
+
+
+def test_small_pools_are_planned_as_well_as_can_be():
+    near_the_best(against_oracle(range(60)))
+
+
+@pytest.mark.slow
+def test_five_hundred_small_pools_are_planned_as_well_as_can_be():
+    near_the_best(against_oracle(range(500)))
+
+
+@pytest.mark.parametrize("prefer", ["latency", "throughput"])
+def test_a_single_preference_is_met_exactly(prefer):
+    for seed in range(500, 515):
+        document = oracle.random_document(seed, nodes_max=6)
+        best = oracle.Oracle(document).best(prefer)
+        if best:
+            ours = oracle.objective_of(preview(document, prefer=prefer), prefer)
+            assert ours == pytest.approx(best, rel=1e-5)
+
+
+def test_the_search_for_large_pools_is_near_the_best_on_small_ones(monkeypatch):
+    monkeypatch.setattr(search, "EXACT_GROUPS_MAX", 0)
+    near_the_best(against_oracle(range(700, 708)))
+
+
+def never_worse(seeds, **sizes):
+    for seed in seeds:
+        document = oracle.random_document(seed, **sizes)
+        checked = read_document(document)
+        pool = pool_of(checked)
+        power = [node.flops_per_s for node in checked.nodes]
+        theirs = [
+            parallax_greedy(pool, power),
+            *(parallax_program(pool, power, alpha) for alpha in (1.0, 2.0)),
+        ]
+        scores = [
+            math.sqrt(sum(r.token_rate for r in found) * sum(r.full_rate for r in found)) for found in theirs
+        ]
+        try:
+            ours = preview(document)["objective"]
+        except Shortage:
+            ours = 0.0
+        assert ours >= max(scores) * (1 - 1e-9), f"pool {seed}"
+
+
+def pool_of(checked):
+    from scheduler.preview import _hops, _seat
+
+    return Pool(
+        [_seat(checked, node) for node in checked.nodes],
+        checked.model.layers,
+        _hops(checked),
+        batch=checked.batch,
+    )
+
+
+def test_no_pool_is_planned_worse_than_by_the_published_schedulers():
+    never_worse(range(1000, 1080), layers_max=12)
+
+
+@pytest.mark.slow
+def test_two_thousand_pools_are_planned_no_worse_than_by_the_published_schedulers():
+    never_worse(range(2000), layers_max=12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_larger_pools_are_planned_validly_and_the_same_in_any_order(seed):
+    document = oracle.random_document(9000 + seed, nodes_max=30, layers_max=40, pairs=seed == 1)
+    document["nodes"] = [{**node, "memory_gib": 8 + node["memory_gib"]} for node in document["nodes"]]
+    first = preview(document)
+    oracle.check_result(oracle.Oracle(document), first)
+    second = preview({**document, "nodes": document["nodes"][::-1]})
+    assert first["replicas"] == second["replicas"]

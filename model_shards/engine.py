@@ -16,7 +16,7 @@ from model_shards.exact import RowsExact
 from model_shards.kv import BLOCK_TOKENS, KvCache, KvPool, SessionKv
 from model_shards.layers import Batch, Rows
 from model_shards.rope import LENGTH_DEPENDENT, RotaryTable
-from model_shards.sampler import Sampling, pick
+from model_shards.sampler import Said, Sampling, pick
 from model_shards.span import Span
 
 GROUP_ROWS_MAX = 32
@@ -50,6 +50,7 @@ class StepResult:
     hidden: torch.Tensor | None = None
     token: int | None = None
     logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
 def _scope(scope: str, start: int, end: int) -> str:
@@ -79,6 +80,7 @@ class Engine:
         self._cache = KvCache(pool)
         self._rotary = [RotaryTable(rope, span.dtype, span.device) for rope in config.ropes]
         self._sessions: dict[str, SessionKv] = {}
+        self._said: dict[str, Said] = {}
         self._exact = RowsExact(span)
         # Such a scaling rotates a key by the length its sequence had then: no other session may take it over.
         self._sharing = not any(rope.kind in LENGTH_DEPENDENT for rope in config.ropes)
@@ -126,6 +128,7 @@ class Engine:
             reuse=pages[: reuse // BLOCK_TOKENS],
             sharing=self._sharing,
         )
+        self._said[session] = Said(list(prompt), len(prompt))
 
     def cached(self, start: int, end: int, prompt: Sequence[int], *, scope: str = "") -> int:
         """How many first positions of ``prompt`` are in the cache for layers [start, end): whole blocks, and
@@ -138,6 +141,7 @@ class Engine:
         of the session's, let a stage that saw only activations keep them for prompts that continue this
         text."""
         kv = self._sessions.pop(session, None)
+        self._said.pop(session, None)
         if kv is not None:
             if tokens and self._sharing:
                 kv.learn(tokens)
@@ -150,6 +154,16 @@ class Engine:
         if not 0 <= position <= kv.length:
             raise StepError(session, f"cannot rewind to {position}, it holds {kv.length} positions")
         kv.rewind(position)
+        del self._said[session].tokens[position:]
+
+    def recall(self, session: str, tokens: Sequence[int], prompt_tokens: int) -> None:
+        """Tells the session's tokens so far, of which the first ``prompt_tokens`` are its prompt: penalties
+        at a last stage that replaces another, or that was opened without its prompt, depend on them. Raises
+        StepError."""
+        self._kv(session)
+        if not 0 <= prompt_tokens <= len(tokens):
+            raise StepError(session, f"a prompt of {prompt_tokens} among {len(tokens)} tokens")
+        self._said[session] = Said(list(tokens), prompt_tokens)
 
     def position(self, session: str) -> int:
         """How many positions the session holds, which is where its next step must start. Raises StepError."""
@@ -167,6 +181,8 @@ class Engine:
             raise StepError(step.session, f"step at position {step.position}, expected {kv.length}")
         if step.position + count > kv.tokens_max:
             raise ContextOverflow(kv.tokens_max, step.position + count)
+        if step.sample is not None and any(token >= config.vocab for token, _ in step.sample.logit_bias):
+            raise StepError(step.session, f"biases a token outside the vocabulary of {config.vocab}")
         if step.sample is not None and kv.end != config.layers:
             raise StepError(
                 step.session, f"asks to sample, but its layers end at {kv.end} of {config.layers}"
@@ -207,6 +223,8 @@ class Engine:
                 results[at] = result
         for step in steps:
             self._sessions[step.session].advance(step.count, step.tokens)
+        for step, done in zip(steps, results, strict=True):
+            self._remember(step, done.token if done is not None else None)
         return [result for result in results if result is not None]
 
     @torch.inference_mode()
@@ -318,6 +336,25 @@ class Engine:
                 continue
             if not bool(torch.isfinite(scores).all()):
                 raise StepError(step.session, "its logits are not finite")
-            token, logprob = pick(scores, step.sample, step.position + step.count)
-            results.append(StepResult(step.session, None, token, logprob))
+            where = step.position + step.count
+            found = pick(scores, step.sample, where, self._before(step))
+            results.append(StepResult(step.session, None, found.token, found.logprob, found.top))
         return results
+
+    def _before(self, step: Step) -> Said:
+        """What the session has said up to and including ``step``'s positions."""
+        said, end = self._said[step.session], step.position + step.count
+        tokens = said.tokens[:end]
+        if step.tokens is not None:
+            tokens[step.position :] = step.tokens
+        # A stage that was never told the prompt takes what came before its first token for it.
+        return Said(tokens, said.prompt_tokens or end)
+
+    def _remember(self, step: Step, sampled: int | None) -> None:
+        said, end = self._said[step.session], step.position + step.count
+        if step.tokens is not None:
+            said.tokens[step.position : end] = step.tokens
+        if sampled is not None:
+            said.tokens.extend([-1] * (end - len(said.tokens)))
+            said.prompt_tokens = said.prompt_tokens or end
+            said.tokens[end:] = [sampled]

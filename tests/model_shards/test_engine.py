@@ -130,6 +130,10 @@ BAD_STEPS = {
     "hidden_dtype": (Step("m", 0, hidden=torch.zeros(1, 32, dtype=torch.bfloat16)), "bfloat16"),
     "hidden_nan": (Step("m", 0, hidden=torch.full((1, 32), float("nan"))), "not finite"),
     "hidden_infinite": (Step("m", 0, hidden=torch.full((1, 32), float("inf"))), "not finite"),
+    "bias_outside": (
+        Step("s", 0, tokens=(1,), sample=Sampling(logit_bias=((97, 1.0),))),
+        "vocabulary of 97",
+    ),
     "sample_too_early": (Step("e", 0, tokens=(1,), sample=GREEDY), "asks to sample"),
 }
 
@@ -268,8 +272,8 @@ def test_the_draw_belongs_to_the_position_where_the_token_will_stand(llama, tool
     )
     logits = tools.Chain(engines, "logits").logits([1, 2, 3])[-1]
     found = [tools.Chain(engines, str(at)).sample([1, 2, 3], how)[0] for at, how in enumerate(samplings)]
-    assert found == [pick(logits, how, 3)[0] for how in samplings]
-    assert found != [pick(logits, how, 2)[0] for how in samplings]
+    assert found == [pick(logits, how, 3).token for how in samplings]
+    assert found != [pick(logits, how, 2).token for how in samplings]
 
 
 def test_a_closed_session_is_unknown(engine):
@@ -302,3 +306,52 @@ def test_a_tied_model_in_one_span_holds_its_table_once(make_reference, tools):
     span = tools.engines_of(reference.directory, (0, 4))[0].span
     assert span.head.weight.data_ptr() == span.embed_weight.data_ptr()
     assert span.weight_bytes < span.bytes_read + 1
+
+
+PENALISED = Sampling(temperature=0, repetition_penalty=5.0, presence_penalty=1.0, frequency_penalty=1.0)
+
+
+def test_penalties_see_prompt_and_answer_and_do_not_depend_on_the_split(llama, tools):
+    plain = tools.Chain(tools.engines_of(llama.directory, (0, 4))).greedy([1, 2, 3], 12)
+
+    def text(cuts, told):
+        engines = tools.engines_of(llama.directory, cuts)
+        for engine in engines:
+            engine.open("s", engine.span.start, engine.span.end, 64, prompt=[1, 2, 3] if told else ())
+        chain, tokens, out = tools.Chain([], "s"), [1, 2, 3], []
+        chain.engines = engines
+        for _ in range(12):
+            tokens = [chain.sample(tokens, PENALISED)[0]]
+            out += tokens
+        return out
+
+    assert len(set(plain)) < 12
+    assert text((0, 4), True) == text((0, 4), False) == text((0, 2, 4), True)
+    assert len(set(text((0, 4), True))) == 12
+    assert len(set(text((0, 2, 4), False))) == 12
+
+
+def test_a_stage_that_replaces_another_is_told_what_was_said(llama, tools):
+    chain = tools.Chain(tools.engines_of(llama.directory, (0, 2, 4)), "s")
+    tokens = [1, 2, 3]
+    for _ in range(5):
+        tokens.append(chain.sample(tokens[chain.position :], PENALISED)[0])
+    expected = chain.sample(tokens[chain.position :], PENALISED)[0]
+    fresh = tools.Chain(tools.engines_of(llama.directory, (0, 2, 4)), "s")
+    fresh.sample(tokens[:-1], Sampling(temperature=0))
+    forgetful = fresh.sample(tokens[-1:], PENALISED)[0]
+    fresh.engines[1].rewind("s", len(tokens) - 1)
+    fresh.engines[0].rewind("s", len(tokens) - 1)
+    fresh.position -= 1
+    fresh.engines[1].recall("s", tokens, 3)
+    assert fresh.sample(tokens[-1:], PENALISED)[0] == expected
+    assert forgetful != expected
+    with pytest.raises(StepError, match="prompt"):
+        fresh.engines[1].recall("s", tokens, 99)
+
+
+def test_top_logprobs_come_with_the_result(engine):
+    engine.open("s", 0, 4, 8)
+    result = engine.run([Step("s", 0, tokens=(1, 2), sample=Sampling(temperature=0, top_logprobs=4))])[0]
+    assert result.top_logprobs[0] == (result.token, pytest.approx(result.logprob))
+    assert len(result.top_logprobs) == 4

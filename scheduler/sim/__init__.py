@@ -2,3 +2,5 @@
 
 Pure and deterministic: time and chance are its own. It reads traces that it is given and sends nothing.
 """
+
+__all__: list[str] = []

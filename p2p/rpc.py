@@ -310,6 +310,8 @@ class Rpc:
 
     def _ping(self, link: _Link, now: float) -> None:
         lane = self._out_lane(link, "small")
+        if not lane.is_open:
+            return
         token = self._next_token
         self._next_token += 1
         link.pings[token] = now
@@ -346,7 +348,7 @@ class Rpc:
             budget = Budget(self.config.unread_per_peer_bytes_max)
             link = self._links[peer] = _Link(peer, budget, trio.current_time())
             if peer != self.host.peer_id:
-                self._ping(link, link.heard_s)
+                self._out_lane(link, "small")
         return link
 
     def _lane(self, peer: PeerId, name: LaneName) -> Lane:
@@ -374,12 +376,12 @@ class Rpc:
 
     async def _run_out(self, link: _Link, lane: Lane) -> None:
         try:
-            if link.peer == self.host.peer_id:
-                stream, far = stream_pair(link.peer)
-                self._started().start_soon(self._run_in, lane.name, far)
-                await lane.run(stream)
-            else:
-                await lane.run(await self.host.open_stream(link.peer, _PROTOCOL[lane.name]))
+            stream = await self._stream_to(link, lane)
+            lane.is_open = True
+            if lane.failure is None and lane.name == "small" and link.peer != self.host.peer_id:
+                link.heard_s = trio.current_time()
+                self._ping(link, link.heard_s)
+            await lane.run(stream)
         except ProtocolViolation as failure:
             # It answered, though it serves no calls (yet): alive, and asked again with the next ping.
             link.heard_s = trio.current_time()
@@ -392,6 +394,13 @@ class Rpc:
             lane.fail(PeerLost(link.peer, f"the stream of calls to {link.peer} has ended"))
             if link.out.get(lane.name) is lane:
                 del link.out[lane.name]
+
+    async def _stream_to(self, link: _Link, lane: Lane) -> ByteStream:
+        if link.peer != self.host.peer_id:
+            return await self.host.open_stream(link.peer, _PROTOCOL[lane.name])
+        near, far = stream_pair(link.peer)
+        self._started().start_soon(self._run_in, lane.name, far)
+        return near
 
     def _acceptor(self, name: LaneName) -> Callable[[ByteStream], Awaitable[None]]:
         async def accept(stream: ByteStream) -> None:

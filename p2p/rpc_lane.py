@@ -57,6 +57,7 @@ class Lane:
         self.failure: P2pError | None = None
         self.room = trio.lowlevel.ParkingLot()
         self.nursery: trio.Nursery | None = None
+        self.is_open = False
         self._work = trio.lowlevel.ParkingLot()
         self._read_bytes_max = read_bytes_max
         self._on_begun = on_begun

@@ -1,6 +1,6 @@
 # `make demo` and `make test` need Python 3.11 or newer and make; each sets everything up by itself, in .venv.
 #   make PYTHON=python3.12        another interpreter
-#   make TORCH_INDEX=https://index.example/whl/cu130    torch from there (default: a CPU build)
+#   make TORCH_INDEX=URL          torch from that index (default: a CPU build, wherever pip finds one)
 # A torch that is already in .venv is kept. Every path here is relative, because a checkout's path may have a space in it.
 PYTHON ?= python3
 PY := .venv/bin/python

@@ -26,7 +26,6 @@ VENV_PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "shoal-installed"
 PINS = (ROOT / "requirements" / "lock.txt", ROOT / "requirements" / "dev.txt")
 PYTHON_MIN = (3, 11)
-TORCH_CPU_INDEX = "https://index.example/whl/cpu"
 PIP_OPTIONS = ("--disable-pip-version-check", "--no-input", "--progress-bar=off")
 
 
@@ -146,25 +145,17 @@ def install_torch(pin: str) -> None:
     if has_usable_torch():
         return
     name = f"{pin}, CPU build"
-    # `+cpu` is how a Linux CPU build calls itself; elsewhere there is no other. PyTorch's own index comes second.
+    # `+cpu` is how a Linux CPU build calls itself; elsewhere there is no other.
     if sys.platform != "linux":
         found = pip(name, "--no-deps", pin)
     else:
-        found = (
-            pip(name, "--no-deps", f"{pin}+cpu", complain=False)
-            or pip(
-                f"{name}, from {TORCH_CPU_INDEX}",
-                "--no-deps",
-                "--index-url",
-                TORCH_CPU_INDEX,
-                pin,
-                complain=False,
-            )
-            or (is_cpu_build(pin) and pip(name, "--no-deps", pin))
+        found = pip(name, "--no-deps", f"{pin}+cpu", complain=False) or (
+            is_cpu_build(pin) and pip(name, "--no-deps", pin)
         )
     if not found:
         raise InstallError(
-            f"found no CPU build of {pin}; name an index with one, or with a CUDA build, in TORCH_INDEX"
+            f"pip finds no CPU build of {pin} here, and a CUDA build is gigabytes: name the index you want "
+            "(the PyTorch site lists one for CPU builds) in TORCH_INDEX, or put your own torch into .venv"
         )
 
 

@@ -23,7 +23,8 @@ MESSAGE_BYTES_MAX = DIGEST_BYTES_MAX + SCOPE_BYTES_MAX + ENTRIES_BYTES_MAX + REC
 _VERSION = 1
 _HEAD = struct.Struct(">BBdIIIH")
 _LENGTH = struct.Struct(">I")
-_TIME_MAX_S = 2.0**40
+# Half of what a record may say, so that no claim can make this node's own records unsayable.
+_TIME_MAX_S = 2.0**39
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,7 +146,7 @@ class Replica:
 
     def now_s(self, clock_s: float) -> float:
         """The mesh's time when this node's clock shows `clock_s`."""
-        return clock_s + self.clock.offset_s
+        return max(0.0, clock_s + self.clock.offset_s)
 
     def handle(self, event: Event, now_s: float) -> list[Instruction]:
         """What to do about `event`.

@@ -371,7 +371,7 @@ class View:
             del self._signers[entry.record.signer]
 
     def _trim(self, name: PeerId) -> list[_Entry]:
-        """Keep the longest run of newest entries within the signer's share; drop and return the rest.
+        """Keep the longest run of newest entries within the signer's share; drop and return all older ones.
 
         Rank is by seq, which a signer never reuses across its keys, so what was dropped stays dominated.
         """
@@ -386,7 +386,7 @@ class View:
         out: list[_Entry] = []
         for index, entry in enumerate(sorted(signer.entries.values(), key=lambda e: e.rank, reverse=True)):
             size += len(entry.data)
-            if out or index >= config.records_per_signer_max or size > config.bytes_per_signer_max:
+            if index >= config.records_per_signer_max or size > config.bytes_per_signer_max:
                 out.append(entry)
         for entry in out:
             self._drop(entry)

@@ -292,6 +292,19 @@ def test_nodes_whose_clocks_are_hours_apart_see_one_another(make_world):
             assert replica.view.signers(now_s) == tuple(sorted(peers))
 
 
+@pytest.mark.parametrize("claim_s", [0.0, 2.0**39])
+def test_absurd_clocks_of_a_majority_do_not_silence_a_node(make_replica, claim_s):
+    replica = make_replica()
+    for peer in ("p", "q"):
+        replica.handle(PeerUp(peer), NOW_S)
+        replica.handle(Received(peer, Push(()), claim_s), NOW_S)
+    replica.handle(Publish("node", "", b"v", 20.0), NOW_S)
+    for second in range(30):
+        replica.handle(Tick(), NOW_S + second)
+        replica.validate()
+    assert len(replica.view.records("node", replica.now_s(NOW_S + 30))) == 1
+
+
 def test_a_killed_node_vanishes_within_its_time_to_live_and_a_stopped_one_at_once(make_world):
     world = make_world(4, 8)
     peers = list(world.replicas)

@@ -158,6 +158,15 @@ def test_a_signer_keeps_only_its_share_of_bytes(record):
         assert [r.seq for r in view.records("node", NOW_S)] == [4, 5]
 
 
+def test_nothing_older_stays_once_something_newer_did_not_fit(record):
+    """Else what is kept would depend on the order of arrival."""
+    view = View(ViewConfig(bytes_per_signer_max=3000))
+    sizes = {1: 100, 2: 100, 3: 2800, 4: 100}
+    items = [record(name=str(n), seq=n, value=bytes(size)) for n, size in sizes.items()]
+    view.merge_many(items, NOW_S)
+    assert [r.seq for r in view.records("node", NOW_S)] == [4]
+
+
 def test_what_a_share_pushes_out_is_reported(record):
     view = View(ViewConfig(records_per_signer_max=1))
     first, second = record(name="a", seq=1), record(name="b", seq=2)

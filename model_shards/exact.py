@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from model_shards.layers import Linear
+from model_shards.layers import AnyLinear
 from model_shards.span import Span
 
 
@@ -42,7 +42,7 @@ class RowsExact:
             self._known[rows] = all(self._same_bits(linear, rows) for linear in self._linears)
         return self._known[rows]
 
-    def _same_bits(self, linear: Linear, rows: int) -> bool:
+    def _same_bits(self, linear: AnyLinear, rows: int) -> bool:
         generator = torch.Generator().manual_seed(rows)
         width = linear.shape[1]
         x = torch.randn(rows, width, generator=generator).to(self._device, self._dtype)

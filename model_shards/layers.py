@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from model_shards.config import ModelConfig
+from model_shards.errors import LocalFault
 from model_shards.kv import SessionKv
+from model_shards.quant import QuantWeight
+from model_shards.weights import Part
 
 
 @dataclass(slots=True)
@@ -57,6 +60,38 @@ class Linear:
     @property
     def bytes(self) -> int:
         return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+
+class QuantLinear:
+    """A Linear over a quantised weight; the bias stays as it was."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: QuantWeight, bias: torch.Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.weight.matmul(x)
+        return y if self.bias is None else y + self.bias
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    @property
+    def bytes(self) -> int:
+        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+
+AnyLinear = Linear | QuantLinear
+
+
+def linear_over(weight: Part, bias: Part | None = None) -> AnyLinear:
+    """The Linear of a loaded part, quantised or not."""
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        raise LocalFault("a bias is never quantised")
+    return Linear(weight, bias) if isinstance(weight, torch.Tensor) else QuantLinear(weight, bias)
 
 
 class RmsNorm:
@@ -106,7 +141,7 @@ class Attention:
     window, and soft cap on the scores (arXiv 2408.00118)."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, qkv: Linear, out: Linear, norms: HeadNorms | None
+        self, config: ModelConfig, layer: int, qkv: AnyLinear, out: AnyLinear, norms: HeadNorms | None
     ) -> None:
         self.layer = layer
         self.qkv = qkv
@@ -209,7 +244,7 @@ class Mlp:
     """Gated feed-forward (SwiGLU, arXiv 2002.05202); gate and up are one matrix [2 * intermediate,
     hidden]."""
 
-    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
+    def __init__(self, gate_up: AnyLinear, down: AnyLinear, activation: str) -> None:
         self.gate_up = gate_up
         self.down = down
         self.width = gate_up.shape[0] // 2
@@ -219,7 +254,7 @@ class Mlp:
         both = self.gate_up(x)
         return self.down(self.activation(both[:, : self.width]).mul_(both[:, self.width :]))
 
-    def linears(self) -> tuple[Linear, ...]:
+    def linears(self) -> tuple[AnyLinear, ...]:
         return self.gate_up, self.down
 
 
@@ -231,7 +266,7 @@ class Experts:
     order.
     """
 
-    def __init__(self, router: Linear, experts: list[Mlp], top: int, sum_to_one: bool) -> None:
+    def __init__(self, router: AnyLinear, experts: list[Mlp], top: int, sum_to_one: bool) -> None:
         self.router = router
         self.experts = experts
         self.top = top
@@ -248,7 +283,7 @@ class Experts:
             mixed.index_add_(0, rows, self.experts[expert](x[rows]) * weights[rows, place, None])
         return mixed
 
-    def linears(self) -> tuple[Linear, ...]:
+    def linears(self) -> tuple[AnyLinear, ...]:
         return self.router, *(linear for expert in self.experts for linear in expert.linears())
 
 
@@ -278,21 +313,27 @@ class DecoderLayer:
         x = x + self.attention(self.attn_norm(x), batch)
         return x + self.mlp(self.mlp_norm(x))
 
-    def linears(self) -> tuple[Linear, ...]:
+    def linears(self) -> tuple[AnyLinear, ...]:
         return self.attention.qkv, self.attention.out, *self.mlp.linears()
 
 
 def build_layer(
-    config: ModelConfig, layer: int, parts: Mapping[str, torch.Tensor], dtype: torch.dtype
+    config: ModelConfig, layer: int, parts: Mapping[str, Part], dtype: torch.dtype
 ) -> DecoderLayer:
     """A layer from its parameters by part name (see `families/base.py`)."""
 
-    def norm(part: str) -> RmsNorm:
-        return RmsNorm(parts[part], config.norm_eps, dtype, config.norm_offset)
+    def plain(part: str) -> torch.Tensor:
+        value = parts[part]
+        if not isinstance(value, torch.Tensor):
+            raise LocalFault(f"{part} is never quantised")
+        return value
 
-    norms = HeadNorms(config, parts["q_norm"], parts["k_norm"], dtype) if config.qk_norm else None
-    qkv = Linear(parts["qkv.weight"], parts.get("qkv.bias"))
-    out = Linear(parts["out.weight"], parts.get("out.bias"))
+    def norm(part: str) -> RmsNorm:
+        return RmsNorm(plain(part), config.norm_eps, dtype, config.norm_offset)
+
+    norms = HeadNorms(config, plain("q_norm"), plain("k_norm"), dtype) if config.qk_norm else None
+    qkv = linear_over(parts["qkv.weight"], parts.get("qkv.bias"))
+    out = linear_over(parts["out.weight"], parts.get("out.bias"))
     post = (norm("attn_post_norm"), norm("mlp_post_norm")) if config.post_norms else None
     attention = Attention(config, layer, qkv, out, norms)
     return DecoderLayer(
@@ -300,15 +341,19 @@ def build_layer(
     )
 
 
-def _feed_forward(config: ModelConfig, layer: int, parts: Mapping[str, torch.Tensor]) -> Mlp | Experts:
+def _feed_forward(config: ModelConfig, layer: int, parts: Mapping[str, Part]) -> Mlp | Experts:
     if not config.sparse or not config.sparse[layer]:
-        gate_up = Linear(parts["gate_up.weight"], parts.get("gate_up.bias"))
-        return Mlp(gate_up, Linear(parts["down.weight"], parts.get("down.bias")), config.activation)
-    gate_ups = parts["experts.gate_up"].view(config.experts, -1, config.hidden)
-    downs = parts["experts.down"].view(config.experts, config.hidden, -1)
-    experts = [
-        Mlp(Linear(gate_up), Linear(down), config.activation)
-        for gate_up, down in zip(gate_ups, downs, strict=True)
-    ]
-    router = Linear(parts["router"])
+        gate_up = linear_over(parts["gate_up.weight"], parts.get("gate_up.bias"))
+        return Mlp(gate_up, linear_over(parts["down.weight"], parts.get("down.bias")), config.activation)
+    gate_ups = _stacked(parts["experts.gate_up"], 2 * config.expert_width, config.experts)
+    downs = _stacked(parts["experts.down"], config.hidden, config.experts)
+    experts = [Mlp(*pair, config.activation) for pair in zip(gate_ups, downs, strict=True)]
+    router = linear_over(parts["router"])
     return Experts(router, experts, config.experts_per_token, config.expert_weights_sum_to_one)
+
+
+def _stacked(part: Part, rows: int, count: int) -> list[AnyLinear]:
+    """The ``count`` matrices of ``rows`` rows that lie one below another in ``part``."""
+    if isinstance(part, torch.Tensor):
+        return [Linear(part[at * rows : (at + 1) * rows]) for at in range(count)]
+    return [QuantLinear(part.block(at * rows, rows)) for at in range(count)]

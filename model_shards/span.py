@@ -6,7 +6,8 @@ engine's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ import torch.nn.functional as F
 from model_shards.checkpoint import CheckpointIndex, check_span
 from model_shards.config import ModelConfig
 from model_shards.dtypes import dtype_named
-from model_shards.errors import LocalFault, ModelError
-from model_shards.families import embed_tensors, head_tensors, layer_tensors
-from model_shards.layers import DecoderLayer, Linear, RmsNorm, build_layer
-from model_shards.weights import TensorReader, load_parts
-
-QUANTS = ("none",)
+from model_shards.errors import LocalFault
+from model_shards.families import TensorSpec, embed_tensors, head_tensors, layer_tensors
+from model_shards.layers import AnyLinear, DecoderLayer, RmsNorm, build_layer, linear_over
+from model_shards.quant import QUANTS, Int8Weight, quantised_bytes
+from model_shards.weights import Part, TensorReader, is_quantised, load_parts
 
 
 @dataclass(slots=True)
@@ -37,9 +37,9 @@ class Span:
     dtype: torch.dtype
     device: torch.device
     layers: list[DecoderLayer]
-    embed_weight: torch.Tensor | None
+    embed_weight: Part | None
     norm: RmsNorm | None
-    head: Linear | None
+    head: AnyLinear | None
     ranges_read: list[tuple[str, int, int]]
 
     @property
@@ -60,7 +60,12 @@ class Span:
         """Token ids [n] int64 -> [n, hidden]. Only where the span starts at 0."""
         if self.embed_weight is None:
             raise LocalFault(f"span [{self.start}, {self.end}) holds no embedding")
-        hidden = F.embedding(tokens, self.embed_weight)
+        if isinstance(self.embed_weight, torch.Tensor):
+            hidden = F.embedding(tokens, self.embed_weight)
+        elif isinstance(self.embed_weight, Int8Weight):
+            hidden = self.embed_weight.gather(tokens)
+        else:
+            raise LocalFault("an embedding is never int4")
         if self.config.embed_scale is None:
             return hidden
         # The scale is rounded to the compute dtype first, as Gemma was trained.
@@ -89,16 +94,16 @@ def load_span(
     quant: str = "none",
     progress: Callable[[int, int], None] | None = None,
 ) -> Span:
-    """Loads layers [start, end) into ``device`` in ``dtype``; only the span's byte ranges of the files are
-    read.
+    """Loads layers [start, end) into ``device`` in ``dtype``, its matrices in ``quant``; only the span's byte
+    ranges of the files are read.
 
     ``progress(done, total)`` is called with bytes after each piece; what it raises ends the load. Raises
-    CheckpointError, LocalFault (span or dtype), ModelError (quant).
+    CheckpointError, LocalFault (span, dtype or quant).
     """
     check_span(config, start, end)
     kind, place = dtype_named(dtype), torch.device(device)
     if quant not in QUANTS:
-        raise ModelError(f"quant {quant!r} is not available, expected one of {', '.join(QUANTS)}")
+        raise LocalFault(f"quant {quant!r}, expected one of {', '.join(QUANTS)}")
     ranges = index.span_ranges(config, start, end)
     total = sum(last - first for found in ranges.values() for first, last in found)
     done = 0
@@ -110,42 +115,53 @@ def load_span(
             progress(done, total)
 
     with torch.inference_mode(), TensorReader(dir, index, report) as reader:
-        embed = load_parts(reader, embed_tensors(config), kind, place)["embed"] if start == 0 else None
+        embed = load_parts(reader, embed_tensors(config), kind, place, quant)["embed"] if start == 0 else None
         layers = [
-            build_layer(config, layer, load_parts(reader, layer_tensors(config, layer), kind, place), kind)
+            build_layer(
+                config, layer, load_parts(reader, layer_tensors(config, layer), kind, place, quant), kind
+            )
             for layer in range(start, end)
         ]
         norm, head = None, None
         if end == config.layers:
             shared = {"embed": embed} if config.tied and embed is not None else {}
             specs = [spec for spec in head_tensors(config) if spec.part not in shared]
-            parts = load_parts(reader, specs, kind, place) | shared
-            norm = RmsNorm(parts["norm"], config.norm_eps, kind, config.norm_offset)
-            head = Linear(parts["head"] if "head" in parts else parts["embed"])
+            parts = load_parts(reader, specs, kind, place, quant) | shared
+            weight = parts["norm"]
+            if isinstance(weight, torch.Tensor):
+                norm = RmsNorm(weight, config.norm_eps, kind, config.norm_offset)
+            head = linear_over(parts["head"] if "head" in parts else parts["embed"])
         return Span(config, start, end, kind, place, layers, embed, norm, head, reader.ranges_read)
 
 
-def shape_of(config: ModelConfig, index: CheckpointIndex, dtype: str) -> dict[str, Any]:
-    """The model's shape as phase 1 of the scheduler wants it: bytes in ``dtype`` (what serving will hold in
-    memory), floating-point operations of one layer for one token (two a weight), and bytes that travel or are
-    cached a token. Reads headers only; raises CheckpointError for a missing or misshapen tensor."""
+def shape_of(config: ModelConfig, index: CheckpointIndex, dtype: str, quant: str = "none") -> dict[str, Any]:
+    """The model's shape as phase 1 of the scheduler wants it: bytes in ``dtype`` and ``quant`` (what serving
+    will hold in memory), floating-point operations of one layer for one token (two a weight), and bytes that
+    travel or are cached a token. Reads headers only; raises CheckpointError for a missing or misshapen
+    tensor."""
     index.span_ranges(config, 0, config.layers)
     itemsize = dtype_named(dtype).itemsize
 
-    def elements(specs: Any) -> int:
-        return sum(torch.Size(spec.shape).numel() for spec in specs)
+    def held(specs: Sequence[TensorSpec]) -> int:
+        total = 0
+        for spec in specs:
+            kind = "int8" if quant != "none" and spec.part in ("embed", "head") else quant
+            if is_quantised(spec):
+                total += quantised_bytes(kind, spec.shape[0], spec.shape[1], itemsize)
+            else:
+                total += math.prod(spec.shape) * itemsize
+        return total
 
-    layer = max(elements(layer_tensors(config, at)) for at in range(config.layers))
-    idle_experts = config.experts - config.experts_per_token
-    idle = 3 * config.hidden * config.expert_width * idle_experts
-    embed = elements(embed_tensors(config))
+    layers = [layer_tensors(config, at) for at in range(config.layers)]
+    weights = max(sum(math.prod(spec.shape) for spec in specs) for specs in layers)
+    idle = 3 * config.hidden * config.expert_width * (config.experts - config.experts_per_token)
     return {
         "layers": config.layers,
-        "layer_bytes": layer * itemsize,
-        "embed_bytes": embed * itemsize,
-        "head_bytes": elements(head_tensors(config)) * itemsize,
+        "layer_bytes": max(held(specs) for specs in layers),
+        "embed_bytes": held(embed_tensors(config)),
+        "head_bytes": held(head_tensors(config)),
         "tied": config.tied,
-        "layer_flops_per_token": 2.0 * (layer - idle),
+        "layer_flops_per_token": 2.0 * (weights - idle),
         "hidden_bytes": config.hidden * itemsize,
         "kv_bytes_per_token_per_layer": 2 * config.kv_heads * config.head_dim * itemsize,
     }

@@ -18,6 +18,7 @@ from model_shards.checkpoint import CheckpointIndex
 from model_shards.dtypes import SAFETENSORS_DTYPES
 from model_shards.errors import CheckpointError
 from model_shards.families import TensorSpec
+from model_shards.quant import CHUNK_ROWS, QuantWeight, new_weight
 from model_shards.safetensors_header import TensorInfo
 
 STAGING_BYTES = 4 << 20
@@ -49,18 +50,18 @@ class TensorReader:
     def bytes_read(self) -> int:
         return sum(end - start for _, start, end in self.ranges_read)
 
-    def read_into(self, spec: TensorSpec, target: torch.Tensor) -> None:
-        """Fills ``target`` (``spec``'s shape, contiguous) and converts to its dtype. Raises CheckpointError
-        for a wrong shape or dtype, a file cut short, or a value that is NaN or infinite (also after
-        conversion)."""
+    def read_into(self, spec: TensorSpec, target: torch.Tensor, first_row: int = 0) -> None:
+        """Fills ``target`` (contiguous) with ``spec``'s rows from ``first_row`` on, converted to its dtype.
+        Raises CheckpointError for a wrong shape or dtype, a file cut short, or a value that is NaN or
+        infinite (also after conversion)."""
         info = self._index.check_tensor(spec)
         dtype = SAFETENSORS_DTYPES[info.dtype]
         flat = target.view(-1)
         step = STAGING_BYTES // dtype.itemsize
+        begin = info.start + first_row * math.prod(spec.shape[1:]) * dtype.itemsize
         for first in range(0, flat.numel(), step):
             last = min(first + step, flat.numel())
-            start, end = info.start + first * dtype.itemsize, info.start + last * dtype.itemsize
-            self._read(info, spec.name, start, end)
+            self._read(info, spec.name, begin + first * dtype.itemsize, begin + last * dtype.itemsize)
             source = torch.frombuffer(self._staging, dtype=dtype, count=last - first)
             self._check_finite(info, spec.name, source)
             piece = flat[first:last]
@@ -99,20 +100,59 @@ class TensorReader:
                 )
 
 
+Part = torch.Tensor | QuantWeight
+
+
 def load_parts(
-    reader: TensorReader, specs: Iterable[TensorSpec], dtype: torch.dtype, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """The parameters that ``specs`` fill, by part name; parts of several tensors are fused along their
-    rows. Norms, which are small, keep float32."""
-    listed = list(specs)
-    rows: dict[str, int] = {}
-    for spec in listed:
-        rows[spec.part] = max(rows.get(spec.part, 0), spec.row + spec.shape[0])
-    parts: dict[str, torch.Tensor] = {}
-    for spec in listed:
-        if spec.part not in parts:
-            shape = (rows[spec.part], *spec.shape[1:])
-            kept = torch.float32 if spec.part.endswith("norm") else dtype
-            parts[spec.part] = torch.empty(shape, dtype=kept, device=device)
-        reader.read_into(spec, parts[spec.part][spec.row : spec.row + spec.shape[0]])
-    return parts
+    reader: TensorReader,
+    specs: Iterable[TensorSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    quant: str = "none",
+) -> dict[str, Part]:
+    """The parameters that ``specs`` fill, by part name; parts of several tensors are fused along their rows.
+    Norms, which are small, keep float32; matrices are quantised as they come, the router of a mixture
+    excepted."""
+    fused: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        fused.setdefault(spec.part, []).append(spec)
+    return {part: _load_part(reader, part, found, dtype, device, quant) for part, found in fused.items()}
+
+
+def is_quantised(spec: TensorSpec) -> bool:
+    """Whether ``spec`` belongs to a matrix that quantising changes."""
+    return len(spec.shape) == 2 and spec.part != "router"
+
+
+def _load_part(
+    reader: TensorReader,
+    part: str,
+    specs: list[TensorSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    quant: str,
+) -> Part:
+    if quant != "none" and is_quantised(specs[0]):
+        return _load_quantised(reader, specs, dtype, device, quant)
+    kept = torch.float32 if part.endswith("norm") else dtype
+    rows = sum(spec.shape[0] for spec in specs)
+    whole = torch.empty((rows, *specs[0].shape[1:]), dtype=kept, device=device)
+    for spec in specs:
+        reader.read_into(spec, whole[spec.row : spec.row + spec.shape[0]])
+    return whole
+
+
+def _load_quantised(
+    reader: TensorReader, specs: list[TensorSpec], dtype: torch.dtype, device: torch.device, quant: str
+) -> QuantWeight:
+    width = specs[0].shape[1]
+    # The vocabulary projection and the embedding keep eight bits: four cost more there than anywhere else.
+    kind = "int8" if specs[0].part in ("embed", "head") else quant
+    weight = new_weight(kind, [spec.shape[0] for spec in specs], width, dtype, device)
+    buffer = torch.empty(min(CHUNK_ROWS, max(spec.shape[0] for spec in specs)), width)
+    for spec in specs:
+        for first in range(0, spec.shape[0], CHUNK_ROWS):
+            values = buffer[: min(CHUNK_ROWS, spec.shape[0] - first)]
+            reader.read_into(spec, values, first)
+            weight.fill(spec.row + first, values.to(device))
+    return weight

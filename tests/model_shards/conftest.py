@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -61,6 +62,16 @@ class Reference:
             past = out.past_key_values
             found.append(out.logits[0])
         return torch.cat(found)
+
+    @torch.no_grad()
+    def logits_with(
+        self, tokens: Sequence[int], change: Callable[[str, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Logits of the same model with every weight passed through ``change(name, weight)``."""
+        model = copy.deepcopy(self.model)
+        for name, weight in model.named_parameters():
+            weight.data.copy_(change(name, weight.data))
+        return model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
 
     @torch.no_grad()
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:

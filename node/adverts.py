@@ -2,14 +2,18 @@
 
 `node` (one a node): what it is and where. `model` (one a model and host): shape and manifest. `host` (one a model and
 host): which span it holds and how busy it is. `plan` (one a model and planner): who shall hold what. `links`: measured
-round trips. Bytes from a peer become a frozen dataclass or a RemoteFault; nothing here decides anything.
+round trips. Bytes from a peer become a frozen dataclass whose every figure is within bounds that an honest node keeps,
+or nothing; texts lose what a terminal would act on. Nothing here decides anything.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
+from node.config import DTYPES, NAME_PATTERN, QUANTS
 from p2p import RemoteFault, pack_value, unpack_value
 from scheduler import Assignment, ModelShape, Plan
 
@@ -17,6 +21,18 @@ T = TypeVar("T")
 
 NODE, MODEL, HOST, PLAN, LINKS = "node", "model", "host", "plan", "links"
 SpanState = Literal["fetching", "loading", "ready", "failed"]
+LAYERS_MAX = 1024
+CONTEXT_TOKENS_MAX = 1 << 24
+COUNT_MAX = 1 << 60
+RATE_MAX = 1e24
+SECONDS_MAX = 86_400.0
+EPOCH_MAX = 1 << 53
+SPANS_MAX = 4096
+LINKS_MAX = 4096
+ADDRS_MAX = 32
+TEXT_CHARS_MAX = 500
+URL = re.compile(r"https?://[\x21-\x7e]{1,240}")
+MANIFEST_ID = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +139,115 @@ class LinksAdvert:
 
 
 def read(kind: type[T], value: bytes) -> T | None:
-    """The advert in a record's value, or None where a peer published something else under that kind."""
+    """The advert in a record's value, or None where a peer published something else, or nonsense, under that kind."""
     try:
-        return unpack_value(kind, value)
+        advert: Any = unpack_value(kind, value)
     except RemoteFault:
         return None
+    cleaned: T | None = _CLEANERS[kind](advert)
+    return cleaned
 
 
 def write(advert: object) -> bytes:
     """An advert as a record's value."""
     return pack_value(advert)
+
+
+def plain(text: str, chars_max: int = TEXT_CHARS_MAX) -> str:
+    """A peer's text as one printable line: no escape sequences for whoever reads it in a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text[:chars_max])
+
+
+def _all_within(pairs: tuple[tuple[float, float, float], ...]) -> bool:
+    """Whether every (value, low, high) is in order; false for NaN."""
+    return all(low <= value <= high for value, low, high in pairs)
+
+
+def _span(start: int, end: int) -> bool:
+    return 0 <= start < end <= LAYERS_MAX
+
+
+def _clean_node(advert: NodeAdvert) -> NodeAdvert | None:
+    pinned = advert.pinned
+    if pinned is not None and not (len(pinned) == 2 and 0 <= pinned[0] < pinned[1] <= 99_999):
+        return None
+    sane = _all_within(
+        (
+            (len(advert.addrs), 0, ADDRS_MAX),
+            (advert.memory_bytes, 0, COUNT_MAX),
+            (advert.flops_per_s, 0.0, RATE_MAX),
+            (advert.read_bytes_per_s, 0.0, RATE_MAX),
+        )
+    )
+    if not sane:
+        return None
+    return replace(
+        advert,
+        name=plain(advert.name, 63),
+        version=plain(advert.version, 32),
+        device=plain(advert.device, 32),
+        addrs=tuple(a for a in advert.addrs if len(a) <= 256 and a.isascii() and a.isprintable()),
+        api=advert.api if advert.api is not None and URL.fullmatch(advert.api) else None,
+    )
+
+
+def _clean_model(advert: ModelAdvert) -> ModelAdvert | None:
+    named = NAME_PATTERN.fullmatch(advert.name) and MANIFEST_ID.fullmatch(advert.manifest_id)
+    if not named or advert.dtype not in DTYPES[1:] or advert.quant not in QUANTS:
+        return None
+    sane = _all_within(
+        (
+            (advert.created_s, 0, 1 << 40),
+            (advert.copies, 1, 64),
+            (advert.concurrency, 1, 4096),
+            (advert.context_tokens, 1, CONTEXT_TOKENS_MAX),
+            (advert.layers, 1, LAYERS_MAX),
+            (advert.layer_bytes, 1, 1 << 50),
+            (advert.embed_bytes, 0, 1 << 50),
+            (advert.head_bytes, 0, 1 << 50),
+            (advert.layer_flops_per_token, 0.0, RATE_MAX),
+            (advert.hidden_bytes, 1, 1 << 30),
+            (advert.kv_bytes_per_token_per_layer, 0, 1 << 40),
+        )
+    )
+    return advert if sane else None
+
+
+def _clean_host(advert: HostAdvert) -> HostAdvert | None:
+    counts = (advert.bytes_fetched, advert.bytes_wanted, advert.sessions, advert.kv_tokens_free)
+    sane = _span(advert.start, advert.end) and _all_within(
+        (
+            *((count, 0, COUNT_MAX) for count in counts),
+            (advert.epoch, 0, EPOCH_MAX),
+            (advert.progress, 0.0, 1.0),
+            (advert.s_per_layer, 0.0, SECONDS_MAX),
+            (advert.queue_s, 0.0, SECONDS_MAX),
+            (advert.tokens_per_s, 0.0, RATE_MAX),
+        )
+    )
+    return replace(advert, detail=plain(advert.detail)) if sane else None
+
+
+def _clean_plan(advert: PlanAdvert) -> PlanAdvert | None:
+    nodes = [span.node for span in advert.spans]
+    sane = _all_within(((advert.epoch, 0, EPOCH_MAX), (len(nodes), 0, SPANS_MAX)))
+    if not sane or len(set(nodes)) != len(nodes):
+        return None
+    if not all(_span(span.start, span.end) and span.node.isalnum() for span in advert.spans):
+        return None
+    return replace(advert, shortage=plain(advert.shortage))
+
+
+def _clean_links(advert: LinksAdvert) -> LinksAdvert | None:
+    if len(advert.rtt_s) > LINKS_MAX:
+        return None
+    return LinksAdvert({peer: rtt for peer, rtt in advert.rtt_s.items() if 0.0 <= rtt <= 60.0})
+
+
+_CLEANERS: dict[Any, Callable[[Any], Any]] = {
+    NodeAdvert: _clean_node,
+    ModelAdvert: _clean_model,
+    HostAdvert: _clean_host,
+    PlanAdvert: _clean_plan,
+    LinksAdvert: _clean_links,
+}

@@ -6,8 +6,8 @@ questions. It sends nothing and decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from dht import Record, View
@@ -19,6 +19,12 @@ T = TypeVar("T")
 LINK_DEFAULT_S = 0.005
 LINK_DEFAULT_BYTES_PER_S = 12.5e6
 S_PER_LAYER_DEFAULT = 1e-3
+S_PER_LAYER_LEAST = 1e-7
+MODELS_PER_SIGNER_MAX = 16
+MODELS_MAX = 64
+EPOCH_AHEAD_MS = 60_000
+"""No plan's epoch is above the mesh's clock in milliseconds (and a minute for clocks that differ), so that whatever a
+member claims there is always a greater one left for the next planner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,8 @@ class Atlas:
     hosts: dict[str, dict[str, HostAdvert]]
     plans: dict[str, list[tuple[str, PlanAdvert]]]
     rtt_s: dict[tuple[str, str], float]
+    offers: dict[str, int] = field(default_factory=dict)
+    """How many members offer each model of `models`, by manifest id."""
 
     @property
     def nodes(self) -> dict[str, NodeAdvert]:
@@ -61,7 +69,7 @@ class Atlas:
                 node=peer,
                 start=host.start,
                 end=min(host.end, model.layers),
-                s_per_layer=host.s_per_layer or S_PER_LAYER_DEFAULT,
+                s_per_layer=max(host.s_per_layer or S_PER_LAYER_DEFAULT, S_PER_LAYER_LEAST),
                 queue_s=host.queue_s,
                 kv_tokens_free=host.kv_tokens_free,
             )
@@ -86,23 +94,43 @@ def _typed(view: View, now_s: float, kind: str, cls: type[T]) -> list[tuple[Reco
     return [(record, advert) for record, advert in pairs if advert is not None]
 
 
-def read_atlas(view: View, now_s: float, suspects: Collection[str] = ()) -> Atlas:
-    """Read the whole view once. Where two models claim a name, the older one keeps it (ties: by manifest id)."""
+def _models(pairs: Iterable[tuple[Record, ModelAdvert]]) -> tuple[dict[str, ModelAdvert], dict[str, int]]:
+    """Models by name, and how many offer each. Whoever hosts a model offers it, so that of several claims to a name the
+    one that most members stand behind holds; ties go to the older one, then by manifest id."""
+    voters: dict[ModelAdvert, int] = {}
+    said: dict[str, int] = {}
+    for record, model in pairs:
+        said[record.signer] = said.get(record.signer, 0) + 1
+        if record.name == model.name and said[record.signer] <= MODELS_PER_SIGNER_MAX:
+            voters[model] = voters.get(model, 0) + 1
     models: dict[str, ModelAdvert] = {}
-    for _, model in _typed(view, now_s, adverts.MODEL, ModelAdvert):
-        known = models.get(model.name)
-        if known is None or (model.created_s, model.manifest_id) < (known.created_s, known.manifest_id):
+    ids: set[str] = set()
+    for model in sorted(voters, key=lambda m: (-voters[m], m.created_s, m.manifest_id, repr(m))):
+        if model.name not in models and model.manifest_id not in ids and len(ids) < MODELS_MAX:
             models[model.name] = model
+            ids.add(model.manifest_id)
+    return models, {model.manifest_id: voters[model] for model in models.values()}
+
+
+def read_atlas(view: View, now_s: float, suspects: Collection[str] = ()) -> Atlas:
+    """Read the whole view once. `now_s` is the mesh's time, not this computer's."""
+    models, offers = _models(_typed(view, now_s, adverts.MODEL, ModelAdvert))
     hosts: dict[str, dict[str, HostAdvert]] = {}
     for record, host in _typed(view, now_s, adverts.HOST, HostAdvert):
         hosts.setdefault(record.name, {})[record.signer] = host
     plans: dict[str, list[tuple[str, PlanAdvert]]] = {}
     for record, plan in _typed(view, now_s, adverts.PLAN, PlanAdvert):
-        plans.setdefault(record.name, []).append((record.signer, plan))
+        if plan.epoch <= now_s * 1000 + EPOCH_AHEAD_MS:
+            plans.setdefault(record.name, []).append((record.signer, plan))
     rtts: dict[tuple[str, str], float] = {}
     for record, links in _typed(view, now_s, adverts.LINKS, LinksAdvert):
-        rtts.update({(record.signer, peer): rtt for peer, rtt in links.rtt_s.items() if 0 <= rtt < 60})
-    nodes: dict[str, NodeAdvert] = {
-        str(record.signer): node for record, node in _typed(view, now_s, adverts.NODE, NodeAdvert)
-    }
-    return Atlas(nodes, frozenset(suspects), models, hosts, plans, rtts)
+        if record.name:
+            continue
+        rtts.update({(record.signer, peer): rtt for peer, rtt in links.rtt_s.items()})
+    nodes: dict[str, NodeAdvert] = {}
+    for record, node in _typed(view, now_s, adverts.NODE, NodeAdvert):
+        if record.name:
+            continue
+        own = tuple(addr for addr in node.addrs if addr.endswith(f"/p2p/{record.signer}"))
+        nodes[str(record.signer)] = replace(node, addrs=own)
+    return Atlas(nodes, frozenset(suspects), models, hosts, plans, rtts, offers)

@@ -215,7 +215,11 @@ class Daemon:
         print(f"ready api={url} peer={node.me}", flush=True)
 
     def _settled(self, node: MeshNode, manifest_id: str) -> bool:
-        ready, _ = node.model_state(manifest_id)
+        try:
+            ready, _ = node.model_state(manifest_id)
+        except ConfigProblem as problem:
+            log.warning("a model of this node is not served: %s", problem)
+            return True
         return ready or bool(node.planning.shortages.get(manifest_id)) or not self.config.serve
 
     def _sources(self, membership: Membership) -> tuple[ModelSource, ...]:

@@ -7,7 +7,7 @@ until the new one is ready where memory allows both. It does not plan and knows 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -79,6 +79,12 @@ class Host:
             self._wake[manifest_id] = trio.Event()
             self._nursery.start_soon(self._keep, manifest_id)
         self._wake[manifest_id].set()
+
+    def keep_only(self, known: Collection[str]) -> None:
+        """Drop the models that the mesh has no longer."""
+        for manifest_id, (model, span, epoch) in list(self._wanted.items()):
+            if manifest_id not in known and span is not None:
+                self.want(model, None, epoch)
 
     def compute(self, manifest_id: str, start: int, end: int) -> Compute:
         """The Compute that holds layers [start, end). Raises RpcRefusal where this node does not."""

@@ -15,13 +15,14 @@ from typing import Any
 
 import trio
 
-from dht import Directory, Gossip, GossipConfig, View
+from dht import Directory, Gossip, GossipConfig, OwnRecordsFull, RecordInvalid, View
 from model_shards import shape_of
 from node import adverts
 from node.adverts import HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert
 from node.atlas import Atlas, read_atlas
-from node.config import DaemonConfig
+from node.config import NAME_PATTERN, DaemonConfig
 from node.datadir import DataDir, Membership
+from node.errors import ConfigProblem
 from node.hardware import Hardware
 from node.hosting import Host as Hosts
 from node.library import Library, ModelFiles, Progress
@@ -46,6 +47,7 @@ from p2p import (
     RpcConfig,
     open_host,
 )
+from scheduler import SchedulerError
 
 log = logging.getLogger("shoal.mesh")
 VERSION = "0.1.0"
@@ -152,15 +154,23 @@ class MeshNode:
     async def publish(
         self, directory: Path, name: str, copies: int, progress: Progress | None = None
     ) -> ModelAdvert:
-        """Offer a model directory to the mesh. Raises ModelError."""
+        """Offer a model directory to the mesh. Raises ModelError, and ConfigProblem for a name that cannot be used."""
+        if not NAME_PATTERN.fullmatch(name):
+            raise ConfigProblem("name", name, "up to 128 letters, digits and . _ : / -, the first no sign")
         files = await self.library.publish(directory, name, progress)
+        known = self.atlas().models.get(name)
+        if known is not None:
+            if known.manifest_id != files.manifest.id:
+                raise self._taken(name)
+            self._publish_model(known)
+            return known
         dtype = self.config.dtype if self.config.dtype != "auto" else natural_dtype(files)
         shape = shape_of(files.config, files.index, dtype)
         context = min(files.config.context_tokens, 1 << 17)
         advert = ModelAdvert(
             name=name,
             manifest_id=files.manifest.id,
-            created_s=int(time.time()),
+            created_s=int(self.gossip.now_s()),
             dtype=dtype,
             quant=self.config.quant,
             copies=copies,
@@ -168,12 +178,19 @@ class MeshNode:
             context_tokens=context,
             **shape,
         )
+        if adverts.read(ModelAdvert, adverts.write(advert)) is None:
+            raise ConfigProblem(
+                "model", str(directory), f"at most {adverts.LAYERS_MAX} layers and sane sizes"
+            )
         self._publish_model(advert)
         return advert
 
+    def _taken(self, name: str) -> ConfigProblem:
+        return ConfigProblem("name", name, "a name that no other model of this mesh has")
+
     def _publish_model(self, advert: ModelAdvert) -> None:
         """Offer a model, now and after a restart."""
-        self.gossip.publish(adverts.MODEL, advert.name, adverts.write(advert), self.config.model_ttl_s)
+        self._say(adverts.MODEL, advert.name, advert, self.config.model_ttl_s)
         self._offers[advert.manifest_id] = adverts.write(advert)
         self._data.remember_offers(self._offers.values())
         self._wake()
@@ -190,7 +207,7 @@ class MeshNode:
 
     def atlas(self) -> Atlas:
         """The mesh as requests see it: without suspects."""
-        return read_atlas(self.view, time.time(), self.suspects.suspects())
+        return read_atlas(self.view, self.gossip.now_s(), self.suspects.suspects())
 
     def mesh_json(self) -> dict[str, Any]:
         """The `/mesh` document."""
@@ -225,10 +242,14 @@ class MeshNode:
         ).encode()
 
     def model_state(self, manifest_id: str) -> tuple[bool, str]:
-        """(served completely with the wanted copies, what is missing in plain words)."""
+        """(every layer has a ready host, what is missing in plain words). Raises ConfigProblem where another model
+        that was added at the same time has got the name."""
         atlas = self.atlas()
         model = next((m for m in atlas.models.values() if m.manifest_id == manifest_id), None)
         if model is None:
+            own = adverts.read(ModelAdvert, self._offers.get(manifest_id, b""))
+            if own is not None and own.name in atlas.models:
+                raise self._taken(own.name)
             return False, "the model is not known yet"
         return min(atlas.copies(model), default=0) >= 1, self._detail(model)
 
@@ -240,7 +261,7 @@ class MeshNode:
         atlas = self.atlas()
         offering = {
             record.signer
-            for record in self.view.records(adverts.MODEL, time.time())
+            for record in self.view.records(adverts.MODEL, self.gossip.now_s())
             if (advert := adverts.read(ModelAdvert, record.value)) and advert.manifest_id == manifest_id
         }
         likely = set(atlas.hosts.get(manifest_id, {})) | offering
@@ -253,7 +274,7 @@ class MeshNode:
         advert = NodeAdvert(
             name=self.config.name,
             version=VERSION,
-            addrs=self.host.addrs(),
+            addrs=self.host.addrs()[: adverts.ADDRS_MAX],
             api=self._api,
             serves=self.config.serve,
             memory_bytes=self.hardware.memory_bytes,
@@ -262,13 +283,20 @@ class MeshNode:
             device=self.hardware.device,
             pinned=self.config.layers,
         )
-        self.gossip.publish(adverts.NODE, "", adverts.write(advert), self.config.node_ttl_s)
+        self._say(adverts.NODE, "", advert, self.config.node_ttl_s)
 
     def _publish_host(self, manifest_id: str, advert: HostAdvert | None) -> None:
         if advert is None:
             self.gossip.withdraw(adverts.HOST, manifest_id)
         else:
-            self.gossip.publish(adverts.HOST, manifest_id, adverts.write(advert), self.config.node_ttl_s)
+            self._say(adverts.HOST, manifest_id, advert, self.config.node_ttl_s)
+
+    def _say(self, kind: str, name: str, advert: object, ttl_s: float) -> None:
+        """Publish; what does not fit among this node's records is logged, and never ends what wanted to say it."""
+        try:
+            self.gossip.publish(kind, name, adverts.write(advert), ttl_s)
+        except (OwnRecordsFull, RecordInvalid) as problem:
+            log.warning("%s %s cannot be told to the mesh: %s", kind, name, problem)
 
     # -- loops -----------------------------------------------------------------------------------------------------
 
@@ -307,20 +335,23 @@ class MeshNode:
         """Adopt, plan, host: after every change of the view, and now and then without one."""
         while True:
             self._changed = trio.Event()
-            self._plan_once()
+            try:
+                self._plan_once()
+            except SchedulerError as problem:
+                log.warning("what the mesh says cannot be planned with: %s", problem)
             with trio.move_on_after(TICK_S):
                 await self._changed.wait()
             await trio.sleep(0.05)
 
     def _plan_once(self) -> None:
         now = trio.current_time()
-        atlas = read_atlas(self.view, time.time(), self.suspects.gone(now))
+        atlas = read_atlas(self.view, self.gossip.now_s(), self.suspects.gone(now))
         self.suspects.forget(atlas.nodes_known)
         for publish in self.planning.handle(atlas, may_plan=now >= self._settled_s):
-            value = adverts.write(publish.advert)
-            self.gossip.publish(adverts.PLAN, publish.manifest_id, value, self.config.model_ttl_s)
+            self._say(adverts.PLAN, publish.manifest_id, publish.advert, self.config.model_ttl_s)
         if not self.config.serve:
             return
+        self.hosts.keep_only({model.manifest_id for model in atlas.models.values()})
         for model in atlas.models.values():
             plan = self.planning.plans.get(model.manifest_id)
             span = self.planning.span_of(model.manifest_id, self.me)
@@ -345,9 +376,7 @@ class MeshNode:
             moved = any(abs(rtt - said.get(peer, -1.0)) > 0.25 * rtt for peer, rtt in measured.items())
             if moved or set(said) != set(measured):
                 said = measured
-                self.gossip.publish(
-                    adverts.LINKS, "", adverts.write(LinksAdvert(measured)), self.config.model_ttl_s
-                )
+                self._say(adverts.LINKS, "", LinksAdvert(measured), self.config.model_ttl_s)
 
 
 def natural_dtype(files: ModelFiles) -> str:

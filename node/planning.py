@@ -1,18 +1,22 @@
 """Phase 1 as each node runs it: who plans, when, and which plan holds. A pure core around `scheduler`.
 
 For every model the live nodes rank themselves by rendezvous hash; the first one plans and publishes, all adopt by
-epoch. Nodes whose owner pinned a span (`--layers`) are taken as they are and the rest is planned around them.
+epoch. A plan of anyone else is followed only by those whose own plan has lost its planner (or who have none), so that
+no other member can move what the first one placed; where views differed for a while the first one issues its plan anew.
+Nodes whose owner pinned a span (`--layers`) are taken as they are and the rest is planned around them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from node.adverts import ModelAdvert, PlanAdvert
 from node.atlas import Atlas
 from scheduler import (
     Assignment,
+    Links,
     ModelShape,
     NodeShape,
     Plan,
@@ -44,19 +48,29 @@ class Planning:
     def handle(self, atlas: Atlas, *, may_plan: bool) -> list[Publish]:
         """Adopt, then plan where it is our turn. `may_plan` is False until our view is that of the mesh."""
         known = {model.manifest_id for model in atlas.models.values()}
-        for gone in set(self.plans) - known:
-            del self.plans[gone]
+        for gone in (set(self.plans) | set(self.shortages)) - known:
+            self.plans.pop(gone, None)
+            self.shortages.pop(gone, None)
         out: list[Publish] = []
         members = set(atlas.nodes) | {self._me}
         taken: dict[str, int] = {}
-        for model in sorted(atlas.models.values(), key=lambda m: (m.created_s, m.manifest_id)):
-            self._adopt(model, atlas, members)
-            if may_plan and planner_rank(model.manifest_id, members)[0] == self._me:
+        first = {
+            model.manifest_id: planner_rank(model.manifest_id, members)[0] for model in atlas.models.values()
+        }
+        for model in atlas.models.values():
+            self._adopt(model, atlas, members, first[model.manifest_id])
+        for model in sorted(atlas.models.values(), key=partial(self._precedence, atlas)):
+            if may_plan and first[model.manifest_id] == self._me:
                 out.extend(self._plan(model, atlas, members, taken))
             for assignment in self._assignments(model.manifest_id):
                 used = memory_needed(model.shape(), assignment.start, assignment.end)
                 taken[assignment.node] = taken.get(assignment.node, 0) + used
         return out
+
+    def _precedence(self, atlas: Atlas, model: ModelAdvert) -> tuple[bool, int, int, str]:
+        """Who gets memory first: what is placed already, then what more members offer, then the older."""
+        unplaced = not self._assignments(model.manifest_id)
+        return unplaced, -atlas.offers.get(model.manifest_id, 0), model.created_s, model.manifest_id
 
     def span_of(self, manifest_id: str, node: str) -> tuple[int, int] | None:
         """What `node` shall host of a model under the plan we hold to."""
@@ -69,18 +83,25 @@ class Planning:
         plan = self.plans.get(manifest_id)
         return () if plan is None else plan.assignments
 
-    def _adopt(self, model: ModelAdvert, atlas: Atlas, members: set[str]) -> None:
+    def _adopt(self, model: ModelAdvert, atlas: Atlas, members: set[str], first: str) -> None:
+        manifest_id = model.manifest_id
+        held = self.plans.get(manifest_id)
+        if held is not None and not is_whole(held, model.layers):
+            del self.plans[manifest_id]
         for signer, advert in sorted(
-            atlas.plans.get(model.manifest_id, []), key=lambda item: (item[1].epoch, item[0])
+            atlas.plans.get(manifest_id, []), key=lambda item: (item[1].epoch, item[0])
         ):
-            offered = advert.plan(model.manifest_id, signer)
-            if any(not 0 <= a.start < a.end <= model.layers for a in offered.assignments):
-                continue
-            if adopt(self.plans.get(model.manifest_id), offered, members):
-                self.plans[model.manifest_id] = offered
-            current = self.plans.get(model.manifest_id)
-            if current is not None and current.planner == signer:
-                self.shortages[model.manifest_id] = advert.shortage
+            offered = advert.plan(manifest_id, signer)
+            current = self.plans.get(manifest_id)
+            orphan = current is None or current.planner not in members
+            if (
+                is_whole(offered, model.layers)
+                and (signer == first or orphan)
+                and adopt(current, offered, members)
+            ):
+                self.plans[manifest_id] = current = offered
+            if current is not None and (current.planner, current.epoch) == (signer, advert.epoch):
+                self.shortages[manifest_id] = advert.shortage
 
     def _plan(
         self, model: ModelAdvert, atlas: Atlas, members: set[str], taken: Mapping[str, int]
@@ -92,35 +113,48 @@ class Planning:
         reason = plan_reason(current, shape, nodes, pinned, copies=model.copies)
         if current is not None and current.planner not in members:
             reason = reason or "its planner is gone"
-        if reason is None:
-            return self._settle(manifest_id, "")
         seen = [advert.epoch for _, advert in atlas.plans.get(manifest_id, [])]
-        epoch = 1 + max([*seen, current.epoch if current else 0])
-        held = {peer: [(host.start, host.end)] for peer, host in atlas.live_hosts(manifest_id).items()}
+        newest = max([*seen, current.epoch if current else 0])
+        if reason is None and (current is None or current.epoch == newest):
+            return self._settle(manifest_id, "", newest)
+        if reason is None and current is not None:
+            # Someone else published a newer plan meanwhile: ours again, above it, so that all hold to one.
+            return self._issue(replace(current, epoch=newest + 1, planner=self._me))
+        hosts = atlas.live_hosts(manifest_id)
+        held = {peer: [(host.start, host.end)] for peer, host in hosts.items()}
+        ready = {peer for peer, host in hosts.items() if host.state == "ready"}
         try:
             plan = plan_around(
-                manifest_id, shape, nodes, pinned, atlas,
-                copies=model.copies, previous=current, epoch=epoch, planner=self._me, held=held,
+                manifest_id, shape, nodes, pinned, ready, atlas.links(),
+                copies=model.copies, previous=current, epoch=newest + 1, planner=self._me, held=held,
             )  # fmt: skip
         except Shortage as short:
-            return self._settle(manifest_id, str(short))
-        if current is not None and current.planner in members and plan.assignments == current.assignments:
-            return self._settle(manifest_id, "")
-        self.plans[manifest_id] = plan
-        self.shortages[manifest_id] = ""
-        return [Publish(manifest_id, PlanAdvert.of(plan))]
+            return self._settle(manifest_id, str(short), newest)
+        settled = current is not None and current.planner in members and current.epoch == newest
+        if settled and current is not None and plan.assignments == current.assignments:
+            return self._settle(manifest_id, "", newest)
+        return self._issue(plan)
 
-    def _settle(self, manifest_id: str, shortage: str) -> list[Publish]:
+    def _issue(self, plan: Plan, shortage: str = "") -> list[Publish]:
+        self.plans[plan.model] = plan
+        self.shortages[plan.model] = shortage
+        return [Publish(plan.model, replace(PlanAdvert.of(plan), shortage=shortage))]
+
+    def _settle(self, manifest_id: str, shortage: str, newest: int) -> list[Publish]:
         """Nothing to move: say so when the shortage is news."""
         if self.shortages.get(manifest_id, "") == shortage:
             return []
-        self.shortages[manifest_id] = shortage
-        current = self.plans.get(manifest_id)
-        if current is not None and current.planner != self._me:
-            current = replace(current, epoch=current.epoch + 1, planner=self._me)
-            self.plans[manifest_id] = current
-        advert = PlanAdvert(0, ()) if current is None else PlanAdvert.of(current)
-        return [Publish(manifest_id, replace(advert, shortage=shortage))]
+        current = self.plans.get(manifest_id) or Plan(manifest_id, newest, self._me, ())
+        if current.planner != self._me or current.epoch < newest:
+            current = replace(current, epoch=newest + 1, planner=self._me)
+        return self._issue(current, shortage)
+
+
+def is_whole(plan: Plan, layers: int) -> bool:
+    """Whether a plan is one that an honest planner publishes: every layer has a host, or nothing is placed yet."""
+    if any(not 0 <= a.start < a.end <= layers for a in plan.assignments):
+        return False
+    return not plan.assignments or min(plan.coverage(layers)) > 0
 
 
 def free_nodes(atlas: Atlas, taken: Mapping[str, int]) -> list[NodeShape]:
@@ -148,15 +182,15 @@ def pinned_spans(atlas: Atlas, layers: int) -> tuple[Assignment, ...]:
     return tuple(found)
 
 
-def uncovered(pinned: Sequence[Assignment], layers: int, copies: int) -> list[tuple[int, int]]:
-    """Runs of layers that the pinned spans cover fewer than `copies` times."""
-    short = [sum(a.start <= layer < a.end for a in pinned) < copies for layer in range(layers)]
-    runs: list[tuple[int, int]] = []
-    for layer, is_short in enumerate(short):
-        if is_short and runs and runs[-1][1] == layer:
-            runs[-1] = (runs[-1][0], layer + 1)
-        elif is_short:
-            runs.append((layer, layer + 1))
+def uncovered(fixed: Sequence[Assignment], layers: int, copies: int) -> list[tuple[int, int, int]]:
+    """Runs (start, end, lacking) of layers that `fixed` covers `lacking` times fewer than `copies`."""
+    lacking = [max(0, copies - sum(a.start <= layer < a.end for a in fixed)) for layer in range(layers)]
+    runs: list[tuple[int, int, int]] = []
+    for layer, lack in enumerate(lacking):
+        if lack and runs and runs[-1][1:] == (layer, lack):
+            runs[-1] = (runs[-1][0], layer + 1, lack)
+        elif lack:
+            runs.append((layer, layer + 1, lack))
     return runs
 
 
@@ -187,7 +221,8 @@ def plan_around(
     shape: ModelShape,
     nodes: Sequence[NodeShape],
     pinned: Sequence[Assignment],
-    atlas: Atlas,
+    ready: Collection[str],
+    links: Links,
     *,
     copies: int,
     previous: Plan | None,
@@ -195,16 +230,38 @@ def plan_around(
     planner: str,
     held: Mapping[str, Sequence[tuple[int, int]]],
 ) -> Plan:
-    """A plan that keeps the pinned spans and places the layers they leave short. Raises Shortage."""
-    links = atlas.links()
+    """A plan that keeps the pinned spans and places the layers they leave short. Raises Shortage.
+
+    Where others serve already, a pinned node that is not in `ready` yet relieves nobody: it may never be.
+    """
     if not pinned:
         return make_plan(
             manifest_id, shape, nodes, links,
             copies=copies, previous=previous, epoch=epoch, planner=planner, held=held,
         )  # fmt: skip
-    assignments = list(pinned)
+    keep = () if previous is None else previous.assignments
+    relied_on = [a for a in pinned if a.node in ready] if any(a not in pinned for a in keep) else pinned
+    try:
+        rest = _fill(manifest_id, shape, nodes, relied_on, keep, links, copies)
+    except Shortage:
+        rest = _fill(manifest_id, shape, nodes, pinned, keep, links, copies)
+    spans = sorted([*pinned, *rest], key=lambda a: (a.start, a.end, a.node))
+    return Plan(model=manifest_id, epoch=epoch, planner=planner, assignments=tuple(spans))
+
+
+def _fill(
+    manifest_id: str,
+    shape: ModelShape,
+    nodes: Sequence[NodeShape],
+    fixed: Sequence[Assignment],
+    keep: Sequence[Assignment],
+    links: Links,
+    copies: int,
+) -> list[Assignment]:
+    """Spans on `nodes` for the layers that `fixed` leaves short, moving those of `keep` as little as may be."""
     room = {node.id: node for node in nodes}
-    for start, end in uncovered(pinned, shape.layers, copies):
+    found: list[Assignment] = []
+    for start, end, lacking in uncovered(fixed, shape.layers, copies):
         part = replace(
             shape,
             layers=end - start,
@@ -212,17 +269,13 @@ def plan_around(
             head_bytes=(shape.head_bytes or shape.embed_bytes) if end == shape.layers else 0,
             tied=shape.tied and start == 0 and end == shape.layers,
         )
+        inside = [a for a in keep if a.node in room and start <= a.start and a.end <= end]
+        before = tuple(Assignment(a.node, a.start - start, a.end - start) for a in inside)
         plan = make_plan(
-            manifest_id,
-            part,
-            list(room.values()),
-            links,
-            copies=1,
-            previous=None,
-            epoch=epoch,
-            planner=planner,
-        )
+            manifest_id, part, list(room.values()), links,
+            copies=lacking, previous=Plan(manifest_id, 0, "", before) if before else None, epoch=1, planner="",
+        )  # fmt: skip
         for assignment in plan.assignments:
             room.pop(assignment.node, None)
-            assignments.append(Assignment(assignment.node, assignment.start + start, assignment.end + start))
-    return Plan(model=manifest_id, epoch=epoch, planner=planner, assignments=tuple(assignments))
+            found.append(Assignment(assignment.node, assignment.start + start, assignment.end + start))
+    return found

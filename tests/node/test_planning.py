@@ -1,0 +1,353 @@
+"""Who plans when, which plan holds, and what is planned: several planning cores over one made-up mesh."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from node.adverts import HostAdvert, ModelAdvert, NodeAdvert, PlanAdvert, PlanSpan
+from node.atlas import Atlas
+from node.planning import Planning, Publish, uncovered
+from scheduler import Assignment, memory_needed, planner_rank
+
+MIB = 1 << 20
+MODEL_ID = "ab" * 32
+OTHER_ID = "cd" * 32
+
+
+def card(memory_bytes=10 * MIB, **more):
+    return NodeAdvert("n", "0", (), None, **({"serves": True} | more), memory_bytes=memory_bytes,
+                      flops_per_s=1e11, read_bytes_per_s=1e10, device="cpu")  # fmt: skip
+
+
+def toy(manifest_id=MODEL_ID, name="toy", **more):
+    fields = {
+        "created_s": 1, "dtype": "bfloat16", "quant": "none", "copies": 1, "concurrency": 1,
+        "context_tokens": 16, "layers": 8, "layer_bytes": MIB, "embed_bytes": 0, "head_bytes": 0, "tied": False,
+        "layer_flops_per_token": 1e6, "hidden_bytes": 64, "kv_bytes_per_token_per_layer": 64,
+    }  # fmt: skip
+    return ModelAdvert(name=name, manifest_id=manifest_id, **(fields | more))
+
+
+class Mesh:
+    """A view that all share (but for whom each takes for gone) and a planning core for each member."""
+
+    def __init__(self, *names, memory_bytes=5 * MIB, models=None):
+        self.cards = {name: card(memory_bytes) for name in names}
+        self.cores = {name: Planning(name) for name in names}
+        self.models = {model.name: model for model in models or [toy()]}
+        self.plans: dict[str, dict[str, PlanAdvert]] = {}
+        self.hosts: dict[str, dict[str, HostAdvert]] = {}
+        self.gone: dict[str, set[str]] = {}
+        self.offers: dict[str, int] = {}
+
+    def atlas(self, at=None):
+        plans = {model: sorted(said.items()) for model, said in self.plans.items()}
+        gone = frozenset(self.gone.get(at, ()))
+        return Atlas(self.cards, gone, self.models, self.hosts, plans, {}, self.offers)
+
+    def tick(self, *names, may_plan=True):
+        """Each of `names` (all, when none are given) looks at the view once; what was published."""
+        out = []
+        for name in names or self.cores:
+            for publish in self.cores[name].handle(self.atlas(name), may_plan=may_plan):
+                self.say(name, publish)
+                out.append((name, publish))
+        return out
+
+    def say(self, name, publish):
+        self.plans.setdefault(publish.manifest_id, {})[name] = publish.advert
+
+    def settle(self, rounds=4):
+        """Look round and round; nobody may have anything left to say."""
+        for _ in range(rounds):
+            said = self.tick()
+        assert said == []
+        held = [core.plans.get(MODEL_ID) for core in self.cores.values()]
+        assert len(set(held)) == 1, held
+        return held[0]
+
+    def leave(self, name):
+        """`name` is dead: its records stay for a while, everyone takes it for gone."""
+        del self.cores[name]
+        for other in self.cores:
+            self.gone.setdefault(other, set()).add(name)
+
+    def first(self, *without):
+        return next(name for name in planner_rank(MODEL_ID, self.cards) if name not in without)
+
+    def serve(self):
+        """All hosts are as the plan of the first core wishes."""
+        for model in self.models.values():
+            plan = next(iter(self.cores.values())).plans[model.manifest_id]
+            self.hosts[model.manifest_id] = {
+                a.node: HostAdvert(a.start, a.end, "ready", plan.epoch) for a in plan.assignments
+            }
+
+
+def coverage(plan, layers=8):
+    return plan.coverage(layers)
+
+
+def test_the_first_ranked_alone_plans_and_all_hold_its_plan():
+    mesh = Mesh("a", "b", "c")
+    said = mesh.tick()
+    assert [name for name, _ in said] == [mesh.first()]
+    plan = mesh.settle()
+    assert plan.planner == mesh.first()
+    assert min(coverage(plan)) == 1
+    assert all(
+        mesh.cores[n].span_of(MODEL_ID, a.node) == (a.start, a.end) for n in "abc" for a in plan.assignments
+    )
+
+
+def test_nobody_plans_before_its_view_is_that_of_the_mesh():
+    mesh = Mesh("a", "b")
+    assert mesh.tick(may_plan=False) == []
+    assert len(mesh.tick(may_plan=True)) == 1
+
+
+def test_the_next_ranked_takes_over_and_its_epoch_is_greater():
+    mesh = Mesh("a", "b", "c", memory_bytes=9 * MIB)
+    before = mesh.settle()
+    planner = mesh.first()
+    mesh.leave(planner)
+    after = mesh.settle()
+    assert after.planner == mesh.first(planner)
+    assert after.epoch > before.epoch
+    assert planner not in {a.node for a in after.assignments}
+    assert min(coverage(after)) == 1
+
+
+def test_a_plan_seen_by_one_only_before_its_planner_died_is_overruled():
+    """The planner published and died; one member adopted, the others never will: the next planner goes above it."""
+    mesh = Mesh("a", "b", "c", "d", memory_bytes=9 * MIB)
+    first, second = planner_rank(MODEL_ID, mesh.cards)[:2]
+    quick = next(name for name in mesh.cores if name not in (first, second))
+    mesh.gone = {name: {first} for name in mesh.cores if name != first}
+    old = [mesh.tick(second), mesh.tick()][0][0][1].advert
+    assert {core.plans[MODEL_ID].planner for n, core in mesh.cores.items() if n != first} == {second}
+    # `first` is back, plans anew, is seen by one, and dies.
+    newer = PlanAdvert(old.epoch + 1, (PlanSpan(quick, 0, 8),))
+    mesh.gone = {}
+    mesh.say(first, Publish(MODEL_ID, newer))
+    mesh.tick(quick)
+    assert mesh.cores[quick].plans[MODEL_ID].epoch == newer.epoch
+    mesh.leave(first)
+    plan = mesh.settle()
+    assert plan.planner == second
+    assert plan.epoch > newer.epoch
+
+
+def test_a_plan_of_a_lower_ranked_member_moves_nobody():
+    mesh = Mesh("a", "b", "c", "d")
+    plan = mesh.settle()
+    last = planner_rank(MODEL_ID, mesh.cards)[-1]
+    mesh.say(last, Publish(MODEL_ID, PlanAdvert(plan.epoch + 7, (PlanSpan(last, 0, 8),))))
+    mesh.cores.pop(last)
+    after = mesh.settle()
+    assert after.assignments == plan.assignments
+    assert after.planner == plan.planner
+    assert after.epoch == plan.epoch + 8
+
+
+def test_two_halves_of_a_mesh_that_meet_hold_one_plan():
+    mesh = Mesh("a", "b", "c", "d", memory_bytes=9 * MIB)
+    halves = ("a", "b"), ("c", "d")
+    for ours, theirs in (halves, halves[::-1]):
+        for name in ours:
+            mesh.gone[name] = set(theirs)
+    shared = mesh.plans
+    for half in halves:
+        mesh.plans = {}
+        for _ in range(3):
+            mesh.tick(*half)
+        for model, said in mesh.plans.items():
+            shared.setdefault(model, {}).update(said)
+    assert mesh.cores["a"].plans[MODEL_ID] != mesh.cores["c"].plans[MODEL_ID]
+    mesh.plans, mesh.gone = shared, {}
+    mesh.settle()
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        (PlanSpan("a", 0, 3),),
+        (PlanSpan("a", 0, 9),),
+        (PlanSpan("a", 0, 4), PlanSpan("b", 5, 8)),
+    ],
+)
+def test_a_plan_that_leaves_layers_out_or_knows_too_many_is_nobody_s(spans):
+    mesh = Mesh("a", "b", "c")
+    mesh.say(mesh.first(), Publish(MODEL_ID, PlanAdvert(50, spans)))
+    mesh.tick(may_plan=False)
+    assert all(MODEL_ID not in core.plans for core in mesh.cores.values())
+
+
+def test_a_newcomer_takes_the_plan_that_is_there():
+    mesh = Mesh("a", "b", "c")
+    before = mesh.settle()
+    for name in ("d", "e", "f", "g"):
+        mesh.cards[name] = card(5 * MIB)
+        mesh.cores[name] = Planning(name)
+    after = mesh.settle()
+    assert after == before
+
+
+def test_a_node_that_comes_back_with_an_empty_memory_moves_nothing():
+    mesh = Mesh("a", "b", "c")
+    before = mesh.settle()
+    back = mesh.first()
+    mesh.cores[back] = Planning(back)
+    assert mesh.settle() == before
+
+
+def test_a_shortage_is_told_in_plain_words_and_taken_back():
+    mesh = Mesh("a", "b", memory_bytes=3 * MIB)
+    mesh.settle()
+    texts = {core.shortages[MODEL_ID] for core in mesh.cores.values()}
+    assert len(texts) == 1
+    assert "short" in texts.pop()
+    mesh.cards["c"], mesh.cores["c"] = card(5 * MIB), Planning("c")
+    plan = mesh.settle()
+    assert min(coverage(plan)) == 1
+    assert {core.shortages[MODEL_ID] for core in mesh.cores.values()} == {""}
+
+
+def test_a_node_lost_for_good_is_a_shortage_until_it_or_another_comes():
+    mesh = Mesh("a", "b", "c", memory_bytes=4 * MIB)
+    plan = mesh.settle()
+    lost = plan.assignments[0].node
+    core = mesh.cores[lost]
+    mesh.leave(lost)
+    mesh.settle()
+    assert all(c.shortages[MODEL_ID] for c in mesh.cores.values())
+    mesh.gone, mesh.cores[lost] = {}, core
+    after = mesh.settle()
+    assert min(coverage(after)) == 1
+    assert not any(c.shortages[MODEL_ID] for c in mesh.cores.values())
+
+
+def test_several_models_share_the_memory_of_each_node():
+    models = [toy(), toy(OTHER_ID, "other", created_s=2)]
+    mesh = Mesh("a", "b", "c", "d", memory_bytes=5 * MIB, models=models)
+    mesh.settle()
+    core = mesh.cores["a"]
+    used = dict.fromkeys(mesh.cards, 0)
+    for model in models:
+        assert min(coverage(core.plans[model.manifest_id])) == 1
+        for a in core.plans[model.manifest_id].assignments:
+            used[a.node] += memory_needed(model.shape(), a.start, a.end)
+    assert all(amount <= 5 * MIB for amount in used.values())
+
+
+def test_a_model_that_claims_to_be_older_takes_nothing_from_one_that_is_placed():
+    mesh = Mesh("a", "b", "c", memory_bytes=3 * MIB + 4096 * 8, models=[toy(created_s=100)])
+    before = mesh.settle()
+    mesh.models["bogus"] = toy(OTHER_ID, "bogus", created_s=0)
+    mesh.offers = {MODEL_ID: 3, OTHER_ID: 1}
+    after = mesh.settle()
+    assert after == before
+    assert {core.shortages.get(OTHER_ID, "") != "" for core in mesh.cores.values()} == {True}
+
+
+def test_a_model_that_left_the_mesh_is_forgotten():
+    mesh = Mesh("a", "b")
+    mesh.settle()
+    mesh.models = {}
+    mesh.tick()
+    core = mesh.cores["a"]
+    assert (core.plans, core.shortages, core.span_of(MODEL_ID, "a")) == ({}, {}, None)
+
+
+def test_a_model_whose_shape_changes_under_a_plan_is_planned_anew():
+    mesh = Mesh("a", "b", "c")
+    mesh.settle()
+    mesh.models = {"toy": toy(layers=4)}
+    plan = mesh.settle()
+    assert coverage(plan, 4) == [1] * 4
+
+
+def test_pinned_spans_are_taken_as_they_are():
+    mesh = Mesh("a", "b")
+    mesh.cards = {"a": card(pinned=(0, 4)), "b": card(pinned=(4, 8))}
+    assert set(mesh.settle().assignments) == {Assignment("a", 0, 4), Assignment("b", 4, 8)}
+
+
+def test_what_pinned_spans_leave_short_is_placed_around_them():
+    mesh = Mesh("a", "b", "c")
+    mesh.cards["a"] = card(pinned=(0, 4))
+    plan = mesh.settle()
+    assert plan.span("a") == (0, 4)
+    assert coverage(plan) == [1] * 8
+    assert all(a.start >= 4 for a in plan.assignments if a.node != "a")
+
+
+def test_pinned_spans_beyond_the_model_are_cut_and_empty_ones_left_out():
+    mesh = Mesh("a", "b", "c", memory_bytes=9 * MIB)
+    mesh.cards |= {"a": card(pinned=(6, 99)), "b": card(pinned=(8, 12))}
+    plan = mesh.settle()
+    assert plan.span("a") == (6, 8)
+    assert plan.span("b") is None
+
+
+def test_a_pinned_newcomer_relieves_nobody_before_it_serves():
+    mesh = Mesh("a", "b", "c", memory_bytes=9 * MIB, models=[toy(copies=2)])
+    before = mesh.settle()
+    mesh.serve()
+    mesh.cards["p"] = card(pinned=(0, 8))
+    plan = mesh.settle()
+    assert set(before.assignments) <= set(plan.assignments)
+    assert plan.span("p") == (0, 8)
+
+
+def test_a_node_that_does_not_serve_plans_but_hosts_nothing():
+    mesh = Mesh("a", "b", "c", memory_bytes=9 * MIB)
+    mesh.cards[mesh.first()] = card(9 * MIB, serves=False)
+    plan = mesh.settle()
+    assert plan.planner == mesh.first()
+    assert plan.span(mesh.first()) is None
+
+
+def test_uncovered_layers_are_found_with_how_many_hosts_they_lack():
+    fixed = [Assignment("a", 0, 3), Assignment("b", 2, 5)]
+    assert uncovered(fixed, 8, 1) == [(5, 8, 1)]
+    assert uncovered(fixed, 8, 2) == [(0, 2, 1), (3, 5, 1), (5, 8, 2)]
+
+
+INTS = st.integers(0, 1 << 60)
+RATES = st.floats(0, 1e24)
+PINS = st.none() | st.tuples(st.integers(0, 9), st.integers(1, 99))
+CARDS = st.lists(st.tuples(INTS, RATES, RATES, PINS), min_size=1, max_size=4)
+PLANS = st.lists(
+    st.tuples(st.integers(0, 1 << 53), st.sampled_from("abcdz"), st.integers(0, 9), st.integers(1, 1024)),
+    max_size=3,
+)
+SHAPES = st.fixed_dictionaries(
+    {
+        "layers": st.integers(1, 1024),
+        "copies": st.integers(1, 64),
+        "layer_bytes": st.integers(1, 1 << 50),
+        "kv_bytes_per_token_per_layer": st.integers(0, 1 << 40),
+        "tied": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(CARDS, SHAPES, PLANS)
+def test_no_adverts_within_bounds_stop_the_planning(nodes, shape, plans):
+    names = "abcd"[: len(nodes)]
+    mesh = Mesh(*names, models=[toy(**shape)])
+    for name, (memory, flops, read, pinned) in zip(names, nodes, strict=True):
+        pinned = None if pinned is None or pinned[0] >= pinned[1] else pinned
+        mesh.cards[name] = replace(card(memory), flops_per_s=flops, read_bytes_per_s=read, pinned=pinned)
+    for epoch, node, start, end in plans:
+        mesh.say(node, Publish(MODEL_ID, PlanAdvert(epoch, (PlanSpan(node, start, end),))))
+    mesh.tick()
+    if MODEL_ID in mesh.cores["a"].plans:
+        mesh.serve()
+    mesh.tick()

@@ -19,7 +19,7 @@ from scheduler.errors import (
 from scheduler.placement import make_plan, needs_replan
 from scheduler.planner import adopt, planner_rank
 from scheduler.preview import preview
-from scheduler.routing import Chain, ChainRequest, Hosted, Stage, choose_chain
+from scheduler.routing import Chain, ChainRequest, Hosted, Router, Split, Stage, choose_chain
 from scheduler.shapes import Assignment, Device, Link, Links, ModelShape, NodeShape, Plan, memory_needed
 
 __all__ = [
@@ -41,8 +41,10 @@ __all__ = [
     "Rejected",
     "RemoteFault",
     "ResourceLimit",
+    "Router",
     "SchedulerError",
     "Shortage",
+    "Split",
     "Stage",
     "adopt",
     "choose_chain",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from scheduler.pipeline import Seat
-from scheduler.shapes import Assignment, ModelShape, NodeShape, coverage, memory_needed
+from scheduler.shapes import Assignment, ModelShape, coverage
 
 Held = Mapping[str, Sequence[tuple[int, int]]]
 GROW_PENALTY = 0.5
@@ -23,8 +23,9 @@ def fetch_bytes(
 ) -> int:
     """Weight bytes that a node must fetch to go from span `old` to `new`, with `held` on its disk."""
     have = [span for span in (old, *held) if span is not None]
-    layers = range(new[0], new[1])
-    total = sum(model.layer_bytes for x in layers if not any(a <= x < b for a, b in have))
+    if not have:
+        return model.weight_bytes(*new)
+    total = sum(model.layer_bytes for x in range(*new) if not any(a <= x < b for a, b in have))
     if new[0] == 0 and not any(a == 0 for a, _ in have):
         total += model.embed_bytes
     if new[1] == model.layers and not any(b == model.layers for _, b in have):
@@ -36,19 +37,13 @@ def fetch_bytes(
 class Mender:
     """Additions to assignments, over fixed nodes."""
 
-    def __init__(
-        self, model: ModelShape, nodes: Sequence[NodeShape], seats: Sequence[Seat], held: Held
-    ) -> None:
+    def __init__(self, model: ModelShape, seats: Sequence[Seat], held: Held) -> None:
         self._model = model
         self._held = held
         self._seats = {seat.node: seat for seat in seats}
-        self._memory = {node.id: node.memory_bytes for node in nodes}
-        self._plain = {node.id for node in nodes if not node.devices}
 
     def fits(self, node: str, start: int, end: int) -> bool:
-        """Whether the node has memory for [start, end)."""
-        if node in self._plain:
-            return memory_needed(self._model, start, end) <= self._memory[node]
+        """Whether the node has memory for [start, end); rooms are exact by memory_needed."""
         return end - start <= self._room(self._seats[node], start, end)
 
     def _room(self, seat: Seat, start: int, end: int) -> int:
@@ -64,40 +59,62 @@ class Mender:
         None when some layer cannot be covered by additions alone.
         """
         spans = {a.node: (a.start, a.end) for a in assignments}
-        for target in range(1, copies + 1):
-            while True:
-                short = self._short(spans, target)
-                if not short:
-                    break
-                step = self._best_step(spans, short, target)
+        counts = coverage(list(assignments), self._model.layers)
+        idle = self._idle(spans)
+        for target in range(min(counts) + 1, copies + 1):
+            while min(counts) < target:
+                step = self._best_step(spans, idle, [count < target for count in counts], target)
                 if step is None:
-                    if target == 1:
-                        return None
                     break
+                old = spans.get(step.node)
+                for x in range(step.start, step.end):
+                    counts[x] += not (old and old[0] <= x < old[1])
                 spans[step.node] = (step.start, step.end)
-            if short:
+                for group in idle.values():
+                    if step.node in group:
+                        group.remove(step.node)
+            if min(counts) < target:
+                if target == 1:
+                    return None
                 break
         return [Assignment(node, start, end) for node, (start, end) in sorted(spans.items())]
 
-    def _short(self, spans: Mapping[str, tuple[int, int]], target: int) -> list[bool]:
-        counts = coverage([Assignment(n, a, b) for n, (a, b) in spans.items()], self._model.layers)
-        short = [count < target for count in counts]
-        return short if any(short) else []
+    def _idle(self, spans: Mapping[str, tuple[int, int]]) -> dict[object, list[str]]:
+        """Nodes without a span, quickest first, those alike in room together; holders of weights each alone."""
+        groups: dict[object, list[str]] = {}
+        for seat in sorted(self._seats.values(), key=lambda s: (s.layer_s, s.node)):
+            if seat.room > 0 and seat.node not in spans:
+                alike = (seat.room, seat.room_first, seat.room_last, seat.room_alone)
+                groups.setdefault(seat.node if self._held.get(seat.node) else alike, []).append(seat.node)
+        return groups
 
     def _best_step(
-        self, spans: Mapping[str, tuple[int, int]], short: Sequence[bool], target: int
+        self,
+        spans: Mapping[str, tuple[int, int]],
+        idle: Mapping[object, Sequence[str]],
+        short: Sequence[bool],
+        target: int,
     ) -> Assignment | None:
-        """One node's new span that covers short layers at the least cost a layer; None when none can."""
+        """One node's new span that covers short layers at the least cost a layer; None when none can.
+
+        Only the first copy of a layer is worth disturbing a host for.
+        """
+        runs = short_runs(short)
+        candidates: list[tuple[str, tuple[int, int] | None]] = [
+            (group[0], None) for group in idle.values() if group
+        ]
+        if target == 1:
+            candidates.extend(
+                (node, old)
+                for node, old in spans.items()
+                if node in self._seats and any(a <= old[1] < b or a < old[0] <= b for a, b in runs)
+            )
         best: tuple[tuple[float, float, str, int, int], Assignment] | None = None
-        for node, seat in self._seats.items():
-            if seat.room < 1:
-                continue
-            old = spans.get(node)
-            if old is not None and target > 1:
-                continue  # a second copy is not worth disturbing a host
-            for start, end in self._windows(seat, old, short):
-                covered = sum(short[x] and not (old and old[0] <= x < old[1]) for x in range(start, end))
-                if covered == 0 or not self.fits(node, start, end):
+        for node, old in candidates:
+            seat = self._seats[node]
+            for start, end in self._windows(seat, old, runs):
+                covered = sum(short[start:end])
+                if covered == 0 or end - start > self._room(seat, start, end):
                     continue
                 cost = self._cost(node, old, (start, end)) / covered
                 key = (round(cost, 9), seat.layer_s, node, start, end)
@@ -113,11 +130,9 @@ class Mender:
         return fetched + PIECE_PENALTY
 
     def _windows(
-        self, seat: Seat, old: tuple[int, int] | None, short: Sequence[bool]
+        self, seat: Seat, old: tuple[int, int] | None, runs: Sequence[tuple[int, int]]
     ) -> list[tuple[int, int]]:
         """Spans worth trying: old ones grown to either side, new ones at edges of short runs and on held layers."""
-        layers = len(short)
-        runs = short_runs(short)
         found: set[tuple[int, int]] = set()
         if old is not None:
             for a, b in runs:
@@ -125,19 +140,17 @@ class Mender:
                     found.update((old[0], end) for end in range(old[1] + 1, b + 1))
                 if a < old[0] <= b:
                     found.update((start, old[1]) for start in range(a, old[0]))
-            return [w for w in sorted(found) if w[1] - w[0] <= seat.room]
+            return sorted(found)
+        # First and last stages have less room: shorter windows at the ends of the model.
+        sizes = {seat.room, seat.room_first, seat.room_last, seat.room_alone} - {0}
+        held = self._held.get(seat.node, ())
         for a, b in runs:
             anchors = {a, max(a, b - seat.room)}
-            anchors.update(
-                x for h, e in self._held.get(seat.node, ()) for x in (h, max(0, e - seat.room)) if a <= x < b
-            )
-            for start in anchors:
-                # First and last stages have less room: shorter windows at the ends of the model.
-                for size in {seat.room, seat.room_first, seat.room_last, seat.room_alone}:
-                    if size > 0:
-                        found.add((start, min(b, start + size)))
-                        found.add((max(a, min(b, layers) - size), b))
-        return sorted(w for w in found if w[0] < w[1] and w[1] - w[0] <= seat.room)
+            anchors.update(x for h, e in held for x in (h, max(0, e - seat.room)) if a <= x < b)
+            for size in sizes:
+                found.update((start, min(b, start + size)) for start in anchors)
+                found.add((max(a, b - size), b))
+        return sorted(found)
 
 
 def short_runs(short: Sequence[bool]) -> list[tuple[int, int]]:

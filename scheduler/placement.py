@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from scheduler.judge import Judge
-from scheduler.mend import Held, Mender
+from scheduler.mend import Held, Mender, fetch_bytes
 from scheduler.pipeline import Seat
 from scheduler.pool import Pool
 from scheduler.search import best_effort_group, group_seats
@@ -35,26 +35,30 @@ def make_plan(
     epoch: int,
     planner: str,
     held: Held | None = None,
+    sessions: Mapping[str, int] | None = None,
 ) -> Plan:
     """A plan in which every layer has `copies` hosts where memory allows, and one at least.
 
-    `held` are spans whose weights a node has on disk already: they cost nothing to fetch. Nodes may come in any
-    order. Raises Shortage when the layers cannot all be placed once.
+    `held` are spans whose weights a node has on disk already: they cost nothing to fetch. `sessions` are those open by
+    node: moving their host disturbs them. Nodes may come in any order. Raises Shortage when the layers cannot all be
+    placed once.
     """
     copies = max(1, min(copies, COPIES_MAX))
     ordered = sorted({node.id: node for node in nodes}.values(), key=lambda node: node.id)
     seats = [seat_of(model, node) for node in ordered]
     hop = hops_between(model, [node.id for node in ordered], links)
-    mender = Mender(model, ordered, seats, held or {})
+    mender = Mender(model, seats, held or {})
     kept = still_valid(model, previous, mender, {node.id for node in ordered})
     chosen = mender.mend(kept, copies) if kept else None
     if chosen is None or len(ordered) <= SECOND_THOUGHTS_NODES_MAX:
-        fresh = plan_afresh(model, seats, hop, mender, copies)
+        fresh = plan_afresh(model, seats, hop, mender, copies, _where(previous, held or {}))
         if fresh is None and chosen is None:
             raise shortage(model, ordered, seats)
         if fresh is not None:
             judge = Judge(seats, model.layers, hop, copies)
-            chosen = fresh if chosen is None else _better(judge, model.layers, copies, chosen, fresh)
+            cost = move_cost(model, kept, fresh, held or {}, sessions or {})
+            if chosen is None or _worth_it(judge, model.layers, copies, chosen, fresh, cost):
+                chosen = fresh
     spans = sorted(chosen or (), key=lambda a: (a.start, a.end, a.node))
     return Plan(model_id, epoch, planner, tuple(spans))
 
@@ -78,36 +82,65 @@ def plan_afresh(
     hop: float | Callable[[int, int], float],
     mender: Mender,
     copies: int,
+    places: Mapping[str, float] | None = None,
 ) -> list[Assignment] | None:
-    """Assignments from nothing: the best replicas, then partial copies of what is still short. None: no room."""
+    """Assignments from nothing: the best replicas, then partial copies of what is still short. None: no room.
+
+    Where hops are alike the middle stages of a replica are put in the order of `places`, so that weights which
+    are there already can stay.
+    """
     pool = Pool(seats, model.layers, hop)
     found: list[Assignment] = []
     replicas = group_seats(pool, "balanced", replicas_max=copies).replicas() or best_effort_group(pool)
     for replica in replicas:
-        found.extend(_stages([seats[i].node for i in replica.seats], replica.counts))
+        stages = [(seats[i].node, count) for i, count in zip(replica.seats, replica.counts, strict=True)]
+        if places and not callable(hop):
+            stages[1:-1] = sorted(stages[1:-1], key=lambda stage: places.get(stage[0], model.layers))
+        found.extend(_stages(stages))
     if not found:
         return None
     return mender.mend(found, copies)
 
 
-def _stages(names: Sequence[str], counts: Sequence[int]) -> list[Assignment]:
-    stages, start = [], 0
-    for name, count in zip(names, counts, strict=True):
-        stages.append(Assignment(name, start, start + count))
+def _stages(stages: Sequence[tuple[str, int]]) -> list[Assignment]:
+    found, start = [], 0
+    for name, count in stages:
+        found.append(Assignment(name, start, start + count))
         start += count
-    return stages
+    return found
 
 
-def _better(
-    judge: Judge, layers: int, copies: int, mended: list[Assignment], fresh: list[Assignment]
-) -> list[Assignment]:
-    """The mended plan, unless the fresh one gives layers their copies that it cannot, or is much better."""
+def _worth_it(
+    judge: Judge, layers: int, copies: int, mended: list[Assignment], fresh: list[Assignment], cost: float
+) -> bool:
+    """Whether `fresh` gives layers the copies that `mended` cannot, or is better by more than the move costs."""
     lacking, fresh_lacking = _lacking(mended, layers, copies), _lacking(fresh, layers, copies)
-    if lacking and not fresh_lacking:
-        return fresh
-    if fresh_lacking > lacking:
-        return mended
-    return fresh if judge.score(fresh) > (1 + HYSTERESIS) * judge.score(mended) else mended
+    if fresh_lacking > lacking or (lacking and not fresh_lacking):
+        return fresh_lacking < lacking
+    return judge.score(fresh) > (1 + HYSTERESIS * (1 + cost)) * judge.score(mended)
+
+
+def move_cost(
+    model: ModelShape,
+    old: Sequence[Assignment],
+    new: Sequence[Assignment],
+    held: Held,
+    sessions: Mapping[str, int],
+) -> float:
+    """What a move costs: the share of the model fetched again, plus the share of open sessions disturbed."""
+    before = {a.node: (a.start, a.end) for a in old}
+    after = {a.node: (a.start, a.end) for a in new}
+    fetched = sum(fetch_bytes(model, before.get(n), span, held.get(n, ())) for n, span in after.items())
+    disturbed = sum(sessions.get(n, 0) for n, span in before.items() if after.get(n) != span)
+    return fetched / model.weight_bytes(0, model.layers) + disturbed / max(1, sum(sessions.values()))
+
+
+def _where(previous: Plan | None, held: Held) -> dict[str, float]:
+    """Where in the model each node's weights lie now: the middle of its span, or of what it holds."""
+    places = {node: sum(a + b for a, b in spans) / (2 * len(spans)) for node, spans in held.items() if spans}
+    if previous is not None:
+        places.update({a.node: (a.start + a.end) / 2 for a in previous.assignments})
+    return places
 
 
 def _lacking(assignments: Sequence[Assignment], layers: int, copies: int) -> int:
@@ -126,7 +159,7 @@ def needs_replan(
             return f"{a.node} of the plan is gone"
     ordered = [live[name] for name in sorted(live)]
     seats = [seat_of(model, node) for node in ordered]
-    mender = Mender(model, ordered, seats, {})
+    mender = Mender(model, seats, {})
     for a in plan.assignments:
         if not (0 <= a.start < a.end <= model.layers and mender.fits(a.node, a.start, a.end)):
             return f"{a.node} has no longer the memory for layers {a.start}-{a.end - 1}"

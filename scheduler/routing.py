@@ -1,8 +1,8 @@
 """Phase 2: a chain for a request, over what is hosted now.
 
 The cost of a chain is the time the request is expected to take on it: queues, prefill, and for every new token the
-stages' work and the ring of hops. KV room is a hard bound. Loads are those it is given (cached, never probed); a
-seed spreads gateways that share a stale view. It keeps no state.
+stages' work and the ring of hops. KV room is a hard bound. Loads are those it is given (cached, never probed). A
+`Router` holds one view of the mesh and answers many requests; `choose_chain` answers one.
 """
 
 from __future__ import annotations
@@ -10,14 +10,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from scheduler.errors import NoChain, NoRoom
-from scheduler.shapes import Links
+from scheduler.errors import NoChain, NoRoom, Rejected
+from scheduler.shapes import Link, Links
+from scheduler.shortlist import Shortlist, anchors, noise
 from scheduler.walk import Ground, Walk, shortest_walk
+
+EXACT_SPANS_MAX = 48
+"""Up to so many spans all are weighed; beyond, a shortlist."""
+SPREAD = 0.25
+"""With a seed, nodes are seen up to this much slower than they are, each by chance: equal ones share the requests."""
+ALTERNATE_PENALTY = 8.0
+PREFILL_SHARE = 1 / 16
+"""Where a node's prefill was never measured, a prompt token costs this share of a decoded one."""
+RELIABILITY_LEAST = 0.05
+SPLIT_GAIN_LEAST = 0.15
+NEARLY = 1.2
+"""A place whose chains cost this many times the best one's still gets its share of requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """A span that a node serves now. Times are measured; `kv_tokens_free` is room for tokens over the whole span."""
+    """A span that a node serves now. Times are measured; `kv_tokens_free` is room for tokens over the whole span.
+
+    `queue_s` is the work waiting there; `queue_by_class_s`, where known, tells it apart by priority class, most urgent
+    first.
+    """
 
     node: str
     start: int
@@ -27,11 +44,17 @@ class Hosted:
     kv_tokens_free: int = 0
     reliability: float = 1.0
     prefill_s_per_token_per_layer: float = 0.0
+    queue_by_class_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ChainRequest:
-    """What a request needs. `tokens` is prompt and answer together; a seed of 0 asks for the plain shortest path."""
+    """What a request needs. `tokens` is prompt and answer together.
+
+    `prefix_nodes` hold the first `prefix_tokens` of the prompt in their caches (0: nearly all of it). A request of
+    `priority` k waits for work of classes up to k. With `deadline_s`, a chain that takes longer is refused. A seed of 0
+    asks for the plain shortest path; gateways pass different ones so as not to pick alike.
+    """
 
     layers: int
     tokens: int
@@ -41,6 +64,15 @@ class ChainRequest:
     prefix_nodes: frozenset[str] = frozenset()
     exclude: frozenset[str] = frozenset()
     seed: int = 0
+    prefix_tokens: int = 0
+    priority: int = 0
+    deadline_s: float | None = None
+    kv_bytes_per_token_per_layer: int = 0
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens to decode, one at least."""
+        return max(1, self.tokens - self.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,67 +93,255 @@ class Chain:
     alternates: tuple[Chain, ...] = field(default=())
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Prefill on one chain, decode on another, the cache handed over between; the whole in seconds."""
+
+    prefill: Chain
+    decode: Chain
+    cost_s: float
+
+
 def choose_chain(
     hosted: Sequence[Hosted], links: Links, request: ChainRequest, *, alternates: int = 2
 ) -> Chain:
     """The chain for a request, with up to `alternates` others that share as little with it as possible.
 
-    Raises NoChain naming the layers that nobody serves, NoRoom when all are served but not with cache room.
+    Raises NoChain naming the layers that nobody serves, NoRoom when all are served but not with cache room, Rejected
+    when no chain would meet the request's deadline.
     """
-    spans = sorted(
-        (h for h in hosted if h.node not in request.exclude and h.start < h.end),
-        key=lambda h: (h.node, h.start, h.end),
-    )
-    roomy = [h for h in spans if h.kv_tokens_free >= request.tokens]
-    walk = None
-    if roomy:
-        walk = shortest_walk(_ground(roomy, links, request), range(len(roomy)))
-    if walk is None:
-        missing = _missing(spans, request.layers)
+    return Router(hosted, links).choose(request, alternates=alternates)
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """Seconds by span number for one request: to enter, for a layer."""
+
+    enter_s: list[float]
+    layer_s: list[float]
+
+    def blurred(self, factors: Sequence[float]) -> _Costs:
+        """Each span's costs times its factor."""
+        return _Costs(
+            [e * f for e, f in zip(self.enter_s, factors, strict=True)],
+            [s * f for s, f in zip(self.layer_s, factors, strict=True)],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Trip:
+    """A request on the way to its chain: true costs, costs as its seed shows them, rounds of the ring, first hops."""
+
+    request: ChainRequest
+    costs: _Costs
+    seen: _Costs
+    hops: float
+    near_s: list[float]
+
+    @property
+    def crossings(self) -> float:
+        """Messages over each link: one for the prompt, one for each round of the ring."""
+        return self.hops + 1.0
+
+    @property
+    def hop_bytes(self) -> float:
+        """Bytes over each link."""
+        return self.request.hidden_bytes * (self.hops + self.request.prompt_tokens)
+
+
+class Router:
+    """One view of what is hosted. Build it when the view is refreshed, ask it for every request until then."""
+
+    def __init__(self, hosted: Sequence[Hosted], links: Links) -> None:
+        self._spans = sorted(
+            (h for h in hosted if 0 <= h.start < h.end), key=lambda h: (h.node, h.start, h.end)
+        )
+        self._links = links
+        self._known: dict[tuple[int, int], Link] = {}
+        self._from_gateway: dict[str, list[float]] = {}
+        self._anchors: list[list[float]] = []
+        self._places_good: list[int] = []
+        self._names = [h.node for h in self._spans]
+        self._starts = [h.start for h in self._spans]
+        self._shortlist = Shortlist(self._starts, [h.end for h in self._spans])
+        safe = [max(RELIABILITY_LEAST, h.reliability) for h in self._spans]
+        self._decode_s = [h.s_per_layer / r for h, r in zip(self._spans, safe, strict=True)]
+        self._prefill_s = [
+            (h.prefill_s_per_token_per_layer or h.s_per_layer * PREFILL_SHARE) / r
+            for h, r in zip(self._spans, safe, strict=True)
+        ]
+
+    def choose(self, request: ChainRequest, *, alternates: int = 2) -> Chain:
+        """As `choose_chain`."""
+        roomy = self._roomy(request)
+        costs = self._costs(request, float(request.prompt_tokens), float(request.new_tokens))
+        hops = float(request.new_tokens)
+        found = self._chains(request, roomy, costs, hops, 1 + alternates)
+        if not found:
+            self._refuse(request, roomy)
+        best = found[0]
+        if request.deadline_s is not None and best.cost_s > request.deadline_s:
+            late = best.cost_s - request.deadline_s
+            raise Rejected(
+                f"the quickest chain takes {best.cost_s:.2f} s, the deadline is {request.deadline_s:.2f} s",
+                late,
+            )
+        return Chain(best.stages, best.cost_s, tuple(found[1:]))
+
+    def split(self, request: ChainRequest) -> Split | None:
+        """Separate chains for prefill and decode where that pays by SPLIT_GAIN_LEAST; None where it does not.
+
+        The prompt's cache then travels once, over the slowest of the links between the chains, layer by layer.
+        """
+        together = self.choose(request, alternates=0)
+        roomy = self._roomy(request)
+        first = self._chains(request, roomy, self._costs(request, float(request.prompt_tokens), 0.0), 0.0, 1)
+        second = self._chains(
+            request, roomy, self._costs(request, 0.0, float(request.new_tokens)), float(request.new_tokens), 1
+        )
+        if not first or not second or first[0].stages == second[0].stages:
+            return None
+        moved_s = max(
+            (
+                self._links(a.node, b.node).seconds(
+                    request.prompt_tokens
+                    * request.kv_bytes_per_token_per_layer
+                    * (min(a.end, b.end) - max(a.start, b.start))
+                )
+                for a in first[0].stages
+                for b in second[0].stages
+                if a.node != b.node and max(a.start, b.start) < min(a.end, b.end)
+            ),
+            default=0.0,
+        )
+        cost_s = first[0].cost_s + moved_s + second[0].cost_s
+        if cost_s > together.cost_s * (1 - SPLIT_GAIN_LEAST):
+            return None
+        return Split(first[0], second[0], cost_s)
+
+    def _roomy(self, request: ChainRequest) -> list[int]:
+        exclude, tokens = request.exclude, request.tokens
+        return [
+            v
+            for v, h in enumerate(self._spans)
+            if h.kv_tokens_free >= tokens and h.node not in exclude and h.start < request.layers
+        ]
+
+    def _costs(self, request: ChainRequest, prompt: float, new: float) -> _Costs:
+        layer_s = [new * d + prompt * p for d, p in zip(self._decode_s, self._prefill_s, strict=True)]
+        if request.prefix_nodes:
+            cached = min(prompt, request.prefix_tokens or 0.9 * prompt)
+            for v, name in enumerate(self._names):
+                if name in request.prefix_nodes:
+                    layer_s[v] -= cached * self._prefill_s[v]
+        k = request.priority + 1
+        enter_s = [sum(h.queue_by_class_s[:k]) if h.queue_by_class_s else h.queue_s for h in self._spans]
+        return _Costs(enter_s, layer_s)
+
+    def _chains(
+        self, request: ChainRequest, roomy: list[int], costs: _Costs, hops: float, count: int
+    ) -> list[Chain]:
+        """Up to `count` chains, each avoiding the nodes of those before it."""
+        seen = costs.blurred(noise(request.seed, len(self._spans), SPREAD)) if request.seed else costs
+        trip = _Trip(request, costs, seen, hops, self._near_s(request.gateway))
+        lists: list[list[int]] = [roomy]
+        if len(roomy) > EXACT_SPANS_MAX:
+            lists = [
+                self._shortlist.rank(roomy, seen.enter_s, seen.layer_s, self._anchors[place], hops)
+                for place in self._places(trip, roomy)
+            ]
+        tried = [self._attempt(trip, ranked, set()) for ranked in lists]
+        able = [(found[0].cost_s, k, found) for k, found in enumerate(tried) if found is not None]
+        if not able:
+            return []
+        _, k, (best, numbers) = min(able, key=lambda t: t[:2])
+        chains, used = [best], set(numbers)
+        while len(chains) < count:
+            other = self._attempt(trip, lists[k], used)
+            if other is None or any(other[0].stages == chain.stages for chain in chains):
+                break
+            chains.append(other[0])
+            used.update(other[1])
+        return chains
+
+    def _attempt(self, trip: _Trip, ranked: list[int], used: set[int]) -> tuple[Chain, list[int]] | None:
+        """The best chain over a list of spans, at its true cost, and its spans; nodes already used only if need be."""
+        layers = trip.request.layers
+        usable = self._shortlist.pick(ranked, layers, used) if len(ranked) > EXACT_SPANS_MAX else ranked
+        walk = shortest_walk(self._ground(trip, used), usable)
+        if walk is None:
+            return None
+        return self._priced(trip, walk), [v for v, _, _ in walk.stages]
+
+    def _places(self, trip: _Trip, roomy: list[int]) -> list[int]:
+        """Anchors to look around: of those where the first request of this view found chains nearly as good as the
+        best, the best and one by the seed."""
+        if not self._places_good:
+            names = self._names
+            self._anchors = anchors(lambda u, v: self._links(names[u], names[v]).latency_s, len(names))
+            worth: list[tuple[float, int]] = []
+            for place, near in enumerate(self._anchors):
+                ranked = self._shortlist.rank(roomy, trip.seen.enter_s, trip.seen.layer_s, near, trip.hops)
+                found = self._attempt(trip, ranked, set())
+                worth.append((float("inf") if found is None else found[0].cost_s, place))
+            worth.sort()
+            self._places_good = [place for cost, place in worth if cost <= NEARLY * worth[0][0]]
+        good = self._places_good
+        return list(dict.fromkeys((good[0], good[trip.request.seed % len(good)])))
+
+    def _near_s(self, gateway: str) -> list[float]:
+        """Latency from a gateway to every span's node, asked once a view."""
+        known = self._from_gateway.get(gateway)
+        if known is None:
+            known = [self._links(gateway, name).latency_s for name in self._names]
+            self._from_gateway[gateway] = known
+        return known
+
+    def _hop_s(self, u: int, v: int, hops: float, hop_bytes: float) -> float:
+        link = self._known.get((u, v))
+        if link is None:
+            link = self._known[u, v] = self._links(self._names[u], self._names[v])
+        return hops * link.latency_s + (hop_bytes / link.bytes_per_s if link.bytes_per_s > 0 else 0.0)
+
+    def _ground(self, trip: _Trip, used: set[int]) -> Ground:
+        enter_s, layer_s = trip.seen.enter_s, trip.seen.layer_s
+        if used:
+            enter_s, layer_s = list(enter_s), list(layer_s)
+            for v in used:
+                enter_s[v] = enter_s[v] * ALTERNATE_PENALTY + 1.0
+                layer_s[v] *= ALTERNATE_PENALTY
+        return Ground(
+            layers=trip.request.layers,
+            starts=self._starts,
+            ends=self._shortlist.ends_to(trip.request.layers),
+            layer_s=layer_s,
+            enter_s=enter_s,
+            first_s=trip.near_s.__getitem__,
+            hop_s=lambda u, v: self._hop_s(u, v, trip.crossings, trip.hop_bytes),
+            back_s=lambda u, v: self._hop_s(u, v, trip.crossings, trip.hop_bytes) if u != v else 0.0,
+        )
+
+    def _priced(self, trip: _Trip, walk: Walk) -> Chain:
+        """The chain of a walk at its true cost, without the blur of seeds and the penalties of alternates."""
+        numbers = [v for v, _, _ in walk.stages]
+        costs = trip.costs
+        cost = trip.near_s[numbers[0]]
+        cost += sum(costs.enter_s[v] + costs.layer_s[v] * (end - start) for v, start, end in walk.stages)
+        if len(numbers) > 1:
+            ring = zip(numbers, [*numbers[1:], numbers[0]], strict=True)
+            cost += sum(self._hop_s(u, v, trip.crossings, trip.hop_bytes) for u, v in ring)
+        return Chain(tuple(Stage(self._names[v], start, end) for v, start, end in walk.stages), cost)
+
+    def _refuse(self, request: ChainRequest, roomy: list[int]) -> None:
+        served = [h for h in self._spans if h.node not in request.exclude]
+        missing = _uncovered(served, request.layers)
         if missing:
             raise NoChain(missing)
-        raise NoRoom(request.tokens, _missing(roomy, request.layers))
-    return _chain(roomy, walk)
+        raise NoRoom(request.tokens, _uncovered([self._spans[v] for v in roomy], request.layers))
 
 
-def _missing(spans: Sequence[Hosted], layers: int) -> list[int]:
+def _uncovered(spans: Sequence[Hosted], layers: int) -> list[int]:
     covered = set[int]()
     for h in spans:
-        covered.update(range(max(0, h.start), min(h.end, layers)))
+        covered.update(range(h.start, min(h.end, layers)))
     return [layer for layer in range(layers) if layer not in covered]
-
-
-def _chain(spans: Sequence[Hosted], walk: Walk) -> Chain:
-    return Chain(tuple(Stage(spans[v].node, start, end) for v, start, end in walk.stages), walk.cost_s)
-
-
-def _ground(spans: Sequence[Hosted], links: Links, request: ChainRequest) -> Ground:
-    new_tokens = max(1, request.tokens - request.prompt_tokens)
-    hidden = request.hidden_bytes
-    known: dict[tuple[str, str], float] = {}
-
-    def hop(a: str, b: str) -> float:
-        found = known.get((a, b))
-        if found is None:
-            link = links(a, b)
-            found = new_tokens * link.seconds(hidden) + link.seconds(hidden * request.prompt_tokens)
-            known[a, b] = found
-        return found
-
-    def per_layer(h: Hosted) -> float:
-        prefill = h.prefill_s_per_token_per_layer or h.s_per_layer / 16
-        if h.node in request.prefix_nodes:
-            prefill *= 0.1
-        return (new_tokens * h.s_per_layer + request.prompt_tokens * prefill) / max(0.05, h.reliability)
-
-    names = [h.node for h in spans]
-    return Ground(
-        layers=request.layers,
-        starts=[max(0, h.start) for h in spans],
-        ends=[min(h.end, request.layers) for h in spans],
-        layer_s=[per_layer(h) for h in spans],
-        enter_s=[h.queue_s for h in spans],
-        first_s=lambda v: links(request.gateway, names[v]).seconds(0),
-        hop_s=lambda u, v: hop(names[u], names[v]),
-        back_s=lambda u, v: hop(names[u], names[v]) if u != v else 0.0,
-    )

@@ -7,6 +7,7 @@ pool cannot hold a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 
 from scheduler import cost
 from scheduler.errors import Shortage
@@ -52,6 +53,7 @@ def _fit(sizes: Sequence[int], each: int, working: int, extras: Sequence[int]) -
     return sum(max(0, room) // each for room in free)
 
 
+@lru_cache(maxsize=1 << 16)
 def seat_of(model: ModelShape, node: NodeShape, batch: int = 1) -> Seat:
     """The node's figures for the model."""
     inner, first, last, alone = rooms_of(model, node)

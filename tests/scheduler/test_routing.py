@@ -1,9 +1,10 @@
 import itertools
 import random
+from collections import Counter
 
 import pytest
 
-from scheduler import ChainRequest, Hosted, Link, NoChain, NoRoom, choose_chain
+from scheduler import ChainRequest, Hosted, Link, NoChain, NoRoom, Rejected, Router, choose_chain
 
 
 def host(node, start, end, s=0.001, queue=0.0, kv=10_000, **more):
@@ -142,3 +143,123 @@ def test_the_chain_is_within_the_way_back_of_the_best_by_brute_force(seed):
         return
     check(chain, hosted, 6)
     assert chain.cost_s == pytest.approx(best)
+
+
+def test_alternates_share_nothing_where_they_need_not():
+    hosted = [host(f"{half}{k}", start, start + 4) for k in range(3) for half, start in (("a", 0), ("b", 4))]
+    chain = choose_chain(hosted, flat(), ask())
+    chains = [chain, *chain.alternates]
+    assert len(chains) == 3
+    used = [s.node for c in chains for s in c.stages]
+    assert len(used) == len(set(used))
+    assert chain.cost_s <= min(c.cost_s for c in chain.alternates)
+    for c in chains:
+        check(c, hosted, 8)
+
+
+def test_alternates_share_only_what_has_no_double():
+    hosted = [host("only", 0, 4), host("b", 4, 8), host("c", 4, 8, s=0.002)]
+    chain = choose_chain(hosted, flat(), ask())
+    (other,) = chain.alternates
+    assert [s.node for s in chain.stages] == ["only", "b"]
+    assert [s.node for s in other.stages] == ["only", "c"]
+
+
+def test_no_alternates_where_there_is_one_chain_only():
+    assert choose_chain([host("a", 0, 8)], flat(), ask()).alternates == ()
+
+
+def test_gateways_with_one_stale_view_do_not_all_pick_one_chain():
+    hosted = [host(f"{half}{k}", start, start + 4) for k in range(8) for half, start in (("a", 0), ("b", 4))]
+    alike = {choose_chain(hosted, flat(), ask()).stages for _ in range(32)}
+    assert len(alike) == 1
+    picked = Counter(
+        stage.node for seed in range(1, 33) for stage in choose_chain(hosted, flat(), ask(seed=seed)).stages
+    )
+    assert max(picked.values()) <= 10
+    assert len(picked) >= 13
+
+
+def test_spreading_never_takes_a_node_that_is_much_worse():
+    hosted = [host("a", 0, 8), host("b", 0, 8, s=0.0011), host("slow", 0, 8, s=0.002)]
+    picked = {choose_chain(hosted, flat(), ask(seed=seed)).stages[0].node for seed in range(1, 200)}
+    assert picked == {"a", "b"}
+
+
+def test_the_same_seed_gives_the_same_chain_whatever_the_order_of_hosts():
+    hosted = [host(f"n{k}", 0, 8) for k in range(20)]
+    assert choose_chain(hosted, flat(), ask(seed=7)) == choose_chain(hosted[::-1], flat(), ask(seed=7))
+
+
+def test_an_urgent_request_waits_only_for_urgent_work():
+    busy = host("batchy", 0, 8, queue=9.0, queue_by_class_s=(0.0, 9.0))
+    other = host("other", 0, 8, s=0.002)
+    assert stages(choose_chain([busy, other], flat(), ask(priority=0))) == [("batchy", 0, 8)]
+    assert stages(choose_chain([busy, other], flat(), ask(priority=1))) == [("other", 0, 8)]
+
+
+def test_a_deadline_that_no_chain_meets_is_refused_with_by_how_much():
+    hosted = [host("a", 0, 8)]
+    cost_s = choose_chain(hosted, flat(), ask()).cost_s
+    assert choose_chain(hosted, flat(), ask(deadline_s=cost_s * 1.01)).cost_s == cost_s
+    with pytest.raises(Rejected) as caught:
+        choose_chain(hosted, flat(), ask(deadline_s=cost_s * 0.5))
+    assert caught.value.retry_after_s == pytest.approx(cost_s * 0.5)
+
+
+def test_affinity_is_left_when_the_queue_there_costs_more_than_the_prefix_saves():
+    wish = {"prompt_tokens": 1000, "tokens": 1010, "prefix_nodes": frozenset({"b"}), "prefix_tokens": 800}
+    short = [host("a", 0, 8, kv=2000), host("b", 0, 8, kv=2000, queue=0.1)]
+    long = [host("a", 0, 8, kv=2000), host("b", 0, 8, kv=2000, queue=5.0)]
+    assert stages(choose_chain(short, flat(), ask(**wish))) == [("b", 0, 8)]
+    assert stages(choose_chain(long, flat(), ask(**wish))) == [("a", 0, 8)]
+
+
+def test_prefill_and_decode_are_split_where_that_pays():
+    cruncher = host("cruncher", 0, 8, s=0.01, kv=5000, prefill_s_per_token_per_layer=0.00001)
+    reader = host("reader", 0, 8, s=0.001, kv=5000, prefill_s_per_token_per_layer=0.001)
+    wish = ask(prompt_tokens=2000, tokens=2200, kv_bytes_per_token_per_layer=1024)
+    split = Router([cruncher, reader], flat()).split(wish)
+    assert stages(split.prefill) == [("cruncher", 0, 8)]
+    assert stages(split.decode) == [("reader", 0, 8)]
+    assert split.cost_s < choose_chain([cruncher, reader], flat(), wish).cost_s
+    thin = Router([cruncher, reader], lambda _a, _b: Link(0.001, 1e5)).split(wish)
+    assert thin is None
+    assert Router([reader], flat()).split(wish) is None
+
+
+def wide_mesh(size, layers, seed):
+    rng = random.Random(seed)
+    place = {f"n{k}": (rng.random(), rng.random()) for k in range(size)}
+
+    def links(a, b):
+        (x, y), (u, v) = place[a], place[b]
+        return Link(0.002 + 0.05 * ((x - u) ** 2 + (y - v) ** 2) ** 0.5, 1e8)
+
+    hosted = []
+    for name in place:
+        length = rng.choice([4, 8, 12, 20])
+        start = rng.randrange(0, layers - length + 1)
+        hosted.append(
+            host(name, start, start + length, s=rng.uniform(0.0003, 0.003), queue=rng.random(), kv=20_000)
+        )
+    return hosted, links
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_large_mesh_is_searched_nearly_as_well_as_by_looking_at_all(seed, monkeypatch):
+    hosted, links = wide_mesh(200, 40, seed)
+    wish = ask(layers=40, tokens=1500, prompt_tokens=1000, gateway="n0")
+    quick = choose_chain(hosted, links, wish)
+    check(quick, hosted, 40)
+    for other in quick.alternates:
+        check(other, hosted, 40)
+    monkeypatch.setattr("scheduler.routing.EXACT_SPANS_MAX", 10_000)
+    assert quick.cost_s <= 1.15 * choose_chain(hosted, links, wish).cost_s
+
+
+def test_a_router_answers_many_requests_of_one_view_alike():
+    hosted, links = wide_mesh(100, 24, 5)
+    router = Router(hosted, links)
+    wish = ask(layers=24, gateway="n0", seed=3)
+    assert router.choose(wish) == router.choose(wish) == choose_chain(hosted, links, wish)

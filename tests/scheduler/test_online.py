@@ -1,0 +1,255 @@
+"""The mesh planner under joins, leaves, crashes, drift and models that come and go."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from scheduler import Link, ModelShape, NodeShape, Plan, Shortage, make_plan, memory_needed, planner_rank
+from scheduler.online import (
+    Joined,
+    Left,
+    MeshPlanner,
+    ModelAdded,
+    ModelDropped,
+    PlanSeen,
+    Publish,
+    ReportShortage,
+    Tick,
+)
+from scheduler.share import Wanted, left_over, share
+
+MIB = 1 << 20
+
+
+def link(_a, _b):
+    return Link(0.002, 1e8)
+
+
+def shape(layers=8, layer=700_000):
+    return ModelShape(layers, layer, 500_000, 0, True, 1.4e6, 512, 64, 1024)
+
+
+def node(name, mib, speed=1.0):
+    return NodeShape(name, int(mib * MIB), 1e11 * speed, 2e10 * speed)
+
+
+def grown(*sizes, me="n0", copies=1):
+    planner = MeshPlanner(me, link)
+    out = []
+    for k, size in enumerate(sizes):
+        planner.handle(Joined(node(f"n{k}", size)), 0.0)
+    out += planner.handle(ModelAdded("m", Wanted(shape(), copies=copies)), 0.0)
+    return planner, out
+
+
+def first_of(model, names):
+    return planner_rank(model, names)[0]
+
+
+def test_only_the_first_in_rank_plans():
+    names = ["n0", "n1", "n2"]
+    first = first_of("m", names)
+    for me in names:
+        _, out = grown(9, 9, 9, me=me)
+        published = [i for i in out if isinstance(i, Publish)]
+        assert bool(published) == (me == first)
+
+
+def test_the_next_in_rank_takes_over_with_a_higher_epoch_and_the_same_spans():
+    names = ["n0", "n1", "n2", "n3"]
+    first = first_of("m", names)
+    second = first_of("m", [n for n in names if n != first])
+    leader, out = grown(3, 3, 3, 3, me=first)
+    (publish,) = [i for i in out if isinstance(i, Publish)]
+    heir, _ = grown(3, 3, 3, 3, me=second)
+    heir.handle(PlanSeen(publish.plan), 1.0)
+    assert heir.plans["m"] == publish.plan
+    (taken,) = heir.handle(Left(first), 2.0)
+    assert taken.plan.epoch > publish.plan.epoch
+    assert taken.plan.planner == second
+    kept = {a for a in publish.plan.assignments if a.node != first}
+    assert kept <= set(taken.plan.assignments)
+    assert leader.plans["m"] == publish.plan
+
+
+def test_a_shortage_is_said_once_and_ends_when_a_node_comes():
+    me = first_of("m", ["n0", "n1"])
+    planner = MeshPlanner(me, link)
+    planner.handle(Joined(node(me, 2)), 0.0)
+    (short,) = planner.handle(ModelAdded("m", Wanted(shape())), 0.0)
+    assert isinstance(short, ReportShortage)
+    other = "n1" if me == "n0" else "n0"
+    assert planner.handle(Joined(node(me, 2.1)), 0.5) == []
+    (publish,) = planner.handle(Joined(node(other, 9)), 1.0)
+    assert isinstance(publish, Publish)
+
+
+def test_small_drift_is_no_news_and_a_faster_node_is_weighed_at_leisure():
+    me = first_of("m", ["n0", "n1", "n2", "big"])
+    planner = MeshPlanner(me, link)
+    for name in ("n0", "n1", "n2"):
+        planner.handle(Joined(node(name, 3)), 0.0)
+    planner.handle(ModelAdded("m", Wanted(shape())), 0.0)
+    before = planner.plans["m"]
+    assert planner.handle(Joined(node("big", 64, 20)), 1.0) == []
+    assert planner.plans["m"] == before
+    assert planner.handle(Tick(), 10.0) == []
+    (better,) = planner.handle(Tick(), 100.0)
+    assert [a.node for a in better.plan.assignments] == ["big"]
+    assert planner.handle(Tick(), 300.0) == []
+
+
+def test_open_sessions_make_a_move_dearer():
+    nodes = [node(f"n{k}", 3) for k in range(3)]
+    before = make_plan("m", shape(), nodes, link, epoch=1, planner="n0")
+    sessions = {f"n{k}": 5 for k in range(3)}
+
+    def moves(speed, **more):
+        mesh = [*nodes, node("big", 64, speed)]
+        return make_plan("m", shape(), mesh, link, previous=before, epoch=2, planner="n0", **more) != replace(
+            before, epoch=2
+        )
+
+    speeds = [0.01 * 1.1**k for k in range(80)]
+    calm = [s for s in speeds if moves(s)]
+    busy = [s for s in speeds if moves(s, sessions=sessions)]
+    assert min(busy) > min(calm)
+    assert set(busy) < set(calm)
+
+
+def test_models_share_by_demand_within_memory():
+    nodes = [node(f"n{k}", 6) for k in range(8)]
+    wanted = {
+        "hot": Wanted(shape(), demand=9.0, copies_max=6),
+        "cold": Wanted(shape(), demand=1.0, copies_max=6),
+        "huge": Wanted(shape(layers=4, layer=50 * MIB), demand=5.0),
+    }
+    shares = share(wanted, nodes, link, epoch=1, planner="n0")
+    assert set(shares.plans) == {"hot", "cold"}
+    assert isinstance(shares.shortages["huge"], Shortage)
+    hot, cold = (min(shares.plans[m].coverage(8)) for m in ("hot", "cold"))
+    assert hot > cold >= 1
+    for n in left_over(nodes, shares.plans, wanted, "nothing"):
+        assert n.memory_bytes >= 0
+    used = dict.fromkeys((n.id for n in nodes), 0)
+    for model, plan in shares.plans.items():
+        for a in plan.assignments:
+            used[a.node] += memory_needed(wanted[model].shape, a.start, a.end)
+    assert all(used[n.id] <= n.memory_bytes for n in nodes)
+
+
+def test_a_dropped_models_memory_goes_to_who_is_short():
+    me = first_of("a", ["n0"])
+    planner = MeshPlanner(me, link)
+    planner.handle(Joined(node("n0", 7)), 0.0)
+    planner.handle(ModelAdded("a", Wanted(shape())), 0.0)
+    (short,) = planner.handle(ModelAdded("b", Wanted(shape())), 0.0)
+    assert isinstance(short, ReportShortage)
+    (publish,) = planner.handle(ModelDropped("a"), 1.0)
+    assert publish.plan.model == "b"
+
+
+def test_a_model_that_lost_its_place_leaves_its_memory_to_one_that_waits():
+    planner = MeshPlanner(ME, link)
+    planner.handle(Joined(node("n0", 2)), 0.0)
+    planner.handle(Joined(node("n1", 5)), 0.0)
+    planner.handle(ModelAdded("b", Wanted(shape())), 0.0)
+    planner.handle(ModelAdded("a", Wanted(shape(1))), 0.0)
+    assert set(planner.plans) == {"b"}
+    planner.handle(Left("n0"), 1.0)
+    assert set(planner.plans) == {"a"}
+
+
+ME = next(
+    name
+    for name in (f"me{i}" for i in range(10_000))
+    if all(planner_rank(m, [name, *(f"n{k}" for k in range(8))])[0] == name for m in ("a", "b"))
+)
+"""A member that outranks all others for both models."""
+
+
+class Mesh(RuleBasedStateMachine):
+    """One planner, any churn around it."""
+
+    @initialize()
+    def start(self):
+        self.now = 0.0
+        self.planner = MeshPlanner(ME, link)
+        self.nodes = {}
+        self.wanted = {}
+        self.epochs = {}
+
+    def tell(self, event):
+        self.now += 1.0
+        for instruction in self.planner.handle(event, self.now):
+            if isinstance(instruction, Publish):
+                plan = instruction.plan
+                assert plan.epoch > self.epochs.get(plan.model, 0)
+                self.epochs[plan.model] = plan.epoch
+
+    @rule(k=st.integers(0, 7), mib=st.sampled_from([0.5, 2, 3, 5, 8, 20]), speed=st.sampled_from([0.2, 1, 5]))
+    def join_or_change(self, k, mib, speed):
+        self.nodes[f"n{k}"] = node(f"n{k}", mib, speed)
+        self.tell(Joined(self.nodes[f"n{k}"]))
+
+    @rule(k=st.integers(0, 7))
+    def leave(self, k):
+        self.nodes.pop(f"n{k}", None)
+        self.tell(Left(f"n{k}"))
+
+    @rule(ks=st.sets(st.integers(0, 7), max_size=4))
+    def crash_together(self, ks):
+        for k in sorted(ks):
+            self.leave(k)
+
+    @rule(k=st.integers(0, 7), seconds=st.floats(1e-6, 1e-1))
+    def drift(self, k, seconds):
+        old = self.nodes.get(f"n{k}")
+        if old is not None:
+            new = NodeShape(old.id, old.memory_bytes, old.flops_per_s, old.read_bytes_per_s, seconds)
+            self.nodes[old.id] = new
+            self.tell(Joined(new))
+
+    @rule(model=st.sampled_from(["a", "b"]), copies=st.integers(1, 3), layers=st.sampled_from([1, 4, 8]))
+    def add_model(self, model, copies, layers):
+        if model not in self.wanted:
+            self.wanted[model] = Wanted(shape(layers), copies=copies)
+            self.tell(ModelAdded(model, self.wanted[model]))
+
+    @rule(model=st.sampled_from(["a", "b"]))
+    def drop_model(self, model):
+        self.wanted.pop(model, None)
+        self.tell(ModelDropped(model))
+
+    @rule()
+    def think(self):
+        self.now += 100.0
+        self.tell(Tick())
+
+    @invariant()
+    def every_plan_is_valid_and_every_layer_covered_where_possible(self):
+        if not hasattr(self, "planner"):
+            return
+        plans = self.planner.plans
+        self.planner.validate()
+        for model, wanted in self.wanted.items():
+            if model in plans:
+                assert isinstance(plans[model], Plan)
+                assert {a.node for a in plans[model].assignments} <= set(self.nodes)
+                assert min(plans[model].coverage(wanted.shape.layers)) >= 1
+            else:
+                room = left_over(list(self.nodes.values()), plans, self.wanted, model)
+                with pytest.raises(Shortage):
+                    make_plan(model, wanted.shape, room, link, epoch=1, planner="me")
+
+
+Mesh.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestChurn = Mesh.TestCase
+
+
+@pytest.mark.slow
+class TestLongChurn(Mesh.TestCase):
+    settings = settings(max_examples=300, stateful_step_count=60, deadline=None)

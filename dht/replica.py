@@ -28,13 +28,13 @@ class ReplicaConfig:
     """How widely and how often a replica speaks.
 
     `push_fanout` is how many connected peers an author tells of a change at once, `relay_fanout` how
-    many others each of those tells, `exchange_fanout` how many are compared with at each tick.
+    many others each of those tells, `exchange_fanout` with how many at most this one compares at each tick.
     A record is renewed when `refresh_fraction` of its life has passed.
     """
 
     push_fanout: int = 32
     relay_fanout: int = 3
-    exchange_fanout: int = 2
+    exchange_fanout: int = 3
     refresh_fraction: float = 0.25
     answers_per_tick_max: int = 32
 
@@ -326,7 +326,9 @@ class Replica:
         out += self._maintain_own(now_s)
         for peer in [peer for peer in self._suspects if not self.view.of_signer(peer)]:
             del self._suspects[peer]
-        for peer in self._some_peers(self.config.exchange_fanout):
+        # One partner is enough in a small mesh; in a large one a few make three rounds suffice.
+        partners = min(self.config.exchange_fanout, 1 + len(self._peers) // 8)
+        for peer in self._some_peers(partners):
             out.append(Send(peer, Summary(self.view.digest(now_s))))
         return out
 

@@ -217,10 +217,19 @@ async def test_a_busy_source_is_asked_again_later(memory_peers, make, manifest, 
     one, other = await memory_peers(2)
     giver = make(one, ExchangeConfig(served_per_peer_max=1, busy_retry_after_s=0.01))
     giver.store.publish(manifest, source)
+    asked = []
+    serve = one._served["blobs.chunks"]
+
+    async def counted(call, request):
+        asked.append(request)
+        return await serve.handler(call, request)
+
+    one._served["blobs.chunks"] = type(serve)(serve.method, counted, False)
     taker = make(other, ExchangeConfig(run_bytes_max=40_000, refresh_s=0.01))
     await taker.fetch(manifest, whole(manifest), lambda: ids(one))
     assert same(taker, manifest, source)
     assert giver._serving == {}
+    assert 26 < len(asked) < 120
 
 
 async def test_the_quota_ends_a_fetch_before_it_begins(memory_peers, make, manifest, source):

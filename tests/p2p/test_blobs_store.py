@@ -19,6 +19,7 @@ from p2p import (
     StoreFault,
     build_manifest,
 )
+from p2p.blobs import store as store_module
 from p2p.blobs.journal import Journal
 
 IDENTITY = Identity(bytes(range(32)))
@@ -125,6 +126,18 @@ def test_marked_data_that_never_reached_the_disk_is_found_unless_it_was_synced(t
     again = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
     assert [chunk.offset for chunk in again.missing(manifest.id, "a", 0, 2500)] == [1000]
     assert again.have_bytes(manifest.id) == 1500
+
+
+def test_synced_chunks_are_not_hashed_again(tmp_path, source, manifest, monkeypatch):
+    store = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
+    store.open(manifest)
+    store.write_chunks(manifest, 0, [chunk_data(source, manifest, number) for number in (0, 1)])
+    store.sync(manifest.id)
+    store.write_chunks(manifest, 3, [chunk_data(source, manifest, 3)])
+    hashed = []
+    monkeypatch.setattr(store_module, "_intact", lambda held, number: hashed.append(number) or True)
+    assert BlobStore(tmp_path / "blobs", quota_bytes=BIG).have_bytes(manifest.id) == 3000
+    assert hashed == [3]
 
 
 def test_a_file_that_was_deleted_is_fetched_again(tmp_path, source, manifest):

@@ -163,12 +163,20 @@ def test_well_formed_msgpack_of_other_shapes_is_a_violation(values):
     assert unpack_value(Everything, pack_value(message)) == message
 
 
-@pytest.mark.parametrize(
-    "claim",
-    [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff",
-     b"\xdd\x00\xff\xff\xff" * 2000, b"\xc9\x7f\xff\xff\xff\x01", b"\x91" * 5000, b"\x81\xa1a" * 5000],
-    ids=["array", "map", "bin", "str", "nested arrays", "ext", "depth", "deep maps"],
-)  # fmt: skip
+CLAIMS = {
+    "array": b"\xdd\xff\xff\xff\xff",
+    "map": b"\xdf\xff\xff\xff\xff",
+    "bin": b"\xc6\xff\xff\xff\xff",
+    "str": b"\xdb\xff\xff\xff\xff",
+    "ext": b"\xc9\x7f\xff\xff\xff\x01",
+    "nested short arrays": b"\xdc\xea\x60" * 500 + bytes(62_000),
+    "nested long arrays": b"\xdd\x00\xff\xff\xff" * 2000,
+    "deep arrays": b"\x91" * 5000,
+    "deep maps": b"\x81\xa1a" * 5000,
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS.keys())
 def test_claimed_lengths_never_reach_an_allocator(claim):
     @dataclass(frozen=True)
     class Lists:
@@ -203,6 +211,15 @@ def test_a_tensor_that_claims_more_than_its_payload_is_a_violation():
             codec.decode(msgpack.packb([1, header, []]), b"abcd")
     with pytest.raises(ProtocolViolation, match="after the end of the payload"):
         codec.decode(msgpack.packb([1, ["uint8", 3], []]), b"abcd")
+
+
+def test_a_key_that_comes_twice_is_a_violation():
+    kind = make_dataclass("M", [("table", dict[str, int])], frozen=True)
+    assert unpack_value(kind, b"\x91\x81\xa1a\x01") == kind({"a": 1})
+    with pytest.raises(ProtocolViolation, match="twice"):
+        unpack_value(kind, b"\x91\x82\xa1a\x01\xa1a\x02")
+    with pytest.raises(ProtocolViolation, match="no string"):
+        unpack_value(kind, b"\x91\x81\x01\x01")
 
 
 def test_newer_fields_are_skipped_and_older_messages_get_defaults():

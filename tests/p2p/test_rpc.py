@@ -409,6 +409,8 @@ async def test_a_cancelled_send_gives_the_memory_back(memory_peers):
     other.serve_channel(STREAM, slow)
     memory = bytearray(b"a" * 2_000_000)
     async with one.open(other.host.peer_id, STREAM, Number(1)) as channel:
+        for index in range(2):
+            await channel.send(block(index, 200_000))
         with trio.move_on_after(0.01):
             await channel.send(Block(0, Tensor("uint8", (len(memory),), memoryview(memory))))
         memory[:] = b"b" * len(memory)
@@ -416,4 +418,4 @@ async def test_a_cancelled_send_gives_the_memory_back(memory_peers):
         await channel.end()
         with pytest.raises(EndOfChannel):
             await channel.receive()
-    assert got == [b"a" * len(memory)]
+    assert got[2:] == [b"a" * len(memory)]

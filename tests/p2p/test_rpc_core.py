@@ -342,6 +342,17 @@ def test_small_messages_pass_between_the_pieces_of_a_large_one():
     assert callee.calls[1].outbox_bytes > 4000
 
 
+def test_large_messages_take_turns():
+    caller, callee, *_ = make()
+    for _ in range(2):
+        start(caller, window=1 << 20)
+    settle(caller, callee)
+    for number in (1, 2):
+        callee.send(callee.calls[number], b"", [bytes(5000)], 5000)
+    callee.next_batch(1000)
+    assert abs(callee.calls[1].outbox_bytes - callee.calls[2].outbox_bytes) <= 50
+
+
 def test_control_frames_overtake_data():
     caller, callee, *_ = make()
     start(caller, window=1 << 20)

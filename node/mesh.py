@@ -95,6 +95,7 @@ class MeshNode:
         self._api: str | None = None
         self._changed = trio.Event()
         self._settled_s = float("inf")
+        self._seqs: dict[PeerId, int] = {}
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -326,9 +327,7 @@ class MeshNode:
     async def _watch_records(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         with self.gossip.watch() as changes:
             task_status.started()
-            async for record in changes:
-                if record.kind == adverts.NODE and record.signer != self.me and record.value:
-                    self.suspects.heard(record.signer, trio.current_time())
+            async for _ in changes:
                 self._wake()
 
     async def _keep_planning(self) -> None:
@@ -345,6 +344,7 @@ class MeshNode:
 
     def _plan_once(self) -> None:
         now = trio.current_time()
+        self._note_renewals(now)
         atlas = read_atlas(self.view, self.gossip.now_s(), self.suspects.gone(now))
         self.suspects.forget(atlas.nodes_known)
         for publish in self.planning.handle(atlas, may_plan=now >= self._settled_s):
@@ -358,6 +358,15 @@ class MeshNode:
             self.hosts.want(model, span, 0 if plan is None else plan.epoch)
             if model.manifest_id in self.hosts.hostings:
                 self._keep_offering(model)
+
+    def _note_renewals(self, now: float) -> None:
+        """Records renewed since the last look, from whomever they came, tell that their signers live."""
+        records = self.view.records(adverts.NODE, self.gossip.now_s())
+        seqs = {record.signer: record.seq for record in records if record.signer != self.me}
+        for peer, seq in seqs.items():
+            if self._seqs.get(peer) != seq:
+                self.suspects.heard(peer, now)
+        self._seqs = seqs
 
     def _keep_offering(self, model: ModelAdvert) -> None:
         """Whoever hosts a model also offers it, so that it outlives its publisher."""

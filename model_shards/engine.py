@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model_shards.dtypes import is_finite
 from model_shards.errors import ContextOverflow, LocalFault, StepError
 from model_shards.exact import RowsExact
 from model_shards.kv import BLOCK_TOKENS, KvCache, KvPool, SessionKv
@@ -112,6 +113,7 @@ class Engine:
             raise StepError(session, f"tokens_max is {tokens_max}, expected at least {max(1, len(prompt))}")
         if tokens_max > self.span.config.context_tokens:
             raise ContextOverflow(self.span.config.context_tokens, tokens_max)
+        self._check_tokens(session, prompt, 0)
         pages = self._cache.pages.match(_scope(scope, start, end), prompt) if reuse else []
         if reuse % BLOCK_TOKENS or not 0 <= reuse <= len(pages) * BLOCK_TOKENS:
             held = len(pages) * BLOCK_TOKENS
@@ -163,6 +165,7 @@ class Engine:
         self._kv(session)
         if not 0 <= prompt_tokens <= len(tokens):
             raise StepError(session, f"a prompt of {prompt_tokens} among {len(tokens)} tokens")
+        self._check_tokens(session, tokens, -1)
         self._said[session] = Said(list(tokens), prompt_tokens)
 
     def position(self, session: str) -> int:
@@ -192,10 +195,13 @@ class Engine:
                 raise StepError(
                     step.session, f"has tokens, but its layers start at {kv.start}: hidden expected"
                 )
-            if min(step.tokens) < 0 or max(step.tokens) >= config.vocab:
-                raise StepError(step.session, f"has a token outside the vocabulary of {config.vocab}")
+            self._check_tokens(step.session, step.tokens, 0)
         elif step.hidden is not None:
             self._check_hidden(step.session, kv, step.hidden)
+
+    def _check_tokens(self, session: str, tokens: Sequence[int], least: int) -> None:
+        if tokens and (min(tokens) < least or max(tokens) >= self.span.config.vocab):
+            raise StepError(session, f"has a token outside the vocabulary of {self.span.config.vocab}")
 
     def _check_hidden(self, session: str, kv: SessionKv, hidden: torch.Tensor) -> None:
         if kv.start == 0:
@@ -205,7 +211,7 @@ class Engine:
             raise StepError(
                 session, f"hidden is {found}, expected [n, {self.span.config.hidden}] {self.span.dtype}"
             )
-        if not bool(torch.isfinite(hidden).all()):
+        if not is_finite(hidden):
             raise StepError(session, "hidden has values that are not finite")
 
     @torch.inference_mode()
@@ -334,10 +340,11 @@ class Engine:
             if step.sample is None:
                 results.append(StepResult(step.session))
                 continue
-            if not bool(torch.isfinite(scores).all()):
+            if not is_finite(scores):
                 raise StepError(step.session, "its logits are not finite")
             where = step.position + step.count
-            found = pick(scores, step.sample, where, self._before(step))
+            said = self._before(step) if step.sample.wants_history else None
+            found = pick(scores, step.sample, where, said)
             results.append(StepResult(step.session, None, found.token, found.logprob, found.top))
         return results
 

@@ -60,7 +60,9 @@ class ContextOverflow(RemoteFault):
     """More tokens asked for than the model's context holds."""
 
     def __init__(self, limit: int, got: int) -> None:
-        super().__init__(f"{got} tokens do not fit the model's context of {limit} tokens")
+        super().__init__(
+            f"{got} tokens do not fit in {limit}: the model's context, or what the session reserved"
+        )
         self.limit = limit
         self.got = got
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_shards import CheckpointError, CheckpointIndex, LocalFault, header_range, load_span, shape_of
@@ -91,6 +91,7 @@ def test_a_bad_header_is_refused_naming_the_file(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
 def test_any_bytes_parse_or_raise_the_checkpoint_error(body):
     try:
@@ -99,6 +100,7 @@ def test_any_bytes_parse_or_raise_the_checkpoint_error(body):
         pass
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text(max_size=3),

@@ -174,6 +174,11 @@ def test_opening_checks_session_layers_and_context(engine, middle):
         engine.open("long", 0, 4, 65)
     with pytest.raises(StepError, match="tokens_max"):
         engine.open("none", 0, 4, 0)
+    with pytest.raises(StepError, match="tokens_max"):
+        engine.open("short", 0, 4, 2, prompt=[1, 2, 3])
+    for prompt in ([97], [-1]):
+        with pytest.raises(StepError, match="vocabulary"):
+            engine.open("strange", 0, 4, 8, prompt=prompt)
     for start, end in ((0, 2), (1, 4), (2, 2), (3, 3)):
         with pytest.raises(LocalFault, match="span"):
             middle.open("s", start, end, 8)
@@ -348,6 +353,9 @@ def test_a_stage_that_replaces_another_is_told_what_was_said(llama, tools):
     assert forgetful != expected
     with pytest.raises(StepError, match="prompt"):
         fresh.engines[1].recall("s", tokens, 99)
+    with pytest.raises(StepError, match="vocabulary"):
+        fresh.engines[1].recall("s", [97], 0)
+    fresh.engines[1].recall("s", [-1, 5], 1)
 
 
 def test_top_logprobs_come_with_the_result(engine):

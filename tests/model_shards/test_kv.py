@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_shards import LocalFault, NoRoom
@@ -16,6 +16,7 @@ def pool_of(blocks):
     return KvPool(blocks * pool.block_bytes, 1, 2, torch.float32, torch.device("cpu"))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)) | st.integers(0, 50), max_size=40))
 def test_blocks_are_lent_once_and_come_back(events):
     pool, lent = pool_of(40), []

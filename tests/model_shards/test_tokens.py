@@ -320,7 +320,7 @@ def test_text_that_may_begin_a_stop_is_held_back_and_no_more_than_that():
     assert matcher.flush() == "\nuse"
 
 
-@settings(max_examples=200)
+@settings(deadline=None)
 @given(
     st.text("ab", max_size=12),
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),

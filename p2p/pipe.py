@@ -24,6 +24,12 @@ class _Flow:
         self.lost = False
         self.lot = trio.lowlevel.ParkingLot()
 
+    def put(self, data: bytes) -> None:
+        if data:  # an empty piece would read as the end
+            self.pieces.append(data)
+            self.bytes += len(data)
+            self.lot.unpark_all()
+
 
 class PipeStream:
     """A ByteStream to its twin. A write is taken whole once there is room for a part of it."""
@@ -42,9 +48,14 @@ class PipeStream:
             await flow.lot.park()
         if flow.lost or flow.ended:
             raise PeerLost(self.peer, "the stream inside this process has ended")
-        flow.pieces.append(bytes(data))
-        flow.bytes += len(data)
-        flow.lot.unpark_all()
+        flow.put(bytes(data))
+
+    def send_nowait(self, data: bytes) -> bool:
+        flow = self._out
+        if flow.bytes >= _WINDOW_BYTES or flow.lost or flow.ended:
+            return False
+        flow.put(data)
+        return True
 
     async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:
         flow = self._in

@@ -58,6 +58,9 @@ class Lane:
         self.room = trio.lowlevel.ParkingLot()
         self.nursery: trio.Nursery | None = None
         self.is_open = False
+        self._stream: ByteStream | None = None
+        # Set while the writer has something to send: nobody else may write then.
+        self._stuck: bytes | None = None
         self._work = trio.lowlevel.ParkingLot()
         self._read_bytes_max = read_bytes_max
         self._on_begun = on_begun
@@ -71,12 +74,15 @@ class Lane:
             async with trio.open_nursery() as nursery:
                 self.nursery = nursery
                 if self.failure is None:
+                    self._stream = stream
                     nursery.start_soon(self._write, stream)
+                    self.flush()
                     await self._read(stream)
                 clean = self.failure is None
                 nursery.cancel_scope.cancel()
         finally:
             self.nursery = None
+            self._stream = None
             self.fail(PeerLost(self.peer, f"the stream of calls with {self.peer} has ended"))
             if not clean:
                 stream.reset()
@@ -96,9 +102,22 @@ class Lane:
                 self.nursery.cancel_scope.cancel()
 
     def flush(self) -> None:
-        """Let the writer look; to be called after whatever may have queued frames."""
-        if self.core.wants_write:
-            self._work.unpark_all()
+        """Write what can be written at once, and leave the rest to the writer; to be called after whatever may have
+        queued frames. Saves two turns of the scheduler on the way of every small message."""
+        core = self.core
+        while core.wants_write and self._stream is not None and self._stuck is None:
+            data = self._next_batch()
+            if not self._stream.send_nowait(data):
+                self._stuck = data
+                self._work.unpark_all()
+
+    def _next_batch(self) -> bytes:
+        core = self.core
+        parts = core.next_batch(_BATCH_BYTES)
+        for call in core.drained:
+            self._wake(call)
+        core.drained.clear()
+        return b"".join(parts)
 
     def make_room(self) -> None:
         """Let as many waiting callers open calls as have ended."""
@@ -128,18 +147,14 @@ class Lane:
             self.fail(failure)
 
     async def _write(self, stream: ByteStream) -> None:
-        core = self.core
+        """What did not fit at once, and all that is queued meanwhile."""
         try:
             while True:
-                parts = core.next_batch(_BATCH_BYTES)
-                if core.drained:
-                    for call in core.drained:
-                        self._wake(call)
-                    core.drained.clear()
-                if parts:
-                    await stream.send_all(b"".join(parts) if len(parts) > 1 else parts[0])
-                else:
+                if self._stuck is None:
                     await self._work.park()
+                else:
+                    await stream.send_all(self._stuck)
+                    self._stuck = self._next_batch() or None
         except RemoteFault as failure:
             self.fail(failure)
 

@@ -26,6 +26,10 @@ class ByteStream(Protocol):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Queue all of `data`; waits while the peer does not read. One caller at a time."""
 
+    def send_nowait(self, data: bytes) -> bool:
+        """Queue all of `data` if there is room for it at once; else False, and nothing was queued. Never raises: where
+        the stream is lost, `send_all` says so. Not while a `send_all` waits."""
+
     async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:
         """At least one byte and at most `max_bytes`; b"" once the peer has ended its side."""
 
@@ -50,6 +54,9 @@ class MuxByteStream:
             await self._stream.write(data)
         except (MuxedStreamError, MuxedConnUnavailable) as error:
             raise self._lost(error) from error
+
+    def send_nowait(self, data: bytes) -> bool:
+        return self._stream.write_nowait(data)
 
     async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:
         if max_bytes < 1:

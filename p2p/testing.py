@@ -369,6 +369,17 @@ class MemoryStream:
                 return
             await flow.lot.park()
 
+    def send_nowait(self, data: bytes) -> bool:
+        flow = self._out
+        room = flow.link.network.window_bytes - flow.unread_bytes
+        if flow.reset or flow.eof or not self._end.alive or len(data) > room:
+            return False
+        if not flow.discarding:
+            flow.pieces.append((trio.current_time() + flow.link.latency_s, memoryview(data)))
+            flow.unread_bytes += len(data)
+            flow.lot.unpark_all()
+        return True
+
     async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")

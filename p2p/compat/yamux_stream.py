@@ -115,6 +115,17 @@ class MendedStream(IMuxedStream):
                 break
             await self._changed.wait()
 
+    def write_nowait(self, data: bytes) -> bool:
+        """Queue all of `data`, if there is room for it now; else False, and nothing is queued."""
+        room = self.conn.limits.pending_write_bytes_max - self.pending_bytes
+        if self.was_reset or self.fin_wanted or len(data) > room:
+            return False
+        if data:
+            self.pending.append(memoryview(data))
+            self.pending_bytes += len(data)
+            self.conn.schedule(self)
+        return True
+
     async def drain(self) -> None:
         """Wait until all that was written has been handed to the socket's writer."""
         while self.pending_bytes and not self.was_reset:

@@ -79,3 +79,8 @@ def make_host(nursery):
         return await nursery.start(run, identity or Identity.generate(), mesh_id, key, config)
 
     return make
+
+
+@pytest.fixture
+def peers_class():
+    return Peers

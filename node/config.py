@@ -68,7 +68,7 @@ class DaemonConfig:
     concurrency: int = 4
     threads: int | None = None
     name: str = field(default_factory=lambda: socket.gethostname()[:63] or "node")
-    log_level: str = "info"
+    log_level: str = "warning"
     rpc_silence_s: float = 3.0
     suspect_grace_s: float = 2.0
     node_ttl_s: float = 20.0

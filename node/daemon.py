@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -24,6 +23,7 @@ from model_shards import ModelError
 from node import embedded
 from node.api import ApiConfig, build_app, serve_http
 from node.config import EMBEDDED, DaemonConfig, ModelSource, describe
+from node.console import Console, set_up_logging
 from node.datadir import DataDir, Membership
 from node.errors import ConfigProblem, ControlProblem, NodeError
 from node.hardware import Hardware, default_threads, measure
@@ -37,35 +37,26 @@ STOP_S_MAX = 2.8
 SERVED_WAIT_S = 600.0
 
 
-def run_daemon(config: DaemonConfig) -> int:
-    """Run until SIGINT or SIGTERM. Returns the exit status; prints one clear line on stderr where it is 1."""
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    if config.log_level != "debug":
-        for noisy in ("libp2p", "multiaddr", "hypercorn"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
+def run_daemon(config: DaemonConfig, console: Console | None = None) -> int:
+    """Run until SIGINT or SIGTERM. Returns the exit status; says in one clear line on stderr why it is 1."""
+    console = console or Console()
+    set_up_logging(config.log_level)
     try:
         with DataDir.open(config.data_dir) as data:
-            return trio.run(partial(_main, config, data))
+            return trio.run(partial(_main, config, data, console))
     except BaseExceptionGroup as group:
         for leaf in leaves(group):
             if isinstance(leaf, NodeError | P2pError | ModelError):
-                return _fail(leaf)
+                console.failed(leaf)
+                return 1
         raise
     except (NodeError, P2pError, ModelError) as problem:
-        return _fail(problem)
+        console.failed(problem)
+        return 1
 
 
-def _fail(problem: BaseException) -> int:
-    print(f"shoal: {problem}", file=sys.stderr, flush=True)
-    return 1
-
-
-async def _main(config: DaemonConfig, data: DataDir) -> int:
-    daemon = Daemon(config, data)
+async def _main(config: DaemonConfig, data: DataDir, console: Console) -> int:
+    daemon = Daemon(config, data, console)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_stop_on_signal, daemon)
         await daemon.run()
@@ -86,11 +77,13 @@ async def _stop_on_signal(daemon: Daemon) -> None:
 class Daemon:
     """node.gateway.Control and the outer loop around lives in meshes."""
 
-    def __init__(self, config: DaemonConfig, data: DataDir) -> None:
+    def __init__(self, config: DaemonConfig, data: DataDir, console: Console) -> None:
         self.config = config
         self.data = data
+        self.console = console
         self.metrics = Metrics()
         self.stopping = trio.Event()
+        self._api_port = config.api_port
         self._rejoin: Membership | None = None
         self._end_life = trio.Event()
         self._node: MeshNode | None = None
@@ -101,6 +94,7 @@ class Daemon:
         identity = Identity.load_or_create(self.data.identity_path)
         membership = self._first_membership()
         torch.set_num_threads(self.config.threads or default_threads())
+        self.console.busy("measuring this computer")
         hardware = await trio.to_thread.run_sync(
             measure, self.config.device, self.config.dtype, self.config.memory_bytes, abandon_on_cancel=True
         )
@@ -158,14 +152,19 @@ class Daemon:
             await node.change()
 
     async def join(self, invite: str) -> None:
-        """Leave this mesh for the invite's; the connection that asked for it may be cut."""
-        self._rejoin = membership_of(invite)
+        """Leave this mesh for the invite's, if it is another; the connection that asked for it may be cut."""
+        offered, node = membership_of(invite), self._living()
+        if offered.mesh_id == node.membership.mesh_id:
+            node.directory.add(offered.addrs)
+            return
+        self._rejoin = offered
         self._end_life.set()
 
     async def stop(self) -> None:
         """Begin a clean stop; returns at once."""
         if not self.stopping.is_set():
             self.stopping.set()
+            self.console.stopping()
             self._end_life.set()
             _arm_watchdog()
 
@@ -187,7 +186,8 @@ class Daemon:
             self._node = node
             async with trio.open_nursery() as nursery:
                 app = build_app(node.gateway, self.metrics, self, ApiConfig(api_keys=config.api_keys))
-                url = await nursery.start(serve_http, app, config.api_host, config.api_port)
+                url = await nursery.start(serve_http, app, config.api_host, self._api_port)
+                self._api_port = int(url.rpartition(":")[2])  # kept where the system chose it
                 node.announce_api(url)
                 self.data.announce(url, node.me)
                 nursery.start_soon(self._begin, node, membership, url, first)
@@ -198,21 +198,27 @@ class Daemon:
     async def _begin(self, node: MeshNode, membership: Membership, url: str, first: bool) -> None:
         """Join, publish what was asked for, and say `ready` when it is served or cannot be."""
         if membership.addrs:
+            self.console.busy("joining the mesh")
             await node.join(membership.addrs)
-        manifests = []
+        offered = []
         for source in self._sources(membership) if first else ():
             log.info("publishing %s as %s", source.directory, source.name)
+            label = f"reading {source.name}"
+            self.console.busy(label)
+            report = partial(_report, self.console, label)
             try:
-                advert = await node.publish(model_directory(source), source.name, self.config.copies)
-            except ModelError as problem:
-                raise ConfigProblem(
-                    "model", source.directory, f"a model that can be served: {problem}"
-                ) from None
-            manifests.append(advert.manifest_id)
+                offered.append(
+                    await node.publish(model_directory(source), source.name, self.config.copies, report)
+                )
+            except (ModelError, OSError) as problem:
+                raise ControlProblem(f"{source.directory} cannot be shared: {problem}") from None
         with trio.move_on_after(SERVED_WAIT_S):
-            while manifests and not all(self._settled(node, manifest_id) for manifest_id in manifests):
+            while offered and not all(self._settled(node, model.manifest_id) for model in offered):
+                for model in offered:
+                    hosting = node.hosts.adverts.get(model.manifest_id)
+                    self.console.busy(f"loading {model.name}", None if hosting is None else hosting.progress)
                 await node.change()
-        print(f"ready api={url} peer={node.me}", flush=True)
+        self.console.ready(url, node.me, node.gateway.models())
 
     def _settled(self, node: MeshNode, manifest_id: str) -> bool:
         try:
@@ -249,6 +255,10 @@ def membership_of(text: str) -> Membership:
     if invite.expired(time.time()):
         raise InviteError("this invite has expired; ask for a new one with `shoal invite`")
     return Membership(invite.mesh_id, invite.swarm_key, tuple(invite.addrs))
+
+
+def _report(console: Console, label: str, done: int, total: int) -> None:
+    console.busy(label, done / max(total, 1))
 
 
 def _arm_watchdog() -> None:

@@ -144,10 +144,13 @@ class Host:
         manifest_id = model.manifest_id
         advert = HostAdvert(*span, "fetching", epoch)
         serving = manifest_id in self.hostings
+        here_bytes: int | None = None
 
         def report(done: int, total: int) -> None:
-            nonlocal advert
-            advert = replace(advert, progress=done / max(total, 1), bytes_fetched=done, bytes_wanted=total)
+            nonlocal advert, here_bytes
+            here_bytes = done if here_bytes is None else here_bytes  # what was on this disk before
+            fetched = done - here_bytes
+            advert = replace(advert, progress=done / max(total, 1), bytes_fetched=fetched, bytes_wanted=total)
             if not serving:
                 self._say(manifest_id, advert, quietly=True)
 

@@ -144,7 +144,10 @@ def _daemon_flags(parser: Parser) -> None:
     )
     place.add_argument("--name", metavar="NAME", help="what others see (default: the host's name)")
     place.add_argument("--config", metavar="FILE", help="a TOML file with the same settings")
-    place.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    place.add_argument("-v", "--verbose", action="count", default=0, help="log what happens; -vv logs more")
+    place.add_argument(
+        "--log-level", metavar="LEVEL", help="debug, info, warning or error (default: warning)"
+    )
     net = parser.add_argument_group("network")
     net.add_argument(
         "--api", metavar="HOST:PORT", help="where the HTTP API listens (default: 127.0.0.1:8080)"

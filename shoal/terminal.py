@@ -101,8 +101,8 @@ class Progress(Protocol):
 
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Progress]:
-    """A progress bar on stderr; nothing when quiet.
+def progress(*, quiet: bool = False, transient: bool = False) -> Iterator[Progress]:
+    """A progress bar on stderr; nothing when quiet. A transient one is wiped away at the end.
 
     Where stderr is no terminal: one line for each label that takes longer than a second.
     """
@@ -121,6 +121,7 @@ def progress(*, quiet: bool = False) -> Iterator[Progress]:
             TextColumn("{task.fields[detail]}", markup=False, style="dim"),
             TimeElapsedColumn(),
             console=console(stderr=True),
+            transient=transient,
         )
         with bars:
             yield _bar_progress(bars)

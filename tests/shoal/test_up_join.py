@@ -10,6 +10,9 @@ import pytest
 
 from node.config import DaemonConfig, ModelSource
 from node.errors import DataDirProblem
+from shoal.cli_up import moved
+from shoal.errors import DaemonAbsent, DaemonSilent
+from testnet.fake_daemon import FakeDaemon
 
 FLAGS = [
     *("--data-dir", "/d", "--name", "n", "--log-level", "debug", "--api", "127.0.0.1:0"),
@@ -36,7 +39,7 @@ def started(monkeypatch) -> list[DaemonConfig]:
     """The configurations that a daemon was started with; none really starts."""
     configs: list[DaemonConfig] = []
     module = types.ModuleType("node.daemon")
-    module.run_daemon = lambda config: configs.append(config) or 0  # type: ignore[attr-defined]
+    module.run_daemon = lambda config, console: configs.append(config) or 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "node.daemon", module)
     return configs
 
@@ -70,6 +73,15 @@ def test_every_flag_arrives(shoal, started):
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "level"),
+    [([], "warning"), (["-v"], "info"), (["-vv"], "debug"), (["-v", "--log-level", "error"], "error")],
+)
+def test_a_person_hears_only_what_matters_unless_asked_for(shoal, started, flags, level):
+    shoal("up", *flags)
+    assert started[0].log_level == level
+
+
 def test_settings_file(shoal, started, tmp_path):
     file = tmp_path / "settings.toml"
     file.write_text('name = "from file"\ncopies = 3\n')
@@ -79,12 +91,12 @@ def test_settings_file(shoal, started, tmp_path):
 
 
 def test_the_daemons_own_status_is_passed_on(shoal, started, monkeypatch):
-    monkeypatch.setattr(sys.modules["node.daemon"], "run_daemon", lambda config: 1)
+    monkeypatch.setattr(sys.modules["node.daemon"], "run_daemon", lambda config, console: 1)
     assert shoal("up").status == 1
 
 
 def test_a_problem_of_the_daemon_is_one_line(shoal, started, monkeypatch):
-    def fail(config):
+    def fail(config, console):
         raise DataDirProblem("/d", "cannot be written: read-only file system")
 
     monkeypatch.setattr(sys.modules["node.daemon"], "run_daemon", fail)
@@ -92,11 +104,44 @@ def test_a_problem_of_the_daemon_is_one_line(shoal, started, monkeypatch):
     assert (outcome.status, outcome.err) == (1, "shoal: /d cannot be written: read-only file system\n")
 
 
-def test_join_asks_the_running_daemon(shoal, started, daemon):
-    outcome = shoal("join", f"shoal1-fake-{daemon.api[7:]}")
+def test_join_asks_the_running_daemon_and_waits_until_it_met_somebody(shoal, started, daemon):
+    with FakeDaemon("node-2") as founder:
+        outcome = shoal("join", f"shoal1-fake-{founder.api[7:]}")
     assert outcome.status == 0
-    assert daemon.seen[0] == ("/shoal/join", {"invite": f"shoal1-fake-{daemon.api[7:]}"})
+    assert outcome.out == f"the node at {daemon.api} already belongs to mesh fa4e, with 1 other node\n"
+    assert ("/shoal/join", {"invite": f"shoal1-fake-{founder.api[7:]}"}) in daemon.seen
     assert started == []
+
+
+def test_join_says_when_nobody_answers_at_the_invites_addresses(shoal, started, daemon, monkeypatch):
+    monkeypatch.setattr("shoal.cli_up.MOVE_WAIT_S", 0.0)
+    daemon.answers["/shoal/join"] = (200, {"joined": True})
+    outcome = shoal("join", "shoal1-a")
+    assert outcome.status == 1
+    assert "none of the invite's addresses answers yet; it keeps trying" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_join_outlasts_the_moment_in_which_the_daemon_changes_over():
+    class Client:
+        api = "http://a"
+        answers = iter(
+            [
+                DaemonSilent("stopped answering"),
+                DaemonAbsent("refused"),
+                {"mesh": "new", "nodes": [{"self": True}]},
+                {"mesh": "new", "nodes": [{"self": True}, {"connected": True}, {"connected": True}]},
+            ]
+        )
+
+        def get(self, path):
+            answer = next(self.answers)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    said = moved(Client(), "old", sleep=lambda seconds: None)
+    assert said == "the node at http://a now belongs to mesh new, with 2 other nodes"
 
 
 def test_join_reports_a_bad_invite_of_the_running_daemon(shoal, started, daemon):
@@ -117,7 +162,7 @@ def test_join_starts_a_daemon_where_one_was_killed(shoal, started, daemon):
 
 
 def test_a_fault_of_our_own_is_one_line_too(shoal, started, monkeypatch):
-    def bug(config):
+    def bug(config, console):
         raise KeyError("x")
 
     monkeypatch.setattr(sys.modules["node.daemon"], "run_daemon", bug)

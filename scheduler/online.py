@@ -16,7 +16,7 @@ from scheduler.placement import SECOND_THOUGHTS_NODES_MAX, make_plan, still_vali
 from scheduler.planner import adopt, planner_rank
 from scheduler.seating import seat_of
 from scheduler.shapes import Assignment, Links, NodeShape, Plan, memory_needed
-from scheduler.share import Wanted, left_over
+from scheduler.sharing import Wanted, left_over
 
 DRIFT_LEAST = 0.2
 """Measured times that moved by less than this fraction since they were last planned with are no news."""

@@ -19,7 +19,7 @@ from scheduler.online import (
     ReportShortage,
     Tick,
 )
-from scheduler.share import Wanted, left_over, share
+from scheduler.sharing import Wanted, left_over, share
 
 MIB = 1 << 20
 

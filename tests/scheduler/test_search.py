@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from scheduler import Shortage, preview, search
+from scheduler.document import read_document
 from scheduler.pool import Pool
-from scheduler.preview import read_document
 from scheduler.sim.baselines import parallax_greedy, parallax_program
 
 spec = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
@@ -85,7 +85,7 @@ def never_worse(seeds, **sizes):
 
 
 def pool_of(checked):
-    from scheduler.preview import _hops, _seat
+    from scheduler.document import _hops, _seat
 
     return Pool(
         [_seat(checked, node) for node in checked.nodes],

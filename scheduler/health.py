@@ -1,0 +1,143 @@
+"""Which nodes to trust with work now: scores from observed times and failures, probation and return.
+
+A node is good, slow (its times stand out among its peers'), out (it failed; for a while that doubles with each
+relapse) or on probation (back, with little weight until it has proved itself). Time is an argument; what a failure
+was is the caller's to say.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from scheduler.routing import Hosted
+
+State = Literal["good", "slow", "out", "probation"]
+
+
+@dataclass(frozen=True, slots=True)
+class HealthConfig:
+    """Limits of the scores."""
+
+    slow_ratio: float = 1.8
+    slow_after: int = 5
+    forgiven_ratio: float = 1.3
+    out_s: float = 10.0
+    out_s_max: float = 1800.0
+    relapse_memory_s: float = 3600.0
+    probation_successes: int = 5
+    probation_reliability: float = 0.6
+    memory: float = 0.98
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A node's state, the chance that a stage on it goes well, and how much slower than expected it is."""
+
+    state: State
+    reliability: float
+    slowdown: float
+
+
+@dataclass(slots=True)
+class _Record:
+    good: float = 8.0
+    bad: float = 0.0
+    log_ratio: float = 0.0
+    seen: int = 0
+    slow: bool = False
+    out_until_s: float = -math.inf
+    relapses: int = 0
+    failed_s: float = -math.inf
+    to_prove: int = 0
+
+
+@dataclass(slots=True)
+class Health:
+    """Scores of all nodes that did something."""
+
+    config: HealthConfig = field(default_factory=HealthConfig)
+    _records: dict[str, _Record] = field(default_factory=dict)
+
+    def succeeded(self, node: str, seconds: float, expected_s: float, now_s: float) -> None:
+        """A stage on the node went well and took `seconds` where `expected_s` was expected."""
+        record = self._records.setdefault(node, _Record())
+        ratio = math.log(max(1e-9, seconds) / max(1e-9, expected_s))
+        share = 0.2 if record.seen else 1.0
+        record.log_ratio += share * (max(-3.0, min(3.0, ratio)) - record.log_ratio)
+        record.seen += 1
+        record.good = record.good * self.config.memory + 1.0
+        record.bad *= self.config.memory
+        if record.to_prove and now_s >= record.out_until_s:
+            record.to_prove -= 1
+        self._weigh(record)
+
+    def failed(self, node: str, now_s: float) -> None:
+        """A stage on the node was lost: it vanished, refused, or gave what cannot be."""
+        record = self._records.setdefault(node, _Record())
+        if now_s - record.failed_s > self.config.relapse_memory_s:
+            record.relapses = 0
+        record.good *= self.config.memory
+        record.bad = record.bad * self.config.memory + 1.0
+        # Several requests die with one node: while it is out they are one failure, not relapses.
+        if now_s >= record.out_until_s:
+            out_s = min(self.config.out_s_max, self.config.out_s * 2.0 ** min(record.relapses, 30))
+            record.out_until_s = now_s + out_s
+            record.relapses += 1
+        record.failed_s = now_s
+        record.to_prove = self.config.probation_successes
+
+    def standing(self, node: str, now_s: float) -> Standing:
+        """What to think of a node now; unknown ones are good."""
+        record = self._records.get(node)
+        if record is None:
+            return Standing("good", 1.0, 1.0)
+        reliability = (record.good + 1.0) / (record.good + record.bad + 1.0)
+        slowdown = max(1.0, math.exp(record.log_ratio - self._usual()))
+        if now_s < record.out_until_s:
+            return Standing("out", 0.0, slowdown)
+        if record.to_prove:
+            return Standing("probation", min(reliability, self.config.probation_reliability), slowdown)
+        return Standing("slow" if record.slow else "good", reliability, slowdown)
+
+    def hosted(self, hosted: Sequence[Hosted], now_s: float) -> list[Hosted]:
+        """The spans as routing should see them: without those that are out, slow ones slower, doubtful ones doubted.
+
+        Where leaving out every host that is out would leave a layer to nobody, those hosts stay, as the last resort.
+        """
+        standing = {h.node: self.standing(h.node, now_s) for h in hosted}
+        kept = [h for h in hosted if standing[h.node].state != "out"]
+        served = {x for h in kept for x in range(h.start, h.end)}
+        kept += [
+            h
+            for h in hosted
+            if standing[h.node].state == "out" and not served.issuperset(range(h.start, h.end))
+        ]
+        return [
+            replace(
+                h,
+                reliability=h.reliability * max(0.05, standing[h.node].reliability),
+                s_per_layer=h.s_per_layer
+                * (standing[h.node].slowdown if standing[h.node].state == "slow" else 1.0),
+            )
+            for h in kept
+        ]
+
+    def forget(self, node: str) -> None:
+        """Drop a node that left the mesh for good."""
+        self._records.pop(node, None)
+
+    def _usual(self) -> float:
+        """The median log ratio: when all are slower than expected, the expectation is off, not the nodes."""
+        seen = [r.log_ratio for r in self._records.values() if r.seen >= self.config.slow_after]
+        return statistics.median(seen) if len(seen) >= 3 else 0.0
+
+    def _weigh(self, record: _Record) -> None:
+        if record.seen < self.config.slow_after:
+            return
+        above = record.log_ratio - self._usual()
+        limit = self.config.forgiven_ratio if record.slow else self.config.slow_ratio
+        record.slow = above > math.log(limit)

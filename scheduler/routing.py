@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from scheduler.errors import NoChain, NoRoom, Rejected
-from scheduler.shapes import Link, Links
-from scheduler.shortlist import Shortlist, anchors, noise
+from scheduler.shapes import Links
+from scheduler.shortlist import Shortlist, anchors, mix, noise
 from scheduler.walk import Ground, Walk, shortest_walk
 
 EXACT_SPANS_MAX = 48
 """Up to so many spans all are weighed; beyond, a shortlist."""
+SHORTLIST_WIDTH = 6
+"""Nodes to leave from that are weighed at one layer of a shortlist."""
 SPREAD = 0.25
 """With a seed, nodes are seen up to this much slower than they are, each by chance: equal ones share the requests."""
 ALTERNATE_PENALTY = 8.0
@@ -157,13 +159,17 @@ class Router:
             (h for h in hosted if 0 <= h.start < h.end), key=lambda h: (h.node, h.start, h.end)
         )
         self._links = links
-        self._known: dict[tuple[int, int], Link] = {}
+        self._known: dict[tuple[int, int], tuple[float, float]] = {}
         self._from_gateway: dict[str, list[float]] = {}
+        self._marks = [mix(v) for v in range(len(self._spans))]
         self._anchors: list[list[float]] = []
         self._places_good: list[int] = []
         self._names = [h.node for h in self._spans]
         self._starts = [h.start for h in self._spans]
         self._shortlist = Shortlist(self._starts, [h.end for h in self._spans])
+        self._kv_tokens_free = [h.kv_tokens_free for h in self._spans]
+        self._queue_s = [h.queue_s for h in self._spans]
+        self._by_class = {v: h.queue_by_class_s for v, h in enumerate(self._spans) if h.queue_by_class_s}
         safe = [max(RELIABILITY_LEAST, h.reliability) for h in self._spans]
         self._decode_s = [h.s_per_layer / r for h, r in zip(self._spans, safe, strict=True)]
         self._prefill_s = [
@@ -220,12 +226,13 @@ class Router:
         return Split(first[0], second[0], cost_s)
 
     def _roomy(self, request: ChainRequest) -> list[int]:
-        exclude, tokens = request.exclude, request.tokens
-        return [
-            v
-            for v, h in enumerate(self._spans)
-            if h.kv_tokens_free >= tokens and h.node not in exclude and h.start < request.layers
+        tokens, layers = request.tokens, request.layers
+        roomy = [
+            v for v, free in enumerate(self._kv_tokens_free) if free >= tokens and self._starts[v] < layers
         ]
+        if request.exclude:
+            roomy = [v for v in roomy if self._names[v] not in request.exclude]
+        return roomy
 
     def _costs(self, request: ChainRequest, prompt: float, new: float) -> _Costs:
         layer_s = [new * d + prompt * p for d, p in zip(self._decode_s, self._prefill_s, strict=True)]
@@ -234,15 +241,18 @@ class Router:
             for v, name in enumerate(self._names):
                 if name in request.prefix_nodes:
                     layer_s[v] -= cached * self._prefill_s[v]
-        k = request.priority + 1
-        enter_s = [sum(h.queue_by_class_s[:k]) if h.queue_by_class_s else h.queue_s for h in self._spans]
+        enter_s = self._queue_s
+        if self._by_class:
+            enter_s, k = list(enter_s), request.priority + 1
+            for v, classes in self._by_class.items():
+                enter_s[v] = sum(classes[:k])
         return _Costs(enter_s, layer_s)
 
     def _chains(
         self, request: ChainRequest, roomy: list[int], costs: _Costs, hops: float, count: int
     ) -> list[Chain]:
         """Up to `count` chains, each avoiding the nodes of those before it."""
-        seen = costs.blurred(noise(request.seed, len(self._spans), SPREAD)) if request.seed else costs
+        seen = costs.blurred(noise(self._marks, request.seed, SPREAD)) if request.seed else costs
         trip = _Trip(request, costs, seen, hops, self._near_s(request.gateway))
         lists: list[list[int]] = [roomy]
         if len(roomy) > EXACT_SPANS_MAX:
@@ -268,7 +278,8 @@ class Router:
         """The best chain over a list of spans, at its true cost, and its spans; nodes already used only if need be."""
         layers = trip.request.layers
         usable = self._shortlist.pick(ranked, layers, used) if len(ranked) > EXACT_SPANS_MAX else ranked
-        walk = shortest_walk(self._ground(trip, used), usable)
+        width = SHORTLIST_WIDTH if usable is not ranked else len(usable)
+        walk = shortest_walk(self._ground(trip, used, width), usable)
         if walk is None:
             return None
         return self._priced(trip, walk), [v for v, _, _ in walk.stages]
@@ -297,19 +308,25 @@ class Router:
             self._from_gateway[gateway] = known
         return known
 
-    def _hop_s(self, u: int, v: int, hops: float, hop_bytes: float) -> float:
-        link = self._known.get((u, v))
-        if link is None:
-            link = self._known[u, v] = self._links(self._names[u], self._names[v])
-        return hops * link.latency_s + (hop_bytes / link.bytes_per_s if link.bytes_per_s > 0 else 0.0)
+    def _link(self, u: int, v: int) -> tuple[float, float]:
+        """Seconds a message and seconds a byte between two spans' nodes, asked once a view."""
+        link = self._links(self._names[u], self._names[v])
+        found = self._known[u, v] = link.latency_s, 1 / link.bytes_per_s if link.bytes_per_s > 0 else 0.0
+        return found
 
-    def _ground(self, trip: _Trip, used: set[int]) -> Ground:
+    def _ground(self, trip: _Trip, used: set[int], width: int) -> Ground:
+        crossings, size, known = trip.crossings, trip.hop_bytes, self._known
         enter_s, layer_s = trip.seen.enter_s, trip.seen.layer_s
         if used:
             enter_s, layer_s = list(enter_s), list(layer_s)
             for v in used:
                 enter_s[v] = enter_s[v] * ALTERNATE_PENALTY + 1.0
                 layer_s[v] *= ALTERNATE_PENALTY
+
+        def hop_s(u: int, v: int) -> float:
+            found = known.get((u, v)) or self._link(u, v)
+            return crossings * found[0] + size * found[1]
+
         return Ground(
             layers=trip.request.layers,
             starts=self._starts,
@@ -317,8 +334,9 @@ class Router:
             layer_s=layer_s,
             enter_s=enter_s,
             first_s=trip.near_s.__getitem__,
-            hop_s=lambda u, v: self._hop_s(u, v, trip.crossings, trip.hop_bytes),
-            back_s=lambda u, v: self._hop_s(u, v, trip.crossings, trip.hop_bytes) if u != v else 0.0,
+            hop_s=hop_s,
+            back_s=lambda u, v: hop_s(u, v) if u != v else 0.0,
+            width=width,
         )
 
     def _priced(self, trip: _Trip, walk: Walk) -> Chain:
@@ -328,8 +346,9 @@ class Router:
         cost = trip.near_s[numbers[0]]
         cost += sum(costs.enter_s[v] + costs.layer_s[v] * (end - start) for v, start, end in walk.stages)
         if len(numbers) > 1:
-            ring = zip(numbers, [*numbers[1:], numbers[0]], strict=True)
-            cost += sum(self._hop_s(u, v, trip.crossings, trip.hop_bytes) for u, v in ring)
+            for u, v in zip(numbers, [*numbers[1:], numbers[0]], strict=True):
+                message_s, byte_s = self._known.get((u, v)) or self._link(u, v)
+                cost += trip.crossings * message_s + trip.hop_bytes * byte_s
         return Chain(tuple(Stage(self._names[v], start, end) for v, start, end in walk.stages), cost)
 
     def _refuse(self, request: ChainRequest, roomy: list[int]) -> None:

@@ -15,16 +15,18 @@ ANCHORS = 10
 _MASK = (1 << 64) - 1
 
 
-def noise(seed: int, size: int, spread: float) -> list[float]:
-    """Factors from 1 to 1 + spread, by number; a hash of seed and number (splitmix64)."""
-    scale = spread / (1 << 24)
-    state = (seed * 0x9E3779B97F4A7C15 + 0x2545F4914F6CDD1D) & _MASK
-    out = []
-    for _ in range(size):
-        state = (state + 0x9E3779B97F4A7C15) & _MASK
-        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        out.append(1.0 + ((z ^ (z >> 27)) >> 40) * scale)
-    return out
+def mix(number: int) -> int:
+    """A number of 64 bits that looks like chance (splitmix64)."""
+    z = (number * 0x9E3779B97F4A7C15 + 0x2545F4914F6CDD1D) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def noise(marks: Sequence[int], seed: int, spread: float) -> list[float]:
+    """Factors from 1 to 1 + spread, one for each of `marks` (fixed numbers by `mix`), other ones for each seed."""
+    scale, key = spread / (1 << 24), mix(seed) | 1
+    return [1.0 + ((mark * key & _MASK) >> 40) * scale for mark in marks]
 
 
 def anchors(latency_s: Callable[[int, int], float], size: int) -> list[list[float]]:

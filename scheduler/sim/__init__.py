@@ -3,4 +3,7 @@
 Pure and deterministic: time and chance are its own. It reads traces that it is given and sends nothing.
 """
 
-__all__: list[str] = []
+from scheduler.sim.config import POLICIES, Load, SimConfig, Targets, default_model
+from scheduler.sim.run import compare, run, simulate
+
+__all__ = ["POLICIES", "Load", "SimConfig", "Targets", "compare", "default_model", "run", "simulate"]

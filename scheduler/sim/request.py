@@ -1,0 +1,77 @@
+"""One simulated request: the stages it holds, how far it is, and what became of it. Data, and its own book-keeping.
+
+`turn` is raised whenever its course changes; events of an older turn are void. It knows no policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from scheduler.routing import Stage
+from scheduler.sim.machine import Machine
+from scheduler.sim.trace import Ask
+
+State = Literal["waiting", "prompt", "decode", "broken", "done", "lost", "refused"]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """`tokens_done` counts answer tokens; `began_s` and `step_s` are of the decode round under way."""
+
+    number: int
+    ask: Ask
+    gateway: str
+    state: State = "waiting"
+    stages: list[Stage] = field(default_factory=list)
+    machines: list[Machine] = field(default_factory=list)
+    turn: int = 0
+    tokens_done: int = 0
+    began_s: float = 0.0
+    step_s: float = 0.0
+    rate: float = 0.0
+    first_s: float | None = None
+    end_s: float | None = None
+    waits_since_s: float = 0.0
+    excluded: set[str] = field(default_factory=set)
+    breaks: int = 0
+    had_alternate: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Cache it needs at every layer, in tokens."""
+        return self.ask.prompt_tokens + self.ask.answer_tokens
+
+    @property
+    def context(self) -> int:
+        """Tokens that a replacement stage has to be fed."""
+        return self.ask.prompt_tokens + self.tokens_done
+
+    def hold(self, stages: list[Stage], machines: list[Machine]) -> None:
+        """Reserve cache at stages that are new to it, and give up those it no longer uses."""
+        # A machine that was unloaded since has forgotten the session, and its cache room with it.
+        held = [
+            (stage, machine)
+            for stage, machine in zip(self.stages, self.machines, strict=True)
+            if machine.sessions.pop(self.number, None) is self
+        ]
+        for stage, machine in held:
+            machine.kv_free_bytes += machine.kv_bytes(self.tokens, stage.end - stage.start)
+        for stage, machine in zip(stages, machines, strict=True):
+            machine.kv_free_bytes -= machine.kv_bytes(self.tokens, stage.end - stage.start)
+            machine.sessions[self.number] = self
+        self.stages, self.machines = stages, machines
+
+    def flow(self, rate: float) -> None:
+        """Ask `rate` tokens a second of every stage from now on; 0 stops."""
+        joined = (rate > 0) - (self.rate > 0)
+        for machine in self.machines:
+            machine.rate = max(0.0, machine.rate + rate - self.rate)
+            machine.streams += joined
+        self.rate = rate
+
+    def credit(self, now_s: float) -> None:
+        """Count the tokens of a round that is cut short."""
+        if self.state == "decode" and self.step_s > 0:
+            more = int((now_s - self.began_s) / self.step_s)
+            self.tokens_done = min(self.ask.answer_tokens - 1, self.tokens_done + max(0, more))

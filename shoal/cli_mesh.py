@@ -87,13 +87,14 @@ def _show_picture(look: Callable[[], MeshView], *, watch: bool) -> None:
 
     from shoal.mesh_picture import mesh_picture
 
+    console = terminal.console()
     if not watch:
-        terminal.console().print(mesh_picture(look()))
+        console.print(mesh_picture(look(), console.width))
         return
-    with Live(mesh_picture(look()), console=terminal.console(), refresh_per_second=4) as live:
+    with Live(mesh_picture(look(), console.width), console=console, refresh_per_second=4) as live:
         while True:
             time.sleep(WATCH_S)
-            live.update(mesh_picture(look()))
+            live.update(mesh_picture(look(), console.width))
 
 
 NODE_COLUMNS = ("node", "peer", "memory", "rtt", "layers", "state")

@@ -18,18 +18,18 @@ from shoal.cli_mesh import EMBEDDED, publish, wait_served
 from shoal.cli_run import Figures, generate
 from shoal.cli_testnet import plain_errors, state_dir
 from shoal.demo_stage import Stage, open_stage
-from shoal.errors import ShoalError
+from shoal.errors import CommandFailed, ShoalError
 from shoal.mesh_view import MeshView, layer_range
 from testnet import LaunchOptions, LocalNode, Testnet
 
 NODES = 4
 # Less than the whole embedded model with its cache needs, and enough for a third of it.
-NODE_MEMORY_BYTES = 3 << 20
+NODE_MEMORY_BYTES = 6 << 20
 TIMEOUT_S = 120.0
-PROMPT = "def __init__(self, name, value=None):\n"
-MAX_TOKENS = 96
-TEMPERATURE = 0.7
-SEED = 7
+PROMPT = "def read_file(self, path):"
+MAX_TOKENS = 72
+TEMPERATURE = 0.5
+SEED = 5
 LOOK_S = 0.2
 
 
@@ -44,22 +44,34 @@ def demo(options: argparse.Namespace) -> int:
     )
     try:
         with plain_errors(), Testnet(launch) as net:
-            with open_stage(plain=options.plain) as stage:
-                mesh = _gather(net, stage)
-            _ask(net, mesh, options.prompt or PROMPT, stage)
-            if options.keep:
-                net.release()
-            else:
-                began_s = time.monotonic()
-                net.stop()
-                stage.say(
-                    f"All {NODES} nodes were stopped in {terminal.duration(time.monotonic() - began_s)}."
-                )
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
+            stage = _play(net, options)
+    except ShoalError as problem:
+        # The nodes are gone, their logs are not: whoever wants to know more finds them.
+        raise CommandFailed(f"{problem} (the nodes' logs are in {launch.state_dir})") from None
+    except BaseException:
+        _forget(scratch)
+        raise
+    _forget(scratch)
     stage.try_next(_commands(net.nodes[-1] if options.keep else None))
     return 0
+
+
+def _play(net: Testnet, options: argparse.Namespace) -> Stage:
+    with open_stage(plain=options.plain) as stage:
+        mesh = _gather(net, stage)
+    _ask(net, mesh, options.prompt or PROMPT, stage)
+    if options.keep:
+        net.release()
+    else:
+        began_s = time.monotonic()
+        net.stop()
+        stage.say(f"All {NODES} nodes were stopped in {terminal.duration(time.monotonic() - began_s)}.")
+    return stage
+
+
+def _forget(scratch: Path | None) -> None:
+    if scratch is not None:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _gather(net: Testnet, stage: Stage) -> MeshView:
@@ -75,7 +87,7 @@ def _gather(net: Testnet, stage: Stage) -> MeshView:
 
     try:
         publish(net.client(), EMBEDDED, EMBEDDED, 1, reading)
-        stage.step(f"spreading its layers: one node lends {lent}, too little for all of them")
+        stage.step(f"spreading its layers: no node's {lent} can hold them all")
         # Every node must know, the one that is asked above all.
         mesh = wait_served(net.client(), EMBEDDED, 1, net.left_s(), watch.show, sleep=net.pause)
         for index in range(1, NODES):
@@ -133,8 +145,10 @@ def _ask(net: Testnet, mesh: MeshView, prompt: str, stage: Stage) -> None:
     try:
         for piece in generate(net.client(index), "/v1/completions", body, figures):
             stage.text(piece)
-    except ShoalError:
-        net.check()
+    except BaseException as problem:  # also Ctrl-C: what is said next must not stand behind half a sentence
+        stage.broken()
+        if isinstance(problem, ShoalError):
+            net.check()
         raise
     stage.figures(f"{figures.line()}, through {_stages(mesh)} processes")
 

@@ -45,6 +45,9 @@ class Stage(Protocol):
     def text(self, piece: str, *, given: bool = False) -> None:
         """A piece of the prompt (given) or of the answer."""
 
+    def broken(self) -> None:
+        """The answer broke off; whatever is said next begins a line."""
+
     def figures(self, line: str) -> None:
         """How fast the answer came."""
 
@@ -99,14 +102,13 @@ class PlainStage:
         self.say("every layer is served")
         for node in self._mesh.nodes if self._mesh else ():
             for span in node.spans:
-                fetched = (
-                    f", fetched {terminal.size(span.bytes_fetched)} from its peers"
+                source = (
+                    f"{terminal.size(span.bytes_fetched)} fetched from its peers"
                     if span.bytes_fetched
-                    else ""
+                    else "from its own disk"
                 )
-                print(
-                    f"           {node.name}  layers {layer_range(span.start, span.end)}{fetched}", flush=True
-                )
+                held = f"layers {layer_range(span.start, span.end)}"
+                print(f"           {node.name}  {held.ljust(11)}  {source}", flush=True)
 
     def asking(self, node: str, held: str, url: str) -> None:
         self.say(f"asking {node}, which holds {held}: {url}")
@@ -117,9 +119,12 @@ class PlainStage:
             self._line_start = part.endswith("\n")
         sys.stdout.flush()
 
-    def figures(self, line: str) -> None:
+    def broken(self) -> None:
         if not self._line_start:
-            print()
+            print(flush=True)
+
+    def figures(self, line: str) -> None:
+        self.broken()
         self.say(line)
 
     def say(self, line: str) -> None:
@@ -164,7 +169,7 @@ class LiveStage:
             steps.add_row(self._spinner, Text(self._going), Text(self._detail, "dim"))
         parts: list[RenderableType] = [Text(TITLE, "bold"), Text(), steps]
         if self._mesh.nodes:
-            parts.append(node_table(self._mesh))
+            parts.append(node_table(self._mesh, self.console.width))
         parts += [model_line(self._mesh, model) for model in self._mesh.models]
         return Padding(Group(*parts), (1, 2, 0, 2))
 
@@ -186,9 +191,9 @@ class LiveStage:
     def asking(self, node: str, held: str, url: str) -> None:
         from rich.text import Text
 
-        line = Text.assemble(MARGIN, "asking ", (node, "bold"), f", which holds {held}  ", (url, "dim"))
         self.console.print()
-        self.console.print(line)
+        self.console.print(Text.assemble(MARGIN, "asking ", (node, "bold"), f", which holds {held}"))
+        self.console.print(Text.assemble(MARGIN, (url, "dim")))
         self.console.print()
 
     def text(self, piece: str, *, given: bool = False) -> None:
@@ -203,11 +208,14 @@ class LiveStage:
                 self.console.print()
         self.console.file.flush()
 
+    def broken(self) -> None:
+        if not self._line_start:
+            self.console.print()
+
     def figures(self, line: str) -> None:
         from rich.text import Text
 
-        if not self._line_start:
-            self.console.print()
+        self.broken()
         self.console.print()
         self.console.print(Text.assemble(MARGIN, ("✓ ", "green"), (line, "bold")))
 

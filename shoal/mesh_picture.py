@@ -7,7 +7,7 @@ fetches nothing, prints nothing, and is not used where the output is no terminal
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group
+from rich.console import Group, JustifyMethod, OverflowMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +17,8 @@ from shoal.terminal import size
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green", "bright_magenta")
 BAR_CELLS = 24
 HELD, COMING, ELSEWHERE = "━", "╸", "─"
+WIDE = 100
+WIDE_ONLY = ("peer", "rtt")
 
 
 def colour_of(index: int) -> str:
@@ -43,39 +45,36 @@ def layer_bar(span: SpanView | None, layers: int, colour: str, cells: int = BAR_
     return bar
 
 
-def node_table(mesh: MeshView) -> Table:
-    """A row a node, and a line in it for each model that any node holds."""
+def node_table(mesh: MeshView, width: int = WIDE) -> Table:
+    """A row a node, and a line in it for each model that any node holds; a narrow one without peer and rtt."""
     drawn = Table(box=SIMPLE_HEAD, header_style="bold", border_style="dim", pad_edge=False)
-    for name, justify in (
-        ("node", "left"),
-        ("peer", "left"),
-        ("lends", "right"),
-        ("rtt", "right"),
-        ("layers", "left"),
-    ):
-        drawn.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    drawn.add_column("fetched", justify="right", no_wrap=True)
-    drawn.add_column("state", no_wrap=True, overflow="ellipsis")
+    wide = width >= WIDE
+    for name in ("node", "peer", "lends", "rtt", "layers", "fetched", "state"):
+        if wide or name not in WIDE_ONLY:
+            right = name in ("lends", "rtt", "fetched")
+            overflow: OverflowMethod = "fold" if name == "layers" else "ellipsis"
+            justify: JustifyMethod = "right" if right else "left"
+            drawn.add_column(name, justify=justify, no_wrap=name != "state", overflow=overflow)
     for index, node in enumerate(mesh.nodes):
-        drawn.add_row(*_cells(mesh, node, colour_of(index)))
+        cells = _cells(mesh, node, colour_of(index))
+        drawn.add_row(*(cell for name, cell in cells.items() if wide or name not in WIDE_ONLY))
     return drawn
 
 
-def _cells(mesh: MeshView, node: NodeView, colour: str) -> list[Text | str]:
+def _cells(mesh: MeshView, node: NodeView, colour: str) -> dict[str, Text | str]:
     rtt = "here" if node.is_self else "" if node.rtt_ms is None else f"{node.rtt_ms:.1f} ms"
     fetched = sum(span.bytes_fetched for span in node.spans)
     state = node_state(node)
-    return [
-        Text(node.name, f"bold {colour}" if node.is_self or node.connected else "dim"),
-        Text(short_peer(node.peer), "dim"),
-        size(node.memory_bytes),
-        Text(rtt, "dim"),
-        Text("\n").join(_bars(mesh, node, colour)),
-        size(fetched) if fetched else "",
-        Text(
-            state, "green" if state == "serving" else "red" if state.startswith(("failed", "unre")) else "dim"
-        ),
-    ]
+    mood = "green" if state == "serving" else "red" if state.startswith(("failed", "unre")) else "dim"
+    return {
+        "node": Text(node.name, f"bold {colour}" if node.is_self or node.connected else "dim"),
+        "peer": Text(short_peer(node.peer), "dim"),
+        "lends": size(node.memory_bytes) if node.memory_bytes else "",
+        "rtt": Text(rtt, "dim"),
+        "layers": Text("\n").join(_bars(mesh, node, colour)),
+        "fetched": size(fetched) if fetched else "",
+        "state": Text(state, mood),
+    }
 
 
 def _bars(mesh: MeshView, node: NodeView, colour: str) -> list[Text]:
@@ -105,11 +104,11 @@ def model_line(mesh: MeshView, model: ModelView) -> Text:
     return line
 
 
-def mesh_picture(mesh: MeshView) -> Group:
-    """The whole picture."""
+def mesh_picture(mesh: MeshView, width: int = WIDE) -> Group:
+    """The whole picture, for a terminal of so many columns."""
     here = next((node.name for node in mesh.nodes if node.is_self), short_peer(mesh.self_peer))
     title = Text.assemble(("mesh ", "dim"), (mesh.mesh, "bold"), (f"  seen from {here}", "dim"))
     models = [model_line(mesh, model) for model in mesh.models]
     if not models:
         models = [Text("no models yet; share one with: shoal add DIR --name NAME", "dim")]
-    return Group(title, node_table(mesh), *models)
+    return Group(title, node_table(mesh, width), *models)

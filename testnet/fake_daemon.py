@@ -241,7 +241,7 @@ def main(arguments: list[str]) -> int:
     """`up` with the flags of `shoal up`; SIGTERM ends it. `--name` with "fails" in it ends at once, as a bad start."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("command")
-    for name in ("data-dir", "name", "api", "join", "memory", "config", "listen", "threads", "model"):
+    for name in ("data-dir", "name", "api", "join", "memory", "config", "listen", "threads", "model", "log-level"):
         parser.add_argument(f"--{name}")
     options = parser.parse_args(arguments)
     fault = os.environ.get("FAKE_FAULT", "")

@@ -155,7 +155,7 @@ class Testnet:
         command = [*options.command, "up", "--data-dir", str(data_dir), "--name", name]
         command += ["--config", str(options.state_dir / EMPTY_CONFIG)]
         command += ["--api", "127.0.0.1:0", "--listen", "/ip4/127.0.0.1/tcp/0"]
-        command += ["--model", "none"]  # the founder would otherwise share the built-in one by itself
+        command += ["--log-level", "info", "--model", "none"]  # the founder would otherwise share the built-in one by itself
         command += ["--threads", str(max(1, (os.cpu_count() or 1) // options.nodes))]
         if options.node_memory_bytes is not None:
             command += ["--memory", str(options.node_memory_bytes)]

@@ -146,6 +146,12 @@ def randomise(model: Any, seed: int) -> None:
         weight.data.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers each time."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
     """make_reference(model_type, seed=0, shard_bytes=None, dtype="float32", **config) -> Reference, cached by

@@ -199,3 +199,8 @@ def test_the_older_spelling_of_gemma_3():
         ("default", 5000.0, 1.0),
     ]
     assert config.context_tokens == 128
+
+
+def test_every_fourth_layer_of_smollm3_is_not_rotated():
+    config = ModelConfig.from_dict({**LLAMA, "num_hidden_layers": 9, "architectures": ["SmolLM3ForCausalLM"]})
+    assert [layer for layer, rope in enumerate(config.layer_ropes) if rope is None] == [3, 7]

@@ -363,3 +363,39 @@ def test_top_logprobs_come_with_the_result(engine):
     result = engine.run([Step("s", 0, tokens=(1, 2), sample=Sampling(temperature=0, top_logprobs=4))])[0]
     assert result.top_logprobs[0] == (result.token, pytest.approx(result.logprob))
     assert len(result.top_logprobs) == 4
+
+
+def test_answer_penalties_need_no_prompt_at_the_last_stage(llama, tools):
+    often = Sampling(temperature=0, presence_penalty=2.0, frequency_penalty=2.0)
+
+    def text(cuts):
+        chain, tokens, out = tools.Chain(tools.engines_of(llama.directory, cuts)), [1, 2, 3], []
+        for _ in range(20):
+            tokens = [chain.sample(tokens, often)[0]]
+            out += tokens
+        return out
+
+    plain = tools.Chain(tools.engines_of(llama.directory, (0, 4))).greedy([1, 2, 3], 20)
+    assert text((0, 4)) == text((0, 2, 4)) != plain
+
+
+def test_repetition_sees_the_prompt_of_the_very_step(llama, tools):
+    prompt = next(
+        [1, 2, 3, token]
+        for token in range(97)
+        if tools.Chain(tools.engines_of(llama.directory, (0, 4))).greedy([1, 2, 3, token], 1) == [token]
+    )
+    chain = tools.Chain(tools.engines_of(llama.directory, (0, 4)))
+    assert chain.sample(prompt, Sampling(temperature=0, repetition_penalty=50.0))[0] not in prompt
+
+
+def test_what_was_rewound_is_not_penalised(llama, tools):
+    often = Sampling(temperature=0, presence_penalty=2.0, frequency_penalty=2.0)
+    fresh = tools.Chain(tools.engines_of(llama.directory, (0, 2, 4)))
+    fresh.sample([1, 2, 3], Sampling(temperature=0))
+    for engine in fresh.engines:
+        engine.rewind("s", 0)
+    fresh.position = 0
+    found = fresh.sample([1, 2, 3, 9, 8, 7], often)
+    tidy = tools.Chain(tools.engines_of(llama.directory, (0, 2, 4)))
+    assert found == tidy.sample([1, 2, 3, 9, 8, 7], often)

@@ -20,6 +20,7 @@ from p2p.blobs import (
 from p2p.errors import (
     CallFailed,
     DeadlineExceeded,
+    EndOfChannel,
     IdentityError,
     InviteError,
     ListenError,
@@ -29,6 +30,7 @@ from p2p.errors import (
     ProtocolViolation,
     RemoteFault,
     ResourceLimit,
+    RpcRefusal,
     Unreachable,
 )
 from p2p.host import ByteStream, Host, HostConfig, PeerEvent, open_host
@@ -38,7 +40,7 @@ from p2p.kad import Kad, KadConfig
 from p2p.messages import pack_value, unpack_value
 from p2p.rpc import Rpc
 from p2p.rpc_lane import Channel
-from p2p.rpc_types import Call, EndOfChannel, Method, RpcConfig, RpcRefusal
+from p2p.rpc_types import Call, Method, RpcConfig
 from p2p.tensor import Tensor
 
 __all__ = [

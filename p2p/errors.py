@@ -12,6 +12,10 @@
             IdentityError           the key file cannot be read, parsed or written
             ListenError             a listen address cannot be bound
         InviteError                 an invite that a person pasted is malformed
+        EndOfChannel                not a fault: the other side has said all it had to say
+        RpcRefusal                  raised by handlers, to become a CallFailed at the caller
+
+`p2p.blobs.errors` adds BlobUnavailable (RemoteFault), SourceChanged and StoreFault (LocalFault).
 
 It knows nothing of libp2p: adapters translate the library's exceptions into these.
 """
@@ -98,3 +102,27 @@ class ListenError(LocalFault):
 
 class InviteError(P2pError):
     """An invite is malformed. The message says what is wrong with it."""
+
+
+class EndOfChannel(P2pError):
+    """The other side has ended its direction cleanly, and everything it sent was received."""
+
+
+class RpcRefusal(P2pError):
+    """Raised by a handler: the caller gets CallFailed with the same code, message, hint and detail.
+
+    `code` is one of not_found, busy, invalid, unavailable, internal, denied.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        retry_after_s: float | None = None,
+        detail: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.detail = dict(detail or {})

@@ -29,7 +29,7 @@ from p2p.frames import DEADLINE_S_MAX, Refusal
 from p2p.host import ByteStream, PeerEvent
 from p2p.identity import PeerId
 from p2p.messages import codec_of
-from p2p.pipe import stream_pair
+from p2p.pipe import PipeStream, stream_pair
 from p2p.rpc_core import Budget, CoreLimits, LaneCore
 from p2p.rpc_lane import Channel, Lane, Port, decode_or_fail
 from p2p.rpc_serve import Served, answer
@@ -399,8 +399,15 @@ class Rpc:
         if link.peer != self.host.peer_id:
             return await self.host.open_stream(link.peer, _PROTOCOL[lane.name])
         near, far = stream_pair(link.peer)
-        self._started().start_soon(self._run_in, lane.name, far)
+        self._started().start_soon(self._serve_ourselves, lane.name, far)
         return near
+
+    async def _serve_ourselves(self, name: LaneName, stream: PipeStream) -> None:
+        try:
+            await self._run_in(name, stream)
+        except RemoteFault as fault:
+            logger.warning("a stream of our own calls was refused: %s", fault)
+            stream.reset()
 
     def _acceptor(self, name: LaneName) -> Callable[[ByteStream], Awaitable[None]]:
         async def accept(stream: ByteStream) -> None:
@@ -435,9 +442,8 @@ class Rpc:
             return None
         method = served.method
         large = method.upstream is not None or method.payload_bytes_max > REQUEST_WINDOW_BYTES
-        return limits_of(method), self.config.lane_window_bytes(
-            method.lane
-        ) if large else REQUEST_WINDOW_BYTES
+        window_bytes = self.config.lane_window_bytes(method.lane) if large else REQUEST_WINDOW_BYTES
+        return limits_of(method), window_bytes
 
     def _on_begun(self, lane: Lane, state: CallState) -> None:
         if lane.nursery is not None:

@@ -15,6 +15,7 @@ import trio
 from p2p.errors import (
     CallFailed,
     DeadlineExceeded,
+    EndOfChannel,
     LocalFault,
     P2pError,
     PeerLost,
@@ -26,7 +27,7 @@ from p2p.identity import PeerId
 from p2p.messages import Codec, Encoded
 from p2p.rpc_core import LaneCore
 from p2p.rpc_state import CallState, MessageLimits, Received
-from p2p.rpc_types import EndOfChannel, LaneName
+from p2p.rpc_types import LaneName
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from p2p.errors import CallFailed, PeerLost, RemoteFault, ResourceLimit
+from p2p.errors import CallFailed, EndOfChannel, PeerLost, RemoteFault, ResourceLimit, RpcRefusal
 from p2p.frames import Refusal
 from p2p.messages import codec_of
 from p2p.rpc_lane import Channel, Port, decode_or_fail
-from p2p.rpc_types import Call, EndOfChannel, Method, RpcRefusal, limits_of
+from p2p.rpc_types import Call, Method, limits_of
 
 logger = logging.getLogger(__name__)
 

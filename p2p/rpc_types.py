@@ -1,15 +1,14 @@
-"""What users of Rpc name: methods, limits, refusals, and what a handler is told of its caller.
+"""What users of Rpc name: methods, limits, and what a handler is told of its caller.
 
 Plain values, checked when they are made. Nothing here sends or receives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar
 
-from p2p.errors import LocalFault, P2pError
+from p2p.errors import LocalFault
 from p2p.frames import DATA_FRAME_BYTES_MAX, DEADLINE_S_MAX, METHOD_CHARS_MAX
 from p2p.identity import PeerId
 from p2p.messages import codec_of
@@ -20,7 +19,6 @@ A = TypeVar("A")
 
 LaneName = Literal["small", "bulk"]
 LANES: tuple[LaneName, ...] = ("small", "bulk")
-RefusalCode = Literal["not_found", "busy", "invalid", "unavailable", "internal", "denied"]
 _PAYLOAD_BYTES_MAX = (1 << 32) - 1
 
 
@@ -113,24 +111,3 @@ class Call:
 
     peer: PeerId
     deadline: float
-
-
-class EndOfChannel(P2pError):
-    """The other side has ended its direction cleanly, and everything it sent was received."""
-
-
-class RpcRefusal(P2pError):
-    """Raised by a handler: the caller gets CallFailed with the same code, message, hint and detail."""
-
-    def __init__(
-        self,
-        code: RefusalCode | str,
-        message: str,
-        retry_after_s: float | None = None,
-        detail: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
-        self.retry_after_s = retry_after_s
-        self.detail = dict(detail or {})

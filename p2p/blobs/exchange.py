@@ -18,10 +18,10 @@ from p2p.blobs.errors import BlobUnavailable
 from p2p.blobs.manifest import CHUNK_BYTES_MAX, MANIFEST_BYTES_MAX, Manifest
 from p2p.blobs.picking import Picker
 from p2p.blobs.store import BlobStore
-from p2p.errors import CallFailed, LocalFault, ProtocolViolation, RemoteFault
+from p2p.errors import CallFailed, LocalFault, ProtocolViolation, RemoteFault, RpcRefusal
 from p2p.identity import PeerId
 from p2p.rpc import Rpc
-from p2p.rpc_types import Call, Method, RpcRefusal
+from p2p.rpc_types import Call, Method
 from p2p.tensor import Tensor
 
 logger = logging.getLogger(__name__)

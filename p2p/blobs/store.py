@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # EDQUOT is not known on every system.
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_SYNC_EVERY_BYTES = 64 << 20
+_SYNC_EVERY_BYTES = 512 << 20
 _RETRY_AFTER_FULL_S = 60.0
 
 

@@ -16,8 +16,10 @@ from p2p import (
     ResourceLimit,
     RpcRefusal,
     build_manifest,
+    pack_value,
 )
 from p2p.blobs import exchange as protocol
+from p2p.messages import codec_of
 
 IDENTITY = Identity(bytes(range(32)))
 BIG = 1 << 40
@@ -60,6 +62,19 @@ def same(exchange, manifest, source):
 
 def ids(*rpcs):
     return [rpc.host.peer_id for rpc in rpcs]
+
+
+def test_the_golden_bytes_of_the_exchanges_messages():
+    golden = {
+        protocol.ManifestWanted("ab"): "91a26162",
+        protocol.HaveWanted("ab"): "91a26162",
+        protocol.Have(True, b"\x05"): "92c3c40105",
+        protocol.ChunksWanted("ab", 300, 2): "93a26162cd012c02",
+    }
+    for message, raw in golden.items():
+        assert pack_value(message).hex() == raw
+    encoded = codec_of(protocol.Bytes).encode(protocol._bytes(b"xyz"))
+    assert (encoded.body.hex(), b"".join(encoded.payload)) == ("9192a575696e743803", b"xyz")
 
 
 async def test_a_manifest_and_its_files_come_from_a_peer(peers, make, manifest, source):

@@ -16,6 +16,31 @@ HOST_FACE = {
     "open_host",
     "verify",
 }
+CALLS_FACE = {
+    "Call",
+    "Channel",
+    "EndOfChannel",
+    "Method",
+    "Rpc",
+    "RpcConfig",
+    "RpcRefusal",
+    "Tensor",
+    "pack_value",
+    "unpack_value",
+}
+BLOBS_FACE = {
+    "BlobExchange",
+    "BlobStore",
+    "BlobUnavailable",
+    "Chunk",
+    "ExchangeConfig",
+    "FileEntry",
+    "Manifest",
+    "SourceChanged",
+    "StoreFault",
+    "build_manifest",
+}
+DHT_FACE = {"Kad", "KadConfig"}
 ERRORS = {
     "CallFailed",
     "DeadlineExceeded",
@@ -32,8 +57,8 @@ ERRORS = {
 }
 
 
-def test_the_hosts_face_and_the_errors_are_exported():
-    assert set(p2p.__all__) >= HOST_FACE | ERRORS
+def test_the_face_is_pinned():
+    assert set(p2p.__all__) == HOST_FACE | CALLS_FACE | BLOBS_FACE | DHT_FACE | ERRORS
     assert len(set(p2p.__all__)) == len(p2p.__all__)
     for name in p2p.__all__:
         assert getattr(p2p, name) is not None
@@ -51,6 +76,11 @@ def test_the_errors_carry_what_a_caller_acts_on():
     assert errors.PeerLost("P").peer == "P"
     failed = errors.CallFailed("busy", "later", "P", 2.0)
     assert (failed.code, failed.message, failed.peer, failed.retry_after_s) == ("busy", "later", "P", 2.0)
+    assert failed.detail == {}
+    assert errors.CallFailed("busy", "later", "P", None, {"peer": "Q"}).detail == {"peer": "Q"}
+    refusal = errors.RpcRefusal("denied", "no", 1.0, {"why": "x"})
+    assert (refusal.code, refusal.message, refusal.retry_after_s) == ("denied", "no", 1.0)
+    assert refusal.detail == {"why": "x"}
     assert errors.ResourceLimit("full", 3.0).retry_after_s == 3.0
     assert errors.Unreachable({"/x": "why"}).attempts == {"/x": "why"}
     assert "no addresses" in str(errors.Unreachable({}))

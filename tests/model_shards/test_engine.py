@@ -390,12 +390,17 @@ def test_repetition_sees_the_prompt_of_the_very_step(llama, tools):
 
 
 def test_what_was_rewound_is_not_penalised(llama, tools):
-    often = Sampling(temperature=0, presence_penalty=2.0, frequency_penalty=2.0)
-    fresh = tools.Chain(tools.engines_of(llama.directory, (0, 2, 4)))
-    fresh.sample([1, 2, 3], Sampling(temperature=0))
-    for engine in fresh.engines:
+    longer = [1, 2, 3, 9, 8, 7]
+    logits = tools.Chain(tools.engines_of(llama.directory, (0, 4))).logits(longer)[-1]
+    nearly = Sampling(
+        temperature=0,
+        presence_penalty=2.0,
+        frequency_penalty=2.0,
+        logit_bias=((50, float(logits.max() - logits[50]) + 1.0),),
+    )
+    chain = tools.Chain(tools.engines_of(llama.directory, (0, 2, 4)))
+    assert chain.sample([1, 2, 3], Sampling(temperature=0, logit_bias=((50, 100.0),)))[0] == 50
+    for engine in chain.engines:
         engine.rewind("s", 0)
-    fresh.position = 0
-    found = fresh.sample([1, 2, 3, 9, 8, 7], often)
-    tidy = tools.Chain(tools.engines_of(llama.directory, (0, 2, 4)))
-    assert found == tidy.sample([1, 2, 3, 9, 8, 7], often)
+    chain.position = 0
+    assert chain.sample(longer, nearly)[0] == 50

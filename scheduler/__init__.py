@@ -25,6 +25,7 @@ from scheduler.health import Health, HealthConfig, Standing
 from scheduler.online import MeshPlanner
 from scheduler.placement import make_plan, needs_replan
 from scheduler.planner import adopt, planner_rank
+from scheduler.policy import Policy
 from scheduler.routing import Chain, ChainRequest, Hosted, Router, Split, Stage, choose_chain
 from scheduler.shapes import Assignment, Device, Link, Links, ModelShape, NodeShape, Plan, memory_needed
 from scheduler.sharing import Shares, Wanted, share
@@ -52,6 +53,7 @@ __all__ = [
     "NodeShape",
     "Observation",
     "Plan",
+    "Policy",
     "PreviewError",
     "Rejected",
     "RemoteFault",

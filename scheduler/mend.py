@@ -37,8 +37,15 @@ def fetch_bytes(
 class Mender:
     """Additions to assignments, over fixed nodes."""
 
-    def __init__(self, model: ModelShape, seats: Sequence[Seat], held: Held) -> None:
+    def __init__(
+        self,
+        model: ModelShape,
+        seats: Sequence[Seat],
+        held: Held,
+        fetch_factors: Mapping[str, float] | None = None,
+    ) -> None:
         self._model = model
+        self._fetch_factors = fetch_factors or {}
         self._held = held
         self._seats = {seat.node: seat for seat in seats}
 
@@ -84,7 +91,8 @@ class Mender:
         groups: dict[object, list[str]] = {}
         for seat in sorted(self._seats.values(), key=lambda s: (s.layer_s, s.node)):
             if seat.room > 0 and seat.node not in spans:
-                alike = (seat.room, seat.room_first, seat.room_last, seat.room_alone)
+                factor = self._fetch_factors.get(seat.node, 1.0)
+                alike = (seat.room, seat.room_first, seat.room_last, seat.room_alone, factor)
                 groups.setdefault(seat.node if self._held.get(seat.node) else alike, []).append(seat.node)
         return groups
 
@@ -125,6 +133,7 @@ class Mender:
     def _cost(self, node: str, old: tuple[int, int] | None, new: tuple[int, int]) -> float:
         """Layers' worth of bytes to fetch, with the penalties for growing and for one more stage."""
         fetched = fetch_bytes(self._model, old, new, self._held.get(node, ())) / self._model.layer_bytes
+        fetched *= self._fetch_factors.get(node, 1.0)
         if old is not None:
             return fetched + GROW_PENALTY * (old[1] - old[0])
         return fetched + PIECE_PENALTY

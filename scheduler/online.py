@@ -7,13 +7,14 @@ first for a model plans it. No clock, no chance, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from scheduler.errors import LocalFault, Shortage
 from scheduler.mend import Mender
 from scheduler.placement import SECOND_THOUGHTS_NODES_MAX, make_plan, still_valid
 from scheduler.planner import adopt, planner_rank
+from scheduler.policy import fetch_factor
 from scheduler.seating import seat_of
 from scheduler.shapes import Assignment, Links, NodeShape, Plan, memory_needed
 from scheduler.sharing import Wanted, left_over
@@ -170,29 +171,36 @@ class MeshPlanner:
             left_over(list(state.nodes.values()), state.plans, state.models, model), key=lambda n: n.id
         )
         if old is not None:
-            seats = [seat_of(wanted.shape, node) for node in nodes]
-            mender = Mender(wanted.shape, seats, {})
+            seats = [seat_of(wanted.shape, node, 1, wanted.policy) for node in nodes]
+            mender = Mender(
+                wanted.shape, seats, {}, {node.id: fetch_factor(node) for node in nodes if node.tags}
+            )
             kept = still_valid(wanted.shape, old, mender, state.nodes)
             mended = mender.mend(kept, wanted.copies) if kept else None
             if mended is not None:
                 return self._publish(model, mended, now_s)
         try:
-            plan = make_plan(
-                model,
-                wanted.shape,
-                nodes,
-                self._links,
-                copies=wanted.copies,
-                previous=old,
-                epoch=0,
-                planner=self._me,
-            )
+            plan = self._make(model, nodes)
         except Shortage as short:
             state.plans.pop(model, None)
             news = model not in state.short
             state.short.add(model)
             return [ReportShortage(model, short)] if news else []
         return self._publish(model, plan.assignments, now_s)
+
+    def _make(self, model: str, nodes: Sequence[NodeShape]) -> Plan:
+        wanted = self._state.models[model]
+        return make_plan(
+            model,
+            wanted.shape,
+            nodes,
+            self._links,
+            copies=wanted.copies,
+            previous=self._state.plans.get(model),
+            epoch=0,
+            planner=self._me,
+            policy=wanted.policy,
+        )
 
     def _publish(self, model: str, assignments: Iterable[Assignment], now_s: float) -> list[Instruction]:
         state = self._state
@@ -217,13 +225,9 @@ class MeshPlanner:
             if old is None or now_s - state.weighed_s.get(model, now_s) < SECOND_THOUGHTS_S:
                 continue
             state.weighed_s[model] = now_s
-            wanted = state.models[model]
             nodes = left_over(list(state.nodes.values()), state.plans, state.models, model)
             try:
-                plan = make_plan(
-                    model, wanted.shape, nodes, self._links,
-                    copies=wanted.copies, previous=old, epoch=0, planner=self._me,
-                )  # fmt: skip
+                plan = self._make(model, nodes)
             except Shortage:
                 continue
             out.extend(self._publish(model, plan.assignments, now_s))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from scheduler.judge import Judge
 from scheduler.mend import Held, Mender, fetch_bytes
 from scheduler.pipeline import Seat
+from scheduler.policy import ANYONE, Policy, fetch_factor
 from scheduler.pool import Pool
 from scheduler.search import best_effort_group, group_seats
 from scheduler.seating import hops_between, seat_of, shortage
@@ -36,24 +37,25 @@ def make_plan(
     planner: str,
     held: Held | None = None,
     sessions: Mapping[str, int] | None = None,
+    policy: Policy = ANYONE,
 ) -> Plan:
     """A plan in which every layer has `copies` hosts where memory allows, and one at least.
 
     `held` are spans whose weights a node has on disk already: they cost nothing to fetch. `sessions` are those open by
-    node: moving their host disturbs them. Nodes may come in any order. Raises Shortage when the layers cannot all be
-    placed once.
+    node: moving their host disturbs them. `policy` says which tags hosts must have. Nodes may come in any order. Raises
+    Shortage when the layers cannot all be placed once.
     """
     copies = max(1, min(copies, COPIES_MAX))
     ordered = sorted({node.id: node for node in nodes}.values(), key=lambda node: node.id)
-    seats = [seat_of(model, node) for node in ordered]
+    seats = [seat_of(model, node, 1, policy) for node in ordered]
     hop = hops_between(model, [node.id for node in ordered], links)
-    mender = Mender(model, seats, held or {})
+    mender = Mender(model, seats, held or {}, {node.id: fetch_factor(node) for node in ordered if node.tags})
     kept = still_valid(model, previous, mender, {node.id for node in ordered})
     chosen = mender.mend(kept, copies) if kept else None
     if chosen is None or len(ordered) <= SECOND_THOUGHTS_NODES_MAX:
         fresh = plan_afresh(model, seats, hop, mender, copies, _where(previous, held or {}))
         if fresh is None and chosen is None:
-            raise shortage(model, ordered, seats)
+            raise shortage(model, [node for node in ordered if policy.allows(node)], seats)
         if fresh is not None:
             judge = Judge(seats, model.layers, hop, copies)
             cost = move_cost(model, kept, fresh, held or {}, sessions or {})
@@ -148,7 +150,12 @@ def _lacking(assignments: Sequence[Assignment], layers: int, copies: int) -> int
 
 
 def needs_replan(
-    plan: Plan | None, model: ModelShape, nodes: Sequence[NodeShape], *, copies: int
+    plan: Plan | None,
+    model: ModelShape,
+    nodes: Sequence[NodeShape],
+    *,
+    copies: int,
+    policy: Policy = ANYONE,
 ) -> str | None:
     """Why a new plan is due, or None. Cheap enough for every tick; asks only for what `make_plan` would change."""
     if plan is None:
@@ -158,11 +165,11 @@ def needs_replan(
         if a.node not in live:
             return f"{a.node} of the plan is gone"
     ordered = [live[name] for name in sorted(live)]
-    seats = [seat_of(model, node) for node in ordered]
+    seats = [seat_of(model, node, 1, policy) for node in ordered]
     mender = Mender(model, seats, {})
     for a in plan.assignments:
         if not (0 <= a.start < a.end <= model.layers and mender.fits(a.node, a.start, a.end)):
-            return f"{a.node} has no longer the memory for layers {a.start}-{a.end - 1}"
+            return f"{a.node} has no longer the memory (or the tags) for layers {a.start}-{a.end - 1}"
     counts = coverage(plan.assignments, model.layers)
     if min(counts) < 1:
         return f"layer {counts.index(0)} has no host"

@@ -12,19 +12,26 @@ from functools import lru_cache
 from scheduler import cost
 from scheduler.errors import Shortage
 from scheduler.pipeline import Seat
+from scheduler.policy import ANYONE, Policy, slowdown
 from scheduler.shapes import Link, Links, ModelShape, NodeShape
 
 TIME_LEAST_S = 1e-12
-BUSY_SLOWDOWN = 4.0
-"""A node whose owner is using it is reckoned this many times slower than it measured."""
 
 
 def rooms_of(model: ModelShape, node: NodeShape) -> tuple[int, int, int, int]:
     """Layers that fit on the node: inside a pipeline, as first stage, as last, alone. Exact by memory_needed.
 
-    With devices each holds whole layers and its own working space; embedding and head each lie on one device.
+    With devices each holds whole layers and its own working space, embedding and head each lie on one device, and all
+    of them together stay within the node's memory.
     """
-    sizes = [d.memory_bytes for d in node.devices] or [node.memory_bytes]
+    if not node.devices:
+        return _rooms(model, [node.memory_bytes])
+    whole, parts = _rooms(model, [node.memory_bytes]), _rooms(model, [d.memory_bytes for d in node.devices])
+    inner, first, last, alone = (min(pair) for pair in zip(whole, parts, strict=True))
+    return inner, first, last, alone
+
+
+def _rooms(model: ModelShape, sizes: Sequence[int]) -> tuple[int, int, int, int]:
     each = model.layer_bytes + model.kv_bytes_per_layer
     embed, head = model.embed_bytes, model.head_weight_bytes
     both = max(embed, head) if model.tied else embed + head
@@ -54,13 +61,19 @@ def _fit(sizes: Sequence[int], each: int, working: int, extras: Sequence[int]) -
 
 
 @lru_cache(maxsize=1 << 16)
-def seat_of(model: ModelShape, node: NodeShape, batch: int = 1) -> Seat:
-    """The node's figures for the model."""
+def seat_of(model: ModelShape, node: NodeShape, batch: int = 1, policy: Policy = ANYONE) -> Seat:
+    """The node's figures for the model; no room where the policy does not allow it."""
     inner, first, last, alone = rooms_of(model, node)
-    slow = BUSY_SLOWDOWN if "owner-active" in node.tags else 1.0
+    if not policy.allows(node):
+        inner = first = last = alone = 0
+    elif not policy.allows_ends(node):
+        # A model of one layer has only ends; elsewhere the middle is open.
+        first = last = alone = 0
+        inner = max(0, min(inner, model.layers - 2))
+    slow = slowdown(node)
     return Seat(
         node=node.id,
-        layer_s=max(TIME_LEAST_S, slow * cost.decode_s_per_layer(model, node, batch)),
+        layer_s=max(TIME_LEAST_S, slow * _layer_s(model, node, batch)),
         head_s=slow * cost.head_s(model, node),
         room=inner,
         room_first=first,
@@ -68,6 +81,20 @@ def seat_of(model: ModelShape, node: NodeShape, batch: int = 1) -> Seat:
         room_alone=alone,
         reliability=min(1.0, max(0.01, node.reliability)),
     )
+
+
+def _layer_s(model: ModelShape, node: NodeShape, batch: int) -> float:
+    """One layer's time; over several devices the mean, weighed by the layers that each can hold."""
+    if node.decode_s_per_layer is not None or not node.devices:
+        return cost.decode_s_per_layer(model, node, batch)
+    each = model.layer_bytes + model.kv_bytes_per_layer
+    total = weight = 0.0
+    for k, device in enumerate(node.devices):
+        part = NodeShape(f"{node.id}/{k}", device.memory_bytes, device.flops_per_s, device.read_bytes_per_s)
+        layers = max(0, device.memory_bytes - model.working_bytes) // each
+        total += layers * cost.decode_s_per_layer(model, part, batch)
+        weight += layers
+    return total / weight if weight else cost.decode_s_per_layer(model, node, batch)
 
 
 def hops_between(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from scheduler.errors import Shortage
 from scheduler.placement import make_plan
+from scheduler.policy import ANYONE, Policy
 from scheduler.shapes import Assignment, Links, ModelShape, NodeShape, Plan, memory_needed
 
 
@@ -22,6 +23,7 @@ class Wanted:
     demand: float = 1.0
     copies: int = 1
     copies_max: int = 4
+    policy: Policy = ANYONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def share(
         try:
             plan = make_plan(
                 model_id, shape, left_over(nodes, shares.plans, wanted, model_id), links,
-                copies=copies, previous=old, epoch=epoch, planner=planner,
+                copies=copies, previous=old, epoch=epoch, planner=planner, policy=wanted[model_id].policy,
             )  # fmt: skip
         except Shortage as short:
             shares.plans.pop(model_id, None)

@@ -73,7 +73,15 @@ class Node:
         if "--model" not in flags:
             flags += ["--model", "none"]
         command = shoal("up", "--data-dir", self.data_dir, "--name", self.name, "--api", "127.0.0.1:0")
-        command += ["--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1", *map(str, flags)]
+        command += [
+            "--listen",
+            "/ip4/127.0.0.1/tcp/0",
+            "--threads",
+            "1",
+            "--log-level",
+            "info",
+            *map(str, flags),
+        ]
         self._log_from = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             self.child = subprocess.Popen(

@@ -69,7 +69,7 @@ def bring_up(net: Testnet, directory: str, name: str, copies: int, progress: ter
             show = spreading(name, copies, progress)
             mesh = wait_served(net.client(index), name, copies, net.left_s(), show, sleep=net.pause)
     except ShoalError:
-        net.check()  # a node that died says more in its log than our failed request
+        net.explain()  # a node that died says more in its log than our failed request
         raise
     return mesh
 

@@ -47,7 +47,8 @@ def demo(options: argparse.Namespace) -> int:
             stage = _play(net, options)
     except ShoalError as problem:
         # The nodes are gone, their logs are not: whoever wants to know more finds them.
-        raise CommandFailed(f"{problem} (the nodes' logs are in {launch.state_dir})") from None
+        known = str(launch.state_dir) in str(problem)
+        raise CommandFailed(f"{problem}" if known else f"{problem} (logs: {launch.state_dir})") from None
     except BaseException:
         _forget(scratch)
         raise
@@ -57,9 +58,13 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def _play(net: Testnet, options: argparse.Namespace) -> Stage:
-    with open_stage(plain=options.plain) as stage:
-        mesh = _gather(net, stage)
-    _ask(net, mesh, options.prompt or PROMPT, stage)
+    try:
+        with open_stage(plain=options.plain) as stage:
+            mesh = _gather(net, stage)
+        _ask(net, mesh, options.prompt or PROMPT, stage)
+    except ShoalError:
+        net.explain()
+        raise
     if options.keep:
         net.release()
     else:
@@ -85,16 +90,12 @@ def _gather(net: Testnet, stage: Stage) -> MeshView:
     def reading(label: str, fraction: float | None, detail: str = "") -> None:
         stage.detail(detail)
 
-    try:
-        publish(net.client(), EMBEDDED, EMBEDDED, 1, reading)
-        stage.step(f"spreading its layers: no node's {lent} can hold them all")
-        # Every node must know, the one that is asked above all.
-        mesh = wait_served(net.client(), EMBEDDED, 1, net.left_s(), watch.show, sleep=net.pause)
-        for index in range(1, NODES):
-            wait_served(net.client(index), EMBEDDED, 1, net.left_s(), lambda _: None, sleep=net.pause)
-    except ShoalError:
-        net.check()
-        raise
+    publish(net.client(), EMBEDDED, EMBEDDED, 1, reading)
+    stage.step(f"spreading its layers: no node's {lent} can hold them all")
+    # Every node must know, the one that is asked above all.
+    mesh = wait_served(net.client(), EMBEDDED, 1, net.left_s(), watch.show, sleep=net.pause)
+    for index in range(1, NODES):
+        wait_served(net.client(index), EMBEDDED, 1, net.left_s(), lambda _: None, sleep=net.pause)
     stage.finish()
     return mesh
 
@@ -145,10 +146,8 @@ def _ask(net: Testnet, mesh: MeshView, prompt: str, stage: Stage) -> None:
     try:
         for piece in generate(net.client(index), "/v1/completions", body, figures):
             stage.text(piece)
-    except BaseException as problem:  # also Ctrl-C: what is said next must not stand behind half a sentence
+    except BaseException:  # also Ctrl-C: what is said next must not stand behind half a sentence
         stage.broken()
-        if isinstance(problem, ShoalError):
-            net.check()
         raise
     stage.figures(f"{figures.line()}, through {_stages(mesh)} processes")
 

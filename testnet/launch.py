@@ -27,6 +27,7 @@ from testnet.processes import LocalNode, read_state
 
 POLL_S = 0.05
 INVITE_TTL_S = 3600.0
+DEATH_SHOWS_S = 0.5
 EMPTY_CONFIG = "config.toml"
 
 
@@ -98,6 +99,12 @@ class Testnet:
             self.nodes[index].api, where=f"{self.nodes[index].name} (process {self.nodes[index].pid})"
         )
 
+    def explain(self) -> None:
+        """After a failed request: raise LaunchFailed if it failed because a node has ended."""
+        end_s = self._clock_s() + DEATH_SHOWS_S
+        while self._clock_s() < end_s:
+            self.pause(POLL_S)
+
     def check(self) -> None:
         """Raise LaunchFailed if a node has ended."""
         for node in self.nodes:
@@ -155,7 +162,12 @@ class Testnet:
         command = [*options.command, "up", "--data-dir", str(data_dir), "--name", name]
         command += ["--config", str(options.state_dir / EMPTY_CONFIG)]
         command += ["--api", "127.0.0.1:0", "--listen", "/ip4/127.0.0.1/tcp/0"]
-        command += ["--log-level", "info", "--model", "none"]  # the founder would otherwise share the built-in one by itself
+        command += [
+            "--log-level",
+            "info",
+            "--model",
+            "none",
+        ]  # the founder would otherwise share the built-in one by itself
         command += ["--threads", str(max(1, (os.cpu_count() or 1) // options.nodes))]
         if options.node_memory_bytes is not None:
             command += ["--memory", str(options.node_memory_bytes)]
@@ -194,7 +206,7 @@ class Testnet:
         try:
             mesh = MeshView.parse(self.client().get("/mesh"))
         except ShoalError:
-            self.check()
+            self.explain()
             raise
         seen = {node.peer for node in mesh.nodes if node.connected or node.is_self}
         return {node.peer for node in self.nodes} <= seen

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ STATE_VERSION = 1
 STOP_GRACE_S = 5.0
 START_TIME_SLACK_S = 0.02
 LOG_TAIL_BYTES = 8192
+USUAL = re.compile(r"\d{4}-\d\d-\d\d [0-9:,.]+ (INFO|DEBUG) ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +102,15 @@ def ready_line(log: Path) -> tuple[str, str] | None:
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that says something, without our own prefix."""
+    """The last line of a log that says what went wrong, without our own prefix; "" if only the usual was logged."""
     try:
         with log.open("rb") as handle:
             handle.seek(max(0, log.stat().st_size - LOG_TAIL_BYTES))
             lines = handle.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    return next((line.strip().removeprefix("shoal: ") for line in reversed(lines) if line.strip()), "")
+    telling = [line.strip() for line in lines if line.strip() and not USUAL.match(line)]
+    return telling[-1].removeprefix("shoal: ") if telling else ""
 
 
 def running(node: LocalNode) -> psutil.Process | None:

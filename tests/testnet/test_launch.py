@@ -192,7 +192,14 @@ def test_the_flags_of_a_node(options, state_dir):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", ""), ("a\nb\n\n", "b"), ("shoal: no\n", "no"), ("x" * 20000 + "\nend", "end"), ("\xff", "\xff")],
+    [
+        ("", ""),
+        ("a\nb\n\n", "b"),
+        ("shoal: no\n", "no"),
+        ("x" * 20000 + "\nend", "end"),
+        ("\xff", "\xff"),
+        ("b\n2026-01-02 03:04:05,678 INFO    shoal.mesh: joined\n", "b"),
+    ],
 )
 def test_last_words(tmp_path, text, words):
     log = tmp_path / "x.log"

@@ -72,9 +72,11 @@ class CheckpointIndex:
         return info
 
     def names(self) -> tuple[str, ...]:
+        """Names of all tensors."""
         return tuple(self._tensors)
 
     def files(self) -> tuple[str, ...]:
+        """Names of the weight files, relative to the directory."""
         return tuple(self._headers)
 
     def header_bytes(self, file: str) -> int:

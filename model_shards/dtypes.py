@@ -36,6 +36,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype that travels."""
     return _NAMES[dtype]
 
 

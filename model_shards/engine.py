@@ -37,6 +37,7 @@ class Step:
 
     @property
     def count(self) -> int:
+        """How many positions the step holds."""
         if self.tokens is not None:
             return len(self.tokens)
         return self.hidden.shape[0] if self.hidden is not None else 0
@@ -252,6 +253,7 @@ class Engine:
         return (self._cache.pool.blocks - self._cache.free_blocks) * self._cache.pool.block_bytes
 
     def sessions(self) -> int:
+        """How many sessions are open."""
         return len(self._sessions)
 
     def _check_layers(self, start: int, end: int) -> None:

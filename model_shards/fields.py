@@ -43,6 +43,7 @@ class Fields:
         self._prefix = prefix
 
     def has(self, name: str) -> bool:
+        """Whether there is a value other than null."""
         return self._values.get(name) is not None
 
     def present(self, name: str) -> bool:
@@ -50,9 +51,11 @@ class Fields:
         return name in self._values
 
     def raw(self, name: str) -> Any:
+        """The value as it stands, unchecked."""
         return self._values.get(name)
 
     def bad(self, name: str, expected: str) -> ConfigError:
+        """The error that refuses this field's value."""
         return ConfigError(self._prefix + name, self._values.get(name), expected)
 
     def integer(self, name: str, low: int, high: int, default: int = _MISSING) -> int:
@@ -74,9 +77,11 @@ class Fields:
         return float(value)
 
     def optional_number(self, name: str, low: float, high: float) -> float | None:
+        """A finite number in [low, high], or None if absent."""
         return self.number(name, low, high) if self.has(name) else None
 
     def flag(self, name: str, default: bool) -> bool:
+        """true or false."""
         value = self._values.get(name)
         if value is None:
             return default
@@ -85,6 +90,7 @@ class Fields:
         return value
 
     def text(self, name: str, default: str = _MISSING) -> str:
+        """A string."""
         value = self._values.get(name)
         if value is None and default is not _MISSING:
             return default

@@ -89,6 +89,7 @@ class KvCache:
 
     @property
     def free_blocks(self) -> int:
+        """Blocks that nobody holds, cached or not."""
         return self.pool.free_blocks + self.pages.idle_blocks
 
     def take(self, layers: int, blocks_a_layer: int) -> list[list[int]]:

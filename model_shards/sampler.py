@@ -66,6 +66,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
         return self.temperature < GREEDY_BELOW or self.top_k == 1
 
     @property

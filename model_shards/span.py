@@ -44,6 +44,7 @@ class Span:
 
     @property
     def bytes_read(self) -> int:
+        """Checkpoint bytes that loading read."""
         return sum(end - start for _, start, end in self.ranges_read)
 
     @property

@@ -61,6 +61,8 @@ class Tokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of ``text``; ``add_special`` lets the tokenizer add its own, such as the beginning of
+        text."""
         return list(self._backend.encode(text, add_special_tokens=add_special).ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -68,6 +70,7 @@ class Tokenizer:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
     def token_id(self, token: str) -> int | None:
+        """The id of a token by its text, or None."""
         found = self._backend.token_to_id(token)
         return None if found is None else int(found)
 

@@ -48,6 +48,7 @@ class TensorReader:
 
     @property
     def bytes_read(self) -> int:
+        """Bytes read so far."""
         return sum(end - start for _, start, end in self.ranges_read)
 
     def read_into(self, spec: TensorSpec, target: torch.Tensor, first_row: int = 0) -> None:

@@ -215,24 +215,37 @@ async def test_what_is_not_served_is_said(peers):
 # ---- deadlines and cancellation
 
 
-async def test_a_deadline_ends_the_call_at_both_ends(peers):
+async def never(call, request, channel=None):
+    await trio.sleep_forever()
+
+
+async def test_a_deadline_ends_calls_and_channels(peers):
     one, other = await peers(2)
-    ended = trio.Event()
+    other.serve(ADD, never)
+    other.serve_channel(COUNT, never)
+    with pytest.raises(DeadlineExceeded):
+        await one.call(other.host.peer_id, ADD, Number(1), deadline_s=0.01)
+    async with one.open(other.host.peer_id, COUNT, Number(1), deadline_s=0.01) as channel:
+        with pytest.raises(DeadlineExceeded):
+            await channel.receive()
+
+
+async def test_a_deadline_cancels_the_handler_too(memory_peers, autojump_clock):
+    one, other = await memory_peers(2)
+    ended = []
 
     async def slow(call, request):
         try:
             await trio.sleep_forever()
         finally:
-            ended.set()
+            ended.append(trio.current_time())
 
     other.serve(ADD, slow)
+    began_s = trio.current_time()
     with pytest.raises(DeadlineExceeded):
-        await one.call(other.host.peer_id, ADD, Number(1), deadline_s=0.05)
-    with trio.fail_after(5):
-        await ended.wait()
-    async with one.open(other.host.peer_id, ADD, Number(1), deadline_s=0.05) as channel:
-        with pytest.raises(DeadlineExceeded):
-            await channel.receive()
+        await one.call(other.host.peer_id, ADD, Number(1), deadline_s=2.0)
+    await trio.testing.wait_all_tasks_blocked()
+    assert ended == [pytest.approx(began_s + 2.0)]
 
 
 async def test_the_callee_keeps_the_deadline_itself(memory_peers, autojump_clock):

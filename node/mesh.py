@@ -166,7 +166,7 @@ class MeshNode:
             self._publish_model(known)
             return known
         dtype = self.config.dtype if self.config.dtype != "auto" else natural_dtype(files)
-        shape = shape_of(files.config, files.index, dtype)
+        shape = shape_of(files.config, files.index, dtype, self.config.quant)
         context = min(files.config.context_tokens, 1 << 17)
         advert = ModelAdvert(
             name=name,

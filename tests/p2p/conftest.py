@@ -4,9 +4,14 @@ from dataclasses import dataclass
 
 import pytest
 import trio
+from hypothesis import settings
 
 from p2p import HostConfig, Identity, Rpc, open_host
 from p2p.testing import MemoryNetwork
+
+# The same examples every time, however slow the machine.
+settings.register_profile("deterministic", derandomize=True, deadline=None)
+settings.load_profile("deterministic")
 
 ON_LOOPBACK = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
 

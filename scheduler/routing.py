@@ -337,6 +337,7 @@ class Router:
             hop_s=hop_s,
             back_s=lambda u, v: hop_s(u, v) if u != v else 0.0,
             width=width,
+            firsts_max=0 if width == SHORTLIST_WIDTH else EXACT_SPANS_MAX,
         )
 
     def _priced(self, trip: _Trip, walk: Walk) -> Chain:

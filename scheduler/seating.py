@@ -67,9 +67,7 @@ def seat_of(model: ModelShape, node: NodeShape, batch: int = 1, policy: Policy =
     if not policy.allows(node):
         inner = first = last = alone = 0
     elif not policy.allows_ends(node):
-        # A model of one layer has only ends; elsewhere the middle is open.
         first = last = alone = 0
-        inner = max(0, min(inner, model.layers - 2))
     slow = slowdown(node)
     return Seat(
         node=node.id,

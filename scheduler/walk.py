@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
+NEARLY_FREE = 0.99
+"""Where the way back is so small a part of the cost, no other first node is tried for it."""
+
 Label = tuple[int, int, "Label | None"]
 """A node, the layer it was entered at, and how one came there."""
 
@@ -29,7 +32,8 @@ class Ground:
 
     `enter_s` is paid on entering a node, `layer_s` for each layer served; `first_s(v)` to reach the first node,
     `hop_s(u, v)` between two, `back_s(last, first)` once at the end. `width` bounds how many nodes to leave from
-    are weighed at one layer (the cheapest so far).
+    are weighed at one layer (the cheapest so far), `firsts_max` how many other first nodes are tried for a shorter
+    way back.
     """
 
     layers: int
@@ -41,10 +45,34 @@ class Ground:
     hop_s: Callable[[int, int], float]
     back_s: Callable[[int, int], float]
     width: int = 1 << 30
+    firsts_max: int = 1 << 30
 
 
 def shortest_walk(ground: Ground, usable: Sequence[int]) -> Walk | None:
-    """The cheapest walk over the `usable` numbers, or None when some layer has no host among them."""
+    """The cheapest walk over the `usable` numbers, or None when some layer has no host among them.
+
+    The way back depends on the first node, which the shortest way to a layer has forgotten; so where another first
+    node may still win, it is tried on its own, those nearest to the last one before others, `firsts_max` at most.
+    """
+    found = _from(ground, usable, None)
+    if found is None:
+        return None
+    best, without_back_s = found
+    firsts = [v for v in usable if ground.starts[v] == 0 and v != best.stages[0][0]]
+    if firsts and ground.firsts_max:
+        last = best.stages[-1][0]
+        back_s = {v: ground.back_s(last, v) for v in firsts}
+        for v in sorted(firsts, key=lambda v: (back_s[v], v))[: ground.firsts_max]:
+            if without_back_s >= best.cost_s * NEARLY_FREE:
+                break
+            other = _from(ground, usable, v)
+            if other is not None and other[0].cost_s < best.cost_s:
+                best = other[0]
+    return best
+
+
+def _from(ground: Ground, usable: Sequence[int], first: int | None) -> tuple[Walk, float] | None:
+    """The cheapest walk that begins at `first` (any, when None), and the least cost to the last layer."""
     starts, ends, layers = ground.starts, ground.ends, ground.layers
     opening: dict[int, list[int]] = {}
     bounds = {layers}
@@ -57,9 +85,11 @@ def shortest_walk(ground: Ground, usable: Sequence[int]) -> Walk | None:
     label: dict[int, Label] = {}
     crossing: list[int] = []
     for v in opening.get(0, ()):
+        crossing.append(v)
+        if first is not None and v != first:
+            continue
         base[v] = ground.first_s(v) + ground.enter_s[v]
         label[v] = (v, 0, None)
-        crossing.append(v)
     for b in sorted(bounds):
         if 0 < b < layers:
             fresh = opening.get(b, [])
@@ -70,12 +100,15 @@ def shortest_walk(ground: Ground, usable: Sequence[int]) -> Walk | None:
             if not base:
                 return None
     best: tuple[float, Label] | None = None
+    least = float("inf")
     for u, cost in base.items():
         if ends[u] >= layers:
-            total = cost + ground.layer_s[u] * layers + ground.back_s(u, _first(label[u]))
+            there = cost + ground.layer_s[u] * layers
+            least = min(least, there)
+            total = there + ground.back_s(u, _first(label[u]))
             if best is None or (total, u) < (best[0], best[1][0]):
                 best = (total, label[u])
-    return None if best is None else Walk(_stages(best[1], layers), best[0])
+    return None if best is None else (Walk(_stages(best[1], layers), best[0]), least)
 
 
 def _hand_over(

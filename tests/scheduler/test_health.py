@@ -35,6 +35,7 @@ def test_when_all_are_slower_than_expected_nobody_is_a_straggler():
         for node in NODES:
             run(health, node, 5.0)
     assert {health.standing(n, 20.0).state for n in NODES} == {"good"}
+    assert all(health.standing(n, 20.0).slowdown == pytest.approx(1.0) for n in NODES)
 
 
 def test_a_failure_takes_a_node_out_then_on_probation_then_back():

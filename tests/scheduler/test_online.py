@@ -123,14 +123,14 @@ def test_open_sessions_make_a_move_dearer():
 def test_models_share_by_demand_within_memory():
     nodes = [node(f"n{k}", 6) for k in range(8)]
     wanted = {
-        "hot": Wanted(shape(), demand=9.0, copies_max=6),
-        "cold": Wanted(shape(), demand=1.0, copies_max=6),
+        "a-hot": Wanted(shape(), demand=9.0, copies_max=6),
+        "b-cold": Wanted(shape(), demand=1.0, copies_max=6),
         "huge": Wanted(shape(layers=4, layer=50 * MIB), demand=5.0),
     }
     shares = share(wanted, nodes, link, epoch=1, planner="n0")
-    assert set(shares.plans) == {"hot", "cold"}
+    assert set(shares.plans) == {"a-hot", "b-cold"}
     assert isinstance(shares.shortages["huge"], Shortage)
-    hot, cold = (min(shares.plans[m].coverage(8)) for m in ("hot", "cold"))
+    hot, cold = (min(shares.plans[m].coverage(8)) for m in ("a-hot", "b-cold"))
     assert hot > cold >= 1
     for n in left_over(nodes, shares.plans, wanted, "nothing"):
         assert n.memory_bytes >= 0

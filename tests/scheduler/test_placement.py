@@ -15,6 +15,9 @@ from scheduler import (
     memory_needed,
     needs_replan,
 )
+from scheduler.judge import Judge
+from scheduler.mend import fetch_bytes
+from scheduler.pipeline import Seat
 
 MIB = 1 << 20
 
@@ -169,6 +172,46 @@ def test_a_node_whose_memory_shrank_is_planned_anew(build):
     assert "no longer the memory" in (needs_replan(before, build.model(), nodes, copies=1) or "")
     after = place(build.model(), nodes, build.links(), previous=before, epoch=2)
     check(after, build.model(), nodes)
+
+
+def test_a_tied_head_costs_nothing_where_the_embedding_lies(build):
+    model = build.model(layers=4, layer=100, embed=30, tied=True)
+    assert fetch_bytes(model, None, (0, 4)) == 430
+    assert fetch_bytes(model, (0, 2), (0, 4)) == 200
+    assert fetch_bytes(model, (0, 2), (2, 4)) == 200
+    assert fetch_bytes(model, (1, 2), (1, 4)) == 230
+    assert fetch_bytes(model, None, (1, 4), [(2, 4)]) == 100
+
+
+def test_a_fresh_plan_keeps_the_middle_stages_where_their_weights_are(build):
+    nodes = build.nodes(5, 5, 5, 5, 5, 5)
+    model = build.model(layers=12)
+    held = {"n1": [(8, 10)], "n2": [(6, 8)], "n3": [(4, 6)], "n4": [(2, 4)]}
+    plan = place(model, nodes, build.links(), held=held)
+    starts = [
+        spans(plan)[n][0]
+        for n in ("n4", "n3", "n2", "n1")
+        if spans(plan)[n][0] > 0 and spans(plan)[n][1] < 12
+    ]
+    assert len(starts) >= 2
+    assert starts == sorted(starts)
+
+
+def test_the_judge_counts_chains_that_can_run_side_by_side():
+    def seat(name, layer_s=1.0):
+        return Seat(name, layer_s, 0.0, 4, 4, 4, 4)
+
+    seats = [seat("a"), seat("b"), seat("c"), seat("d")]
+    one = [Assignment("a", 0, 2), Assignment("b", 2, 4)]
+    two = [*one, Assignment("c", 0, 2), Assignment("d", 2, 4)]
+    partial = [*one, Assignment("c", 0, 2)]
+    judge = Judge(seats, 4, 0.5, chains_max=4)
+    # One chain: 4 layers and two hops, 5 s; the slowest stage 2 s.
+    assert judge.score(one) == pytest.approx((1 / 5 * 1 / 2) ** 0.5)
+    assert judge.score(two) == pytest.approx(2 * judge.score(one))
+    assert judge.score(partial) == judge.score(one)
+    assert judge.score([Assignment("a", 0, 2)]) == 0.0
+    assert Judge(seats, 4, 0.5, chains_max=1).score(two) == judge.score(one)
 
 
 pools = st.lists(

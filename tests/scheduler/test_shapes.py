@@ -67,6 +67,12 @@ def test_a_layer_never_lies_across_two_devices(build):
     assert rooms_of(model, cut)[0] == 3
 
 
+def test_the_embedding_lies_on_the_device_where_it_costs_no_layer(build):
+    model = build.model(layers=8, layer=100, embed=50, context=0)
+    node = NodeShape("a", 390, 1e9, 1e9, devices=(Device(150, 1e9, 1e9), Device(240, 1e9, 1e9)))
+    assert rooms_of(model, node)[:2] == (3, 3)
+
+
 def test_decode_is_bound_by_reading_and_prefill_by_arithmetic(build):
     model = build.model()
     node = build.node("a", 8)

@@ -278,8 +278,7 @@ class Router:
         """The best chain over a list of spans, at its true cost, and its spans; nodes already used only if need be."""
         layers = trip.request.layers
         usable = self._shortlist.pick(ranked, layers, used) if len(ranked) > EXACT_SPANS_MAX else ranked
-        width = SHORTLIST_WIDTH if usable is not ranked else len(usable)
-        walk = shortest_walk(self._ground(trip, used, width), usable)
+        walk = shortest_walk(self._ground(trip, used, whole=usable is ranked), usable)
         if walk is None:
             return None
         return self._priced(trip, walk), [v for v, _, _ in walk.stages]
@@ -314,7 +313,7 @@ class Router:
         found = self._known[u, v] = link.latency_s, 1 / link.bytes_per_s if link.bytes_per_s > 0 else 0.0
         return found
 
-    def _ground(self, trip: _Trip, used: set[int], width: int) -> Ground:
+    def _ground(self, trip: _Trip, used: set[int], *, whole: bool) -> Ground:
         crossings, size, known = trip.crossings, trip.hop_bytes, self._known
         enter_s, layer_s = trip.seen.enter_s, trip.seen.layer_s
         if used:
@@ -336,8 +335,8 @@ class Router:
             first_s=trip.near_s.__getitem__,
             hop_s=hop_s,
             back_s=lambda u, v: hop_s(u, v) if u != v else 0.0,
-            width=width,
-            firsts_max=0 if width == SHORTLIST_WIDTH else EXACT_SPANS_MAX,
+            width=EXACT_SPANS_MAX if whole else SHORTLIST_WIDTH,
+            firsts_max=EXACT_SPANS_MAX if whole else 0,
         )
 
     def _priced(self, trip: _Trip, walk: Walk) -> Chain:

@@ -88,8 +88,9 @@ class Recipe:
     weight_decay: float
     warmup_steps: int
     compile: bool
-    # The last part of a run sees whole contexts, so that positions beyond `sequence_tokens` are trained too.
-    long_from_progress: float = 0.85
+    # One step in so many sees whole contexts, so that positions beyond `sequence_tokens` are trained too. All along: to
+    # begin with them late undid much of what the short ones had taught.
+    whole_context_every: int = 4
 
 
 def find_corpus() -> list[Path]:
@@ -383,7 +384,7 @@ def train(
         progress = step / recipe.steps if recipe.steps is not None else spent / ((recipe.minutes or 0) * 60)
         if progress >= 1:
             break
-        whole = progress >= recipe.long_from_progress
+        whole = step % recipe.whole_context_every == 0
         sequence = model.shape.context_tokens if whole else recipe.sequence_tokens
         scale = rate(step, progress, recipe)
         for optimizer, rates in zip(optimizers, base, strict=True):

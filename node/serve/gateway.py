@@ -219,7 +219,7 @@ class MeshGateway:
         self.live[session] = live
         first = stages[0].peer
         try:
-            with self._returns.expect(session, "gateway") as tokens:
+            with self._returns.expect(session, "gateway", stages[-1].peer) as tokens:
                 async with self._rpc.open(first, SESSION, opening) as channel, trio.open_nursery() as nursery:
                     nursery.start_soon(_feed, channel, request.prompt)
                     nursery.start_soon(_watch, channel, first)

@@ -21,17 +21,17 @@ class Returns:
     """Serves RETURN and hands each session's tokens to the task that expects them."""
 
     def __init__(self, rpc: Rpc) -> None:
-        self._waiting: dict[tuple[str, Role], trio.MemorySendChannel[TokenOut]] = {}
+        self._waiting: dict[tuple[str, Role], tuple[str, trio.MemorySendChannel[TokenOut]]] = {}
         rpc.serve_channel(RETURN, self._serve)
 
     @contextlib.contextmanager
-    def expect(self, session: str, role: Role) -> Iterator[trio.MemoryReceiveChannel[TokenOut]]:
-        """Receive a session's tokens for as long as the block lasts."""
+    def expect(self, session: str, role: Role, last: str) -> Iterator[trio.MemoryReceiveChannel[TokenOut]]:
+        """Receive a session's tokens from its last stage, on peer `last`, for as long as the block lasts."""
         key = (session, role)
         if key in self._waiting:
             raise RpcRefusal("invalid", f"session {session} is already open here")
         send, receive = trio.open_memory_channel[TokenOut](TOKENS_BUFFERED)
-        self._waiting[key] = send
+        self._waiting[key] = last, send
         try:
             with send, receive:
                 yield receive
@@ -42,8 +42,8 @@ class Returns:
         return len(self._waiting)
 
     async def _serve(self, call: Call, request: ReturnOpen, channel: Channel[TokenOut, ReturnDone]) -> None:
-        taker = self._waiting.get((request.session, request.role))
-        if taker is None:
+        last, taker = self._waiting.get((request.session, request.role), ("", None))
+        if taker is None or call.peer != last:
             raise RpcRefusal("not_found", f"nobody here waits for session {request.session}")
         async for token in channel:
             try:

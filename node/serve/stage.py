@@ -19,6 +19,9 @@ from node.serve.compute import Abandoned, Compute
 from node.serve.faults import leaves
 from node.serve.protocol import (
     CHUNK_TOKENS_MAX,
+    ID_CHARS_MAX,
+    IDLE_S_MAX,
+    PROMPT_WAIT_S,
     RETURN,
     SESSION,
     STAGES_MAX,
@@ -81,7 +84,7 @@ class StageService:
         async with contextlib.AsyncExitStack() as stack:
             # Waiting starts before the chain behind is opened: its last stage may answer at once.
             tokens = (
-                stack.enter_context(self._returns.expect(request.session, "stage"))
+                stack.enter_context(self._returns.expect(request.session, "stage", request.stages[-1].peer))
                 if request.index == 0
                 else None
             )
@@ -196,7 +199,7 @@ class _Stage:
         """The first stage: the prompt from the gateway, then each token as the last stage returns it."""
         position = 0
         while position < self._request.prompt_tokens:
-            prompt = (await channel.receive()).prompt
+            prompt = (await _in_time(channel, PROMPT_WAIT_S)).prompt
             if prompt is None or prompt.position != position:
                 raise RpcRefusal("invalid", f"expected the prompt from position {position}")
             tokens = _token_ids(prompt.tokens, self._request.prompt_tokens - position)
@@ -213,12 +216,13 @@ class _Stage:
     async def follow(self, channel: InputChannel) -> None:
         """A later stage: activations until the one before closes."""
         device = self._compute.engine.span.device
-        async for message in channel:
-            given = message.activations
-            if given is None:
-                raise RpcRefusal("invalid", "expected activations")
-            hidden = tensor_from_bytes(given.hidden.dtype, given.hidden.shape, given.hidden.data)
-            await self._step(given.position, given.sample, hidden=hidden.to(device))
+        with contextlib.suppress(EndOfChannel):
+            while True:
+                given = (await _in_time(channel, IDLE_S_MAX)).activations
+                if given is None:
+                    raise RpcRefusal("invalid", "expected activations")
+                hidden = tensor_from_bytes(given.hidden.dtype, given.hidden.shape, given.hidden.data)
+                await self._step(given.position, given.sample, hidden=hidden.to(device))
 
     async def _step(
         self,
@@ -239,6 +243,9 @@ def _check(request: SessionOpen, me: str) -> StageRef:
     """The request's own stage; refuses what no honest gateway sends."""
     if not 0 <= request.index < len(request.stages) <= STAGES_MAX:
         raise RpcRefusal("invalid", f"stage {request.index} of {len(request.stages)}")
+    names = (request.session, request.gateway, *(stage.peer for stage in request.stages))
+    if not all(0 < len(name) <= ID_CHARS_MAX for name in names):
+        raise RpcRefusal("invalid", f"names have 1 to {ID_CHARS_MAX} characters")
     if request.prompt_tokens < 1 or request.new_tokens_max < 1:
         raise RpcRefusal("invalid", "a session needs at least one prompt token and one new token")
     if request.prompt_tokens + request.new_tokens_max > TOKENS_MAX:
@@ -259,11 +266,18 @@ def _token_ids(tensor: Tensor, most: int) -> tuple[int, ...]:
     return tuple(ids.tolist())
 
 
+async def _in_time(channel: InputChannel, wait_s: float) -> SessionInput:
+    """What comes next. A session that nobody feeds must not keep its room for ever."""
+    with trio.move_on_after(wait_s):
+        return await channel.receive()
+    raise RpcRefusal("unavailable", f"nothing came for this session within {wait_s:g} s")
+
+
 async def _until_closed(channel: InputChannel) -> None:
     """Keep the session's room until the gateway has read its last token and leaves."""
     with contextlib.suppress(EndOfChannel):
         while True:
-            await channel.receive()
+            await _in_time(channel, IDLE_S_MAX)
 
 
 async def _watch(channel: OnwardChannel, peer: str) -> None:

@@ -17,7 +17,7 @@ from node.gateway import GenerateRequest
 from node.metrics import Metrics
 from node.serve.compute import Compute
 from node.serve.gateway import MeshGateway
-from node.serve.protocol import SESSION, SamplingSpec, SessionOpen, StageRef
+from node.serve.protocol import RETURN, SESSION, ReturnOpen, SamplingSpec, SessionOpen, StageRef, TokenOut
 from node.serve.returns import Returns
 from node.serve.stage import StageService
 from p2p import CallFailed, Rpc, RpcRefusal
@@ -310,6 +310,9 @@ def opening(ring, **changes):
         {"prompt_tokens": 1 << 40},
         {"manifest_id": "other"},
         {"new_tokens_max": 2000},
+        {"session": ""},
+        {"session": "x" * 5000},
+        {"gateway": "x" * 5000},
         {"sampling": SamplingSpec(-1.0, 7.0, -3, 0)},
     ],
 )
@@ -321,6 +324,33 @@ async def test_a_session_no_honest_gateway_opens_is_refused_and_leaves_nothing(m
                 await channel.receive()
         assert refused.value.code in ring_refusals
         await ring.quiet()
+
+
+async def test_a_session_that_nobody_feeds_gives_its_room_back(model, monkeypatch):
+    monkeypatch.setattr("node.serve.stage.PROMPT_WAIT_S", 0.05)
+    async with ring_of(model, CUTS["two"]) as ring:
+        request = opening(ring)
+        with ring.entry.returns.expect("s", "gateway", ring.nodes[-1].me), trio.fail_after(5):
+            async with ring.entry.rpc.open(ring.nodes[0].me, SESSION, request) as channel:
+                with pytest.raises(CallFailed, match="nothing came"):
+                    await channel.receive()
+        await ring.quiet()
+
+
+async def test_tokens_come_from_the_last_stage_or_not_at_all(model):
+    async with ring_of(model, CUTS["two"]) as ring:
+        first, last = (node.me for node in ring.nodes)
+        with ring.entry.returns.expect("s", "gateway", last) as tokens, trio.fail_after(5):
+            with pytest.raises(CallFailed) as refused:
+                async with ring.nodes[0].rpc.open(
+                    ring.entry.me, RETURN, ReturnOpen("s", "gateway")
+                ) as channel:
+                    await channel.receive()
+            assert refused.value.code == "not_found"
+            async with ring.nodes[1].rpc.open(ring.entry.me, RETURN, ReturnOpen("s", "gateway")) as channel:
+                await channel.send(TokenOut(0, 7))
+                assert (await tokens.receive()).token == 7
+        assert first != last
 
 
 @pytest.fixture

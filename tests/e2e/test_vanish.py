@@ -1,0 +1,162 @@
+"""Nodes that die, freeze, come back or leave politely, while somebody waits for text."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+PROMPT = "def read_file(path):\n"
+ERROR_S_MAX = 5.0
+STOP_S_MAX = 3.0
+
+
+@pytest.fixture
+def whole(four):
+    """The four as they should be, whatever the test before did to them."""
+    four.heal()
+    return four
+
+
+@pytest.fixture(scope="module")
+def expected(alone, tools):
+    return tools.complete(alone.api, PROMPT)
+
+
+@pytest.fixture(scope="module")
+def spare(tmp_path_factory, tools):
+    """A gateway that hosts nothing, before three nodes that each could serve the whole model; two copies wanted."""
+    directory = tmp_path_factory.mktemp("spare")
+    flags = ("--memory", "20MiB")
+    mesh = tools.Mesh(
+        tools.Node(directory, "gateway", "--no-serve"),
+        *(tools.Node(directory, name, *flags) for name in "abc"),
+    )
+    try:
+        assert mesh.nodes[0].add(copies=2)["state"] == "ready"
+        mesh.until(lambda view: view["models"][0]["copies_min"] >= 2)
+        yield mesh
+    finally:
+        mesh.end()
+
+
+def lose_one(mesh, tools, how, gateway):
+    """Freeze or kill a stage of a running stream; the stage and the last chunk, which must have come in time."""
+    with tools.stream(gateway.api, PROMPT, max_tokens=1000) as chunks:
+        next(chunks)
+        chain = tools.until(lambda: gateway.view()["requests"], "a request")[0]["chain"]
+        victim = next(
+            mesh.of(s["node"]) for s in chain if s["node"] not in (gateway.peer, mesh.nodes[0].peer)
+        )
+        victim.signal(how)
+        began_s = time.monotonic()
+        last = {}
+        for chunk in chunks:
+            last = chunk
+        took_s = time.monotonic() - began_s
+    assert took_s < ERROR_S_MAX
+    assert last.get("error", {}).get("message"), last
+    assert set(last["error"]) >= {"message", "type", "param", "code"}
+    return victim
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_with_a_second_copy_the_very_next_request_works(spare, tools, expected, how):
+    spare.heal()
+    spare.until(lambda view: view["models"][0]["copies_min"] >= 2)
+    gateway = spare.nodes[0]
+    assert tools.complete(gateway.api, PROMPT) == expected
+    lose_one(spare, tools, how, gateway)
+    assert tools.complete(gateway.api, PROMPT) == expected
+
+
+def test_a_node_told_not_to_serve_hosts_nothing(spare):
+    assert spare.nodes[0].peer not in spare.spans()
+    card = next(n for n in spare.nodes[0].view()["nodes"] if n["self"])
+    assert card["serves"] is False
+
+
+def test_when_every_copy_is_lost_another_node_serves_the_model_from_its_publisher(spare, tools, expected):
+    spare.heal()
+    spare.until(lambda view: view["models"][0]["copies_min"] >= 2)
+    gateway = spare.nodes[0]
+    before = gateway.view()["models"][0]
+    idle = next(
+        node for node in spare.nodes[1:] if node.peer not in {span["node"] for span in before["plan"]}
+    )
+    for node in spare.nodes[1:]:
+        if node is not idle:
+            node.signal(signal.SIGKILL)
+    tools.until(lambda: tools.ask(gateway.api, PROMPT)[0] == 200, "text", 30)
+    assert tools.complete(gateway.api, PROMPT) == expected
+    after = idle.view()["models"][0]
+    assert [span["node"] for span in after["plan"]] == [idle.peer]
+    assert after["epoch"] > before["epoch"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_full_mesh_that_loses_a_stage_says_what_it_lacks_until_the_node_is_back(
+    whole, tools, expected, how
+):
+    victim = lose_one(whole, tools, how, whole.nodes[0])
+    for node in (node for node in whole.nodes if node is not victim):
+        status, document = tools.until(
+            lambda node=node: (got := tools.ask(node.api, PROMPT))[0] == 503 and "needs" in str(got) and got,
+            f"a shortage at {node.name}", 20,
+        )  # fmt: skip
+        assert status == 503
+        assert "MiB" in document["error"]["message"]
+    whole.heal()
+    assert [tools.complete(api, PROMPT) for api in whole.apis] == [expected] * 4
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_node_that_comes_back_joins_again_by_itself(whole, tools, expected, how):
+    """Killed: started again with its directory and no invite. Frozen for longer than its records live: let go on."""
+    victim = whole.nodes[2]
+    victim.signal(how)
+    tools.until(
+        lambda: not any(n["connected"] for n in whole.nodes[0].view()["nodes"] if n["peer"] == victim.peer),
+        "the loss is noticed", 10,
+    )  # fmt: skip
+    whole.heal()
+    assert tools.complete(victim.api, PROMPT) == expected
+
+
+def test_the_founder_restarts_and_finds_its_mesh_from_memory(whole, tools, expected):
+    founder = whole.nodes[0]
+    mesh_id = founder.view()["mesh"]
+    founder.end()
+    whole.heal()
+    assert founder.view()["mesh"] == mesh_id
+    assert tools.complete(founder.api, PROMPT) == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_clean_stop_leaves_every_view_in_time(spare, number):
+    spare.heal()
+    leaving, others = spare.nodes[-1], spare.nodes[:-1]
+    leaving.signal(number)
+    began_s = time.monotonic()
+    assert leaving.wait(STOP_S_MAX) == 0
+    while any(node["peer"] == leaving.peer for other in others for node in other.view()["nodes"]):
+        assert time.monotonic() - began_s < STOP_S_MAX
+    assert "Traceback" not in leaving.log()
+    assert "leaving now" not in leaving.log(), "the watchdog had to end it"
+    assert not (leaving.data_dir / "daemon.json").exists()
+
+
+def test_a_clean_stop_in_the_middle_of_text_tells_the_client(spare, tools):
+    spare.heal()
+    gateway = spare.nodes[0]
+    with tools.stream(gateway.api, PROMPT, max_tokens=1000) as chunks:
+        next(chunks)
+        gateway.signal(signal.SIGTERM)
+        last = {}
+        for chunk in chunks:
+            last = chunk
+        assert "error" in last
+    assert gateway.wait(STOP_S_MAX) == 0
+    assert "Traceback" not in gateway.log()
+    assert "leaving now" not in gateway.log()

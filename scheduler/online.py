@@ -15,8 +15,9 @@ from scheduler.mend import Mender
 from scheduler.placement import SECOND_THOUGHTS_NODES_MAX, make_plan, still_valid
 from scheduler.planner import adopt, planner_rank
 from scheduler.policy import fetch_factor
+from scheduler.relief import relieve, trim
 from scheduler.seating import seat_of
-from scheduler.shapes import Assignment, Links, NodeShape, Plan, memory_needed
+from scheduler.shapes import Assignment, Links, NodeShape, Plan, coverage, memory_needed
 from scheduler.sharing import Wanted, left_over
 
 DRIFT_LEAST = 0.2
@@ -95,6 +96,8 @@ class _State:
     short: set[str] = field(default_factory=set)
     epochs: dict[str, int] = field(default_factory=dict)
     weighed_s: dict[str, float] = field(default_factory=dict)
+    copies: dict[str, int] = field(default_factory=dict)
+    copies_seen: dict[str, int] = field(default_factory=dict)
 
 
 class MeshPlanner:
@@ -129,9 +132,11 @@ class MeshPlanner:
                     return []
             case ModelAdded(model, wanted):
                 state.models[model] = wanted
+                state.copies[model] = wanted.copies
             case ModelDropped(model):
                 state.models.pop(model, None)
                 state.plans.pop(model, None)
+                state.copies.pop(model, None)
                 state.short.discard(model)
             case PlanSeen(plan):
                 return self._seen(plan)
@@ -167,16 +172,11 @@ class MeshPlanner:
         """Keep what stands, add what is short; a new plan only where additions cannot do."""
         state, wanted = self._state, self._state.models[model]
         old = state.plans.get(model)
-        nodes = sorted(
-            left_over(list(state.nodes.values()), state.plans, state.models, model), key=lambda n: n.id
-        )
+        nodes = self._free(model)
         if old is not None:
-            seats = [seat_of(wanted.shape, node, 1, wanted.policy) for node in nodes]
-            mender = Mender(
-                wanted.shape, seats, {}, {node.id: fetch_factor(node) for node in nodes if node.tags}
-            )
+            mender = self._mender(model, nodes)
             kept = still_valid(wanted.shape, old, mender, state.nodes)
-            mended = mender.mend(kept, wanted.copies) if kept else None
+            mended = mender.mend(kept, state.copies[model]) if kept else None
             if mended is not None:
                 return self._publish(model, mended, now_s)
         try:
@@ -188,6 +188,17 @@ class MeshPlanner:
             return [ReportShortage(model, short)] if news else []
         return self._publish(model, plan.assignments, now_s)
 
+    def _free(self, model: str) -> list[NodeShape]:
+        """The members with the memory that other models leave, by name."""
+        state = self._state
+        nodes = left_over(list(state.nodes.values()), state.plans, state.models, model)
+        return sorted(nodes, key=lambda node: node.id)
+
+    def _mender(self, model: str, nodes: Sequence[NodeShape]) -> Mender:
+        wanted = self._state.models[model]
+        seats = [seat_of(wanted.shape, node, 1, wanted.policy) for node in nodes]
+        return Mender(wanted.shape, seats, {}, {node.id: fetch_factor(node) for node in nodes if node.tags})
+
     def _make(self, model: str, nodes: Sequence[NodeShape]) -> Plan:
         wanted = self._state.models[model]
         return make_plan(
@@ -195,7 +206,7 @@ class MeshPlanner:
             wanted.shape,
             nodes,
             self._links,
-            copies=wanted.copies,
+            copies=self._state.copies[model],
             previous=self._state.plans.get(model),
             epoch=0,
             planner=self._me,
@@ -216,22 +227,48 @@ class MeshPlanner:
         return [Publish(plan)]
 
     def _second_thoughts(self, now_s: float) -> list[Instruction]:
-        """Weigh each standing plan against one from nothing, where the mesh is small enough for that."""
+        """Once a SECOND_THOUGHTS_S for each model that is mine: copies by demand, and a better plan if one pays."""
         state, out = self._state, list[Instruction]()
-        if len(state.nodes) > SECOND_THOUGHTS_NODES_MAX:
-            return out
         for model in self._mine():
-            old = state.plans.get(model)
-            if old is None or now_s - state.weighed_s.get(model, now_s) < SECOND_THOUGHTS_S:
-                continue
-            state.weighed_s[model] = now_s
-            nodes = left_over(list(state.nodes.values()), state.plans, state.models, model)
-            try:
-                plan = self._make(model, nodes)
-            except Shortage:
-                continue
-            out.extend(self._publish(model, plan.assignments, now_s))
+            if model in state.plans and now_s - state.weighed_s.get(model, now_s) >= SECOND_THOUGHTS_S:
+                state.weighed_s[model] = now_s
+                out.extend(self._publish(model, self._reconsidered(model), now_s))
+        if any(m not in state.plans for m in self._mine()):
+            out.extend(self._mend_all(now_s))
         return out
+
+    def _reconsidered(self, model: str) -> Sequence[Assignment]:
+        state, shape = self._state, self._state.models[model].shape
+        nodes = self._free(model)
+        seats = {n.id: seat_of(shape, n, 1, state.models[model].policy) for n in nodes}
+        spans: Sequence[Assignment] = state.plans[model].assignments
+        self._follow_demand(model)
+        if min(coverage(list(spans), shape.layers)) > state.copies[model]:
+            spans = trim(spans, state.copies[model], seats, shape.layers)
+        elif len(nodes) <= SECOND_THOUGHTS_NODES_MAX:
+            try:
+                return self._make(model, nodes).assignments
+            except Shortage:
+                return spans
+        else:
+            spans = self._mender(model, nodes).mend(spans, state.copies[model]) or spans
+        return relieve(spans, seats, shape.layers)
+
+    def _follow_demand(self, model: str) -> None:
+        """Set the copies of a model: one more while it has most demand for each copy (or those before it are stuck),
+        the least wanted while some model has no place at all."""
+        state = self._state
+        wanted = state.models[model]
+        if any(m not in state.plans for m in state.models):
+            state.copies[model] = wanted.copies
+            return
+        have = {m: min(p.coverage(state.models[m].shape.layers)) for m, p in state.plans.items()}
+        stuck = {m for m in have if state.copies_seen.get(m) == have[m]}
+        rivals = [m for m in have if m != model and m not in stuck and have[m] < state.models[m].copies_max]
+        need = {m: state.models[m].demand / max(1, have[m]) for m in have}
+        state.copies_seen = have
+        if have[model] < wanted.copies_max and all(need[model] >= need[m] for m in rivals):
+            state.copies[model] = max(wanted.copies, have[model] + 1)
 
     def validate(self) -> None:
         """Raise LocalFault unless memory holds and every layer of every plan that is mine is covered."""

@@ -92,7 +92,7 @@ def test_small_drift_is_no_news_and_a_faster_node_is_weighed_at_leisure():
     planner = MeshPlanner(me, link)
     for name in ("n0", "n1", "n2"):
         planner.handle(Joined(node(name, 3)), 0.0)
-    planner.handle(ModelAdded("m", Wanted(shape())), 0.0)
+    planner.handle(ModelAdded("m", Wanted(shape(), copies_max=1)), 0.0)
     before = planner.plans["m"]
     assert planner.handle(Joined(node("big", 64, 20)), 1.0) == []
     assert planner.plans["m"] == before
@@ -169,6 +169,54 @@ ME = next(
     if all(planner_rank(m, [name, *(f"n{k}" for k in range(8))])[0] == name for m in ("a", "b"))
 )
 """A member that outranks all others for both models."""
+
+
+def copies_of(planner, model, layers=8):
+    plan = planner.plans.get(model)
+    return min(plan.coverage(layers)) if plan else 0
+
+
+def at_leisure(planner, minutes, start_s=0.0):
+    for k in range(minutes):
+        planner.handle(Tick(), start_s + 60.0 * (k + 1))
+        planner.validate()
+
+
+def test_copies_follow_demand_and_give_way_to_a_model_without_a_place():
+    planner = MeshPlanner(ME, link)
+    for k in range(8):
+        planner.handle(Joined(node(f"n{k}", 7)), 0.0)
+    planner.handle(ModelAdded("a", Wanted(shape(), demand=1.0, copies_max=8)), 0.0)
+    planner.handle(ModelAdded("b", Wanted(shape(), demand=3.0, copies_max=8)), 0.0)
+    at_leisure(planner, 12)
+    assert (copies_of(planner, "a"), copies_of(planner, "b")) == (2, 6)
+    third = next(
+        m for m in (f"c{k}" for k in range(10_000)) if first_of(m, [ME, *(f"n{k}" for k in range(8))]) == ME
+    )
+    planner.handle(ModelAdded(third, Wanted(shape(), demand=0.1, copies_max=1)), 800.0)
+    assert copies_of(planner, third) == 0
+    at_leisure(planner, 12, 800.0)
+    assert copies_of(planner, third) == 1
+    assert copies_of(planner, "a") >= 1
+
+
+def test_in_a_large_mesh_a_slow_host_is_relieved_and_nobody_else_moves():
+    planner = MeshPlanner(ME, link)
+    for k in range(80):
+        planner.handle(Joined(node(f"n{k:02d}", 3, 1.0 + k / 1000)), 0.0)
+    planner.handle(ModelAdded("a", Wanted(shape(), copies=2, copies_max=2)), 0.0)
+    before = set(planner.plans["a"].assignments)
+    slow = min(before)
+    old = planner.nodes[slow.node]
+    planner.handle(Joined(replace(old, decode_s_per_layer=1.0)), 1.0)
+    assert set(planner.plans["a"].assignments) == before
+    at_leisure(planner, 1, 60.0)
+    after = set(planner.plans["a"].assignments)
+    assert before - after == {slow}
+    ((fresh),) = after - before
+    assert (fresh.start, fresh.end) == (slow.start, slow.end)
+    at_leisure(planner, 3, 200.0)
+    assert set(planner.plans["a"].assignments) == after
 
 
 class Mesh(RuleBasedStateMachine):

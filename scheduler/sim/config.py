@@ -1,7 +1,8 @@
 """What a simulated mesh is made of, every figure a field. It checks values and decides nothing.
 
 The defaults are a mesh of home machines around a 32-billion-parameter model in eight bits, which none of them
-holds alone: unlike devices, four regions, a fifth of them leaving each hour, thirty-two gateways that see loads two seconds old.
+holds alone: unlike devices, four regions, a fifth of them leaving each hour, thirty-two gateways that see loads two
+seconds old.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ GIB = 1 << 30
 
 
 def default_model(layers: int = 64) -> ModelShape:
-    """Layers like those of a dense 32B model in eight bits, with room kept for two conversations of 4,096 tokens."""
+    """Layers like those of a dense 32B model in eight bits; a copy keeps room for six conversations of 4,096 tokens."""
     return ModelShape(
         layers=layers,
         layer_bytes=490_000_000,
@@ -27,7 +28,7 @@ def default_model(layers: int = 64) -> ModelShape:
         hidden_bytes=10_240,
         kv_bytes_per_token_per_layer=4096,
         context_tokens=4096,
-        concurrency=2,
+        concurrency=6,
         working_bytes=256 << 20,
     )
 
@@ -63,13 +64,14 @@ DEFAULT_MODEL = default_model()
 class SimConfig:
     """One run. Times in seconds, sizes in bytes; shares are between 0 and 1.
 
-    `copies` None asks for as many whole copies as `memory_fill` of the mesh's memory holds. `crash_share` of the
-    leaving nodes vanish without a word, noticed after `detect_s`; the others say so and go at once all the same.
-    `return_share` of the joining nodes are old ones that come back with their weights on disk. `diurnal` is how far
-    the rates of leaving and joining swing over a day. Links inside a region and between regions have a latency and
-    a bandwidth; a node's own line (`line_mbps_least` to `line_mbps_most`) bounds both. `view_nodes_max` is how many
-    hosts a gateway keeps in view. `patience_s` is how long a client waits for its first token, and again for each
-    mending.
+    `copies` None asks for as many as the mesh's memory holds. `wait_weight` is how many seconds of decoding a second
+    until the first token is worth to our gateways; with `foresight` they reckon with what came since their view.
+    `crash_share` of the leaving nodes vanish without a word, noticed after `detect_s`; the others say so and go at once
+    all the same. `return_share` of the joining nodes are old ones that come back with their weights on disk. `diurnal`
+    is how far the rates of leaving and joining swing over a day. Links inside a region and between regions have a
+    latency and a bandwidth; a node's own line (`line_mbps_least` to `line_mbps_most`) bounds both. `view_nodes_max` is
+    how many hosts a gateway keeps in view. A client that finds no room asks again after `retry_s`, then twice that, up
+    to `retry_s_most`. `patience_s` is how long a client waits for its first token, and again for each mending.
     """
 
     policy: str = "shoal"
@@ -87,7 +89,8 @@ class SimConfig:
     gateways: int = 32
     regions: int = 4
     copies: int | None = None
-    memory_fill: float = 0.9
+    wait_weight: float = 4.0
+    foresight: bool = True
     detect_s: float = 3.0
     gossip_s: float = 1.0
     view_age_s: float = 2.0
@@ -96,6 +99,7 @@ class SimConfig:
     adopt_s: float = 1.0
     patience_s: float = 60.0
     retry_s: float = 0.5
+    retry_s_most: float = 4.0
     chunk_tokens: int = 512
     slice_s: float = 0.04
     round_tokens: int = 16
@@ -111,10 +115,10 @@ class SimConfig:
         for name in ("nodes", "gateways", "regions", "view_nodes_max", "chunk_tokens", "round_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(name, getattr(self, name), "at least 1")
-        for name in ("crash_share", "return_share", "diurnal", "memory_fill"):
+        for name in ("crash_share", "return_share", "diurnal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(name, getattr(self, name), "between 0 and 1")
-        shares = {"crash_share", "return_share", "diurnal", "memory_fill", "churn_per_hour", "detect_s"}
+        shares = {"crash_share", "return_share", "diurnal", "churn_per_hour", "detect_s"}
         shares |= {"region_latency_s", "between_latency_s", "drain_s", "view_age_s", "adopt_s", "slice_s"}
         for field in fields(self):
             value = getattr(self, field.name)

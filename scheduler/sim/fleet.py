@@ -235,13 +235,18 @@ class Fleet:
             prefill_s_per_token_per_layer=machine.prompt_s / machine.prompt_share(),
         )
 
+    @property
+    def partial(self) -> bool:
+        """Whether gateways keep only some of the hosts in view."""
+        return self._share < VIEW_ALL
+
     def view(self, gateway: str) -> tuple[float, list[Hosted]]:
         """What a gateway knows of the hosts: when it was announced, and those not noticed to be gone since."""
         at_s, hosts = self._snapshots[0]
         known = self._views.get(gateway)
         if known is not None and known[0] == at_s and known[1] == self.version:
             return at_s, known[2]
-        if self._share >= VIEW_ALL:
+        if not self.partial:
             found = [h for name, h in hosts.items() if name in self.members]
         else:
             sample = self._samples[self.world.gateways.index(gateway)]

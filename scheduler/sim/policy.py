@@ -15,17 +15,19 @@ from typing import Protocol
 from scheduler.errors import Shortage
 from scheduler.placement import make_plan, needs_replan
 from scheduler.planner import adopt, planner_rank
-from scheduler.routing import ChainRequest, Hosted, Stage, choose_chain
+from scheduler.routing import ChainRequest, Hosted, Router, Stage, choose_chain
 from scheduler.seating import seat_of
 from scheduler.shapes import NodeShape, Plan
 from scheduler.sim.config import SimConfig
 from scheduler.sim.fleet import Fleet
+from scheduler.sim.foresight import Foresight, Usual
 from scheduler.sim.machine import Span
 from scheduler.sim.request import Request
 
 Orders = Mapping[str, Span | None]
 MODEL = "simulated"
 COPIES_MAX = 64
+USUAL_S = 30.0
 
 
 class Policy(Protocol):
@@ -73,8 +75,8 @@ def part_of(hosts: Sequence[Hosted], lost: Span) -> list[Hosted]:
 
 
 class Shoal:
-    """Phase 1 by the first of the planners' rank, fenced by epoch; phase 2 at each gateway from what it was told,
-    and from what it has itself sent since."""
+    """Phase 1 by the first of the planners' rank, fenced by epoch; phase 2 at each gateway from what it was told
+    and what has probably happened since."""
 
     mends = True
     gossips = True
@@ -87,7 +89,8 @@ class Shoal:
         self._rng = random.Random(f"{config.seed}/seeds")
         self._seen = -1
         self._copies = 1
-        self._sent: dict[str, deque[tuple[float, str, float, int]]] = {g: deque() for g in _gateways(config)}
+        self._foresight: dict[str, tuple[tuple[float, int], Foresight]] = {}
+        self._asked: deque[tuple[float, int, int]] = deque()
 
     def start(self, fleet: Fleet) -> Orders:
         nodes = self._nodes(fleet)
@@ -133,61 +136,47 @@ class Shoal:
         return {name: spans.get(name) for name in fleet.members}
 
     def choose(self, fleet: Fleet, request: Request) -> list[Stage]:
-        hosts = self._known(fleet, request.gateway)
-        exclude = frozenset(request.excluded)
-        chain = choose_chain(hosts, fleet.world.link, wish(fleet, request, exclude, self._seed()))
-        self._note(fleet, request, chain.stages, request.ask.prompt_tokens)
-        return list(chain.stages)
+        self._asked.append((fleet.clock.now_s, request.ask.prompt_tokens, request.tokens))
+        asked = wish(fleet, request, frozenset(request.excluded), self._seed())
+        return list(self._router(fleet, asked).choose(asked, alternates=0).stages)
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
-        hosts = part_of(self._known(fleet, request.gateway), lost)
+        _, hosts = fleet.view(request.gateway)
         asked = wish(fleet, request, without, self._seed())
         asked = replace(asked, layers=lost[1] - lost[0], prompt_tokens=min(request.context, asked.tokens))
-        chain = choose_chain(hosts, fleet.world.link, asked)
-        stages = [Stage(s.node, s.start + lost[0], s.end + lost[0]) for s in chain.stages]
-        self._note(fleet, request, stages, request.context)
-        return stages
+        chain = choose_chain(part_of(hosts, lost), fleet.world.link, asked, alternates=0)
+        return [Stage(s.node, s.start + lost[0], s.end + lost[0]) for s in chain.stages]
 
     def _seed(self) -> int:
         return self._rng.getrandbits(32) | 1
 
-    def _note(self, fleet: Fleet, request: Request, stages: Sequence[Stage], tokens: int) -> None:
-        now_s = fleet.clock.now_s
-        for stage in stages:
-            machine = fleet.members.get(stage.node)
-            if machine is not None:
-                seconds = tokens * (stage.end - stage.start) * machine.prompt_s
-                self._sent[request.gateway].append((now_s, stage.node, seconds, request.tokens))
+    def _router(self, fleet: Fleet, asked: ChainRequest) -> Router:
+        """The mesh as this gateway foresees it. Gateways with one view foresee alike, so they share the work here."""
+        at_s, hosts = fleet.view(asked.gateway)
+        place = asked.gateway if fleet.partial else ""
+        known = self._foresight.get(place)
+        if known is None or known[0] != (at_s, fleet.version):
+            usual = self._usual(at_s, 1.0 / self._config.gateways if fleet.partial else 1.0)
+            made = Foresight(hosts, fleet.world.link, asked, usual, self._config.wait_weight)
+            known = self._foresight[place] = ((at_s, fleet.version), made)
+        return known[1].after(fleet.clock.now_s - at_s if self._config.foresight else 0.0)
 
-    def _known(self, fleet: Fleet, gateway: str) -> list[Hosted]:
-        """The view, with what this gateway has sent since it was announced."""
-        at_s, hosts = fleet.view(gateway)
-        sent = self._sent[gateway]
-        while sent and sent[0][0] <= at_s:
-            sent.popleft()
-        if not sent:
-            return hosts
-        more: dict[str, tuple[float, int]] = {}
-        for _, name, seconds, tokens in sent:
-            queue_s, kv_tokens = more.get(name, (0.0, 0))
-            more[name] = (queue_s + seconds, kv_tokens + tokens)
-        return [
-            replace(
-                h,
-                queue_s=h.queue_s + more[h.node][0],
-                kv_tokens_free=max(0, h.kv_tokens_free - more[h.node][1]),
-            )
-            if h.node in more
-            else h
-            for h in hosts
-        ]
-
-
-def _gateways(config: SimConfig) -> list[str]:
-    return [f"g{k:03d}" for k in range(config.gateways)]
+    def _usual(self, at_s: float, share: float) -> Usual:
+        """The load of the last seconds before the view, as gateways announce it with what they know."""
+        asked = self._asked
+        while asked and asked[0][0] < at_s - USUAL_S:
+            asked.popleft()
+        seen = [(prompt, tokens) for when_s, prompt, tokens in asked if when_s <= at_s]
+        count = max(1, len(seen))
+        return Usual(
+            share * len(seen) / max(1.0, min(USUAL_S, at_s)),
+            max(1, sum(prompt for prompt, _ in seen) // count),
+            max(2, sum(tokens for _, tokens in seen) // count),
+        )
 
 
 def copies_that_fit(config: SimConfig, nodes: Sequence[NodeShape]) -> int:
-    """Whole copies that `memory_fill` of the mesh's rooms hold."""
+    """More whole copies than the mesh's rooms hold by half: a plan that cannot be had whole is mended by additions
+    and never made anew for the last copy."""
     rooms = sum(seat_of(config.model, node).room for node in nodes)
-    return max(1, min(COPIES_MAX, int(config.memory_fill * rooms / config.model.layers)))
+    return max(1, min(COPIES_MAX, int(1.5 * rooms / config.model.layers)))

@@ -34,6 +34,7 @@ class Request:
     end_s: float | None = None
     waits_since_s: float = 0.0
     excluded: set[str] = field(default_factory=set)
+    waits: int = 0
     breaks: int = 0
     had_alternate: bool = False
 

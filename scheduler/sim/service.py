@@ -20,6 +20,7 @@ from scheduler.sim.trace import Ask
 from scheduler.sim.world import World
 
 TURNED_AWAY_S = 0.1
+UNREACHED_S = 1.0
 
 
 class Service:
@@ -59,11 +60,16 @@ class Service:
         if machines is None:
             return
         request.hold(stages, machines)
+        request.waits = 0
         self.chains.append((self.clock.now_s, request.gateway, tuple(s.node for s in stages)))
         self._feed(request, 0, len(stages))
 
     def _again(self, request: Request, after_s: float) -> None:
+        """Ask once more: soon where one node said no, at growing distances where the whole mesh had no room."""
         self.retries += 1
+        if after_s == self.config.retry_s:
+            after_s = min(self.config.retry_s_most, after_s * 2**request.waits)
+            request.waits += 1
         what = self._mend if request.state == "broken" else self._open
         self.clock.at(self.clock.now_s + after_s, what, request, request.turn)
 
@@ -79,7 +85,7 @@ class Service:
             reached = machine is not None and machine.serving and machine.span is not None
             if not reached or machine is None or machine.span is None:
                 request.excluded.add(stage.node)
-                self._again(request, self.config.retry_s)
+                self._again(request, UNREACHED_S)
                 return None
             fits = machine.span[0] <= stage.start and stage.end <= machine.span[1]
             if not fits or machine.kv_bytes(request.tokens, stage.end - stage.start) > machine.kv_free_bytes:
@@ -216,6 +222,7 @@ class Service:
         machines = self._admit(request, stages, kept)
         if machines is not None:
             request.hold(stages, machines)
+            request.waits = 0
             self._feed(request, first, end)
 
     def _end(self, request: Request, state: State) -> None:

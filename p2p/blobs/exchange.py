@@ -86,9 +86,9 @@ class ExchangeConfig:
     """`requests_per_source` runs of at most `run_bytes_max` are asked of a peer at once; `served_per_peer_max` and
     `served_max` are served. A fetch gives up `patience_s` after the last byte came."""
 
-    requests_per_source: int = 3
+    requests_per_source: int = 6
     sources_max: int = 8
-    run_bytes_max: int = 4 << 20
+    run_bytes_max: int = 1 << 20
     served_per_peer_max: int = 16
     served_max: int = 64
     readers_max: int = 4

@@ -125,7 +125,9 @@ def test_the_image_is_built_in_stages_and_its_last_is_slim_and_not_root(dockerfi
     assert "COPY . " not in stages[-1]
 
 
-def test_the_image_installs_the_lock_without_resolving_and_torch_from_the_index_given(dockerfile: str) -> None:
+def test_the_image_installs_the_lock_without_resolving_and_torch_from_the_index_given(
+    dockerfile: str,
+) -> None:
     installs = re.findall(r"install [^&\n]*", dockerfile)
     pips = [line for line in installs if "--no-deps" in line]
     assert len(pips) == dockerfile.count("pip --python")

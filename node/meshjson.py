@@ -62,13 +62,25 @@ def model_detail(atlas: Atlas, planning: Planning, model: ModelAdvert) -> str:
     shortage = planning.shortages.get(model.manifest_id, "")
     if shortage:
         return shortage
-    missing = ", ".join(f"{a}:{b}" for a, b in _runs(counts))
+    missing = ", ".join(str(a) if b == a + 1 else f"{a}-{b - 1}" for a, b in _runs(counts))
     hosts = atlas.live_hosts(model.manifest_id).values()
     failed = next((h.detail for h in hosts if h.state == "failed" and h.detail), "")
     if failed:
         return f"layers {missing} are not served: {failed}"
     coming = [h for h in hosts if h.state in ("fetching", "loading")]
     return f"layers {missing} are not served yet" + (f"; {len(coming)} nodes are loading" if coming else "")
+
+
+def model_shortage(planning: Planning, model: ModelAdvert) -> str:
+    """What stands against every copy of every layer having a place, in plain words; "" when nothing does."""
+    shortage = planning.shortages.get(model.manifest_id, "")
+    plan = planning.plans.get(model.manifest_id)
+    if shortage or plan is None:
+        return shortage
+    planned = min(sum(a.start <= layer < a.end for a in plan.assignments) for layer in range(model.layers))
+    if planned >= model.copies:
+        return ""
+    return f"the mesh has room for {planned} of {model.copies} copies of each layer"
 
 
 def _runs(counts: list[int]) -> list[tuple[int, int]]:
@@ -117,4 +129,5 @@ def _model(atlas: Atlas, planning: Planning, model: ModelAdvert) -> dict[str, An
         if plan is None
         else [{"node": a.node, "start": a.start, "end": a.end} for a in plan.assignments],
         "detail": model_detail(atlas, planning, model),
+        "shortage": model_shortage(planning, model),
     }

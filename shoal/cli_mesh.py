@@ -23,6 +23,8 @@ from shoal.mesh_view import MeshView, ModelView, NodeView, layer_range, node_sta
 EMBEDDED = "embedded"
 POLL_S = 0.25
 WATCH_S = 1.0
+# How long a mesh may find no room for a model before nobody waits for it: nodes may just be coming.
+SHORTAGE_S = 3.0
 
 
 def invite(options: argparse.Namespace) -> int:
@@ -198,16 +200,23 @@ def wait_served(
 ) -> MeshView:
     """Poll until every layer of `name` is ready on `copies` nodes, calling `look` with each view of the mesh.
 
-    Raises CommandFailed after `timeout_s`, with what is missing.
+    Raises CommandFailed after `timeout_s`, with what is missing, and sooner where the mesh has no room for it.
     """
     end_s = clock_s() + timeout_s
+    short, short_since_s = "", 0.0
     while True:
         mesh = MeshView.parse(client.get("/mesh"))
         look(mesh)
         model = mesh.model(name)
         if model is not None and model.ready and mesh.served(name, copies):
             return mesh
-        if clock_s() >= end_s:
+        now_s = clock_s()
+        if model is not None and model.shortage != short:
+            short, short_since_s = model.shortage, now_s
+        if short and now_s - short_since_s >= SHORTAGE_S:
+            wanted = "" if copies == 1 else f" {copies} times"
+            raise CommandFailed(f"'{name}' cannot be served{wanted}: {short}")
+        if now_s >= end_s:
             lacking = mesh.lacking(name, copies) or f"'{name}' is not ready"
             raise CommandFailed(f"{lacking} after {terminal.duration(timeout_s)}")
         sleep(POLL_S)

@@ -173,7 +173,7 @@ def _stages(mesh: MeshView) -> int:
 def _commands(kept: LocalNode | None) -> list[tuple[str, str]]:
     """Three commands to go on with, and what each does."""
     shoal = terminal.program()
-    question = shlex.quote(PROMPT.strip())
+    question = f"{shlex.quote(PROMPT)} --temperature {TEMPERATURE}"
     if kept is not None:
         return [
             (f"{shoal} status --watch --api {kept.api}", "the mesh, live"),

@@ -57,7 +57,7 @@ class NodeView:
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """One model of the mesh. `detail` says in plain words why it is not ready."""
+    """One model of the mesh. `detail` says in plain words why it is not ready, `shortage` what it has no room for."""
 
     name: str
     layers: int
@@ -66,6 +66,7 @@ class ModelView:
     copies_min: int
     copies_wanted: int
     detail: str
+    shortage: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +245,7 @@ def _model(item: Mapping[str, Any]) -> ModelView:
         copies_min=_get(item, "copies_min", int, 0),
         copies_wanted=_get(item, "copies_wanted", int, 1),
         detail=_get(item, "detail", str, ""),
+        shortage=_get(item, "shortage", str, ""),
     )
     if not 0 <= model.layers <= LAYERS_MAX:
         raise _garbled("layers", model.layers)

@@ -42,6 +42,7 @@ class FakeDaemon:
         self.seen: list[tuple[str, dict[str, Any]]] = []  # every request: path and body
         self.answers: dict[str, tuple[int, Any]] = {}  # path -> (status, JSON) instead of the usual answer
         self.text = TEXT
+        self.shortage = ""
         self.hold = threading.Event()  # set: a stream stops after its first piece, until the client leaves
         self.stopped = threading.Event()
 
@@ -116,6 +117,7 @@ class FakeDaemon:
             "copies_min": model["copies_wanted"] if ready else 0,
             "copies_wanted": model["copies_wanted"],
             "detail": "" if ready else "nodes are loading",
+            "shortage": self.shortage,
         }
 
 
@@ -241,7 +243,18 @@ def main(arguments: list[str]) -> int:
     """`up` with the flags of `shoal up`; SIGTERM ends it. `--name` with "fails" in it ends at once, as a bad start."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("command")
-    for name in ("data-dir", "name", "api", "join", "memory", "config", "listen", "threads", "model", "log-level"):
+    for name in (
+        "data-dir",
+        "name",
+        "api",
+        "join",
+        "memory",
+        "config",
+        "listen",
+        "threads",
+        "model",
+        "log-level",
+    ):
         parser.add_argument(f"--{name}")
     options = parser.parse_args(arguments)
     fault = os.environ.get("FAKE_FAULT", "")

@@ -168,6 +168,24 @@ def test_waiting_ends_with_what_is_missing(daemon):
     assert len(looked) == 5
 
 
+def test_nobody_waits_for_a_model_that_the_mesh_has_no_room_for(daemon):
+    daemon.add("tiny", 2)
+    daemon.shortage = "needs 9 GiB, the mesh offers 7 GiB: 2 GiB short"
+    now = iter(range(100))
+    with pytest.raises(CommandFailed) as caught:
+        cli_mesh.wait_served(
+            DaemonClient(daemon.api),
+            "tiny",
+            3,
+            900.0,
+            lambda mesh: None,
+            sleep=lambda _: None,
+            clock_s=lambda: next(now),
+        )
+    assert str(caught.value) == f"'tiny' cannot be served 3 times: {daemon.shortage}"
+    assert next(now) < 10
+
+
 def test_watch_stops_at_ctrl_c(shoal, daemon, monkeypatch):
     def interrupt(_seconds: float) -> None:
         raise KeyboardInterrupt

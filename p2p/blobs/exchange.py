@@ -357,7 +357,7 @@ class _Fetch:
                 self._reasons[peer] = str(fault)
                 self.picker.drop(peer, bad=False)
             finally:
-                self.picker.failed(peer, run)
+                self.picker.returned(peer, run)
                 self._wake()
 
     def _refused(self, peer: PeerId, run: range, failed: CallFailed) -> None:

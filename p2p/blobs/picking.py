@@ -17,13 +17,16 @@ _SORT_EVERY_S = 3.0
 
 @dataclass(eq=False, slots=True)
 class Source:
-    """A peer that has some chunks. `rests_until_s`: when it may be asked again; `refused`: what it did not give."""
+    """A peer that has some chunks. `rests_until_s`: when it may be asked again; `refused`: what it did not give;
+    `runs_max`: how many runs it takes at once, as far as is known."""
 
     peer: str
     bits: bytes = b""
     rests_until_s: float = -math.inf
     refused: set[int] = field(default_factory=set)
     cautious: bool = False
+    runs: int = 0
+    runs_max: float = math.inf
 
     def has(self, number: int) -> bool:
         at = number >> 3
@@ -87,9 +90,11 @@ class Picker:
             asked.peers.discard(peer)
 
     def rest(self, peer: str, until_s: float) -> None:
+        """`peer` is busy: leave it alone until then, and ask it for less at once from now on."""
         source = self.sources.get(peer)
         if source is not None:
             source.rests_until_s = max(source.rests_until_s, until_s)
+            source.runs_max = max(1, source.runs - 1)
 
     def refuse(self, peer: str, numbers: Sequence[int]) -> None:
         """`peer` would not give these. One chunk is believed; of a run, its chunks are asked for one by one."""
@@ -113,7 +118,7 @@ class Picker:
     def pick(self, peer: str, now: float) -> range | None:
         """The next run for `peer`, counted as asked; None while there is nothing for it."""
         source = self.sources.get(peer)
-        if source is None or now < source.rests_until_s:
+        if source is None or now < source.rests_until_s or source.runs >= source.runs_max:
             return None
         first = self._first(source, now)
         if first is None:
@@ -127,6 +132,7 @@ class Picker:
                 break
             last += 1
         run = range(first, last + 1)
+        source.runs += 1
         for number in run:
             asked = self._asked.setdefault(number, _Asked())
             asked.peers.add(peer)
@@ -139,8 +145,11 @@ class Picker:
             self.missing.discard(number)
             self._asked.pop(number, None)
 
-    def failed(self, peer: str, numbers: Iterable[int]) -> None:
-        """`peer` did not deliver these; others may be asked at once."""
+    def returned(self, peer: str, numbers: Iterable[int]) -> None:
+        """`peer` is done with a run; for what it did not deliver others may be asked at once."""
+        source = self.sources.get(peer)
+        if source is not None:
+            source.runs = max(0, source.runs - 1)
         for number in numbers:
             asked = self._asked.get(number)
             if asked is not None:

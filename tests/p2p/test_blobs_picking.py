@@ -49,9 +49,9 @@ def test_nobody_is_asked_twice_for_the_same_unless_the_first_stalls():
     assert picker.pick("b", 5.0) == range(1)
     assert picker.pick("a", 20.0) is None
     assert picker.pick("c", 9.0) is None
-    picker.failed("a", range(1))
+    picker.returned("a", range(1))
     assert picker.pick("c", 9.0) is None
-    picker.failed("b", range(1))
+    picker.returned("b", range(1))
     assert picker.pick("c", 9.0) == range(1)
     picker.done(range(1))
     assert picker.missing == set()
@@ -82,11 +82,26 @@ def test_a_resting_peer_is_left_alone_until_then():
     assert picker.pick("a", 3.0) == range(1, 2)
 
 
+def test_a_busy_peer_is_asked_for_less_at_once():
+    picker = make(run_chunks_max=1)
+    picker.offer("a", bits(*range(10)))
+    runs = [picker.pick("a", 0.0) for _ in range(4)]
+    picker.rest("a", 1.0)
+    for run in runs:
+        picker.returned("a", run)
+    assert [picker.pick("a", 1.0) is not None for _ in range(5)] == [True] * 3 + [False] * 2
+    picker.rest("a", 2.0)
+    picker.rest("a", 2.0)
+    for _ in range(3):
+        picker.returned("a", [])
+    assert [picker.pick("a", 2.0) is not None for _ in range(3)] == [True, True, False]
+
+
 def test_a_refused_run_is_asked_for_one_by_one_and_a_refused_chunk_not_again():
     picker = make(count=3)
     picker.offer("a", bits(0, 1, 2))
     while (run := picker.pick("a", 0.0)) is not None:
-        picker.failed("a", run)
+        picker.returned("a", run)
         picker.refuse("a", run)
         if len(run) == 1:
             break
@@ -137,10 +152,10 @@ def test_whatever_happens_only_offered_missing_chunks_are_asked(offers, steps):
         if outcome == "done":
             picker.done(run)
         elif outcome == "failed":
-            picker.failed(names[index], run)
+            picker.returned(names[index], run)
     held = set().union(*offers)
     for name in names:
-        picker.failed(name, range(30))
+        picker.returned(name, range(30))
     for _ in range(100):
         for name in names:
             run = picker.pick(name, now)

@@ -159,6 +159,12 @@ def install_torch(pin: str) -> None:
         )
 
 
+def remove_old_types() -> None:
+    """trio-typing, which libp2p imports, brings types of a trio of years ago, and mypy prefers them to trio's own."""
+    for folder in VENV.glob("[Ll]ib*/**/site-packages/trio-stubs"):
+        shutil.rmtree(folder)
+
+
 def install() -> None:
     if sys.version_info < PYTHON_MIN:
         raise InstallError(
@@ -177,6 +183,7 @@ def install() -> None:
         "pinned packages", "--no-deps", "--no-build-isolation", *locked.values(), count=len(locked)
     ):
         raise InstallError("pip could not install what requirements/ pins; its own message stands above")
+    remove_old_types()
     install_torch(torch)
     if not pip("this checkout", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)):
         raise InstallError("pip could not install this checkout; its own message stands above")

@@ -128,6 +128,18 @@ def test_going_back_to_the_old_pins_after_a_broken_change_installs_again(
     assert asked
 
 
+@pytest.mark.parametrize("site", ["lib/python3.11/site-packages", "Lib/site-packages"])
+def test_types_of_an_older_trio_do_not_hide_its_own(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, site: str
+) -> None:
+    fake_venv(tool, monkeypatch)
+    fake_pip(tool, monkeypatch)
+    for name in ("trio-stubs", "trio"):
+        (tool.VENV / site / name).mkdir(parents=True)
+    tool.install()
+    assert [path.name for path in (tool.VENV / site).iterdir()] == ["trio"]
+
+
 def test_on_linux_only_a_cpu_torch_is_taken_unasked(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from shoal import terminal
 from shoal.daemon_client import DaemonClient, connect, one_event
 from shoal.errors import CommandFailed, DaemonGarbled, UsageProblem
-from shoal.mesh_view import MeshView, ModelView, NodeView, layer_range, node_state, short_peer
+from shoal.mesh_view import MeshView, ModelView, NodeView, layer_range, layer_words, node_state, short_peer
 
 EMBEDDED = "embedded"
 POLL_S = 0.25
@@ -253,4 +253,4 @@ def where_layers_went(mesh: MeshView, name: str) -> Iterable[str]:
     yield f"{name} is served: {model.layers if model else 0} layers on {nodes}"
     width = max((len(span["node"]) for span in spans), default=0)
     for span in spans:
-        yield f"  {span['node'].ljust(width)}  layers {layer_range(span['start'], span['end'])}"
+        yield f"  {span['node'].ljust(width)}  {layer_words(span['start'], span['end'])}"

@@ -19,16 +19,16 @@ from shoal.cli_run import Figures, generate
 from shoal.cli_testnet import plain_errors, state_dir
 from shoal.demo_stage import Stage, open_stage
 from shoal.errors import CommandFailed, ShoalError
-from shoal.mesh_view import MeshView, layer_range
+from shoal.mesh_view import MeshView, layer_words
 from testnet import LaunchOptions, LocalNode, Testnet
 
 NODES = 4
 # Less than the whole embedded model with its cache needs, and enough for a third of it.
 NODE_MEMORY_BYTES = 6 << 20
 TIMEOUT_S = 120.0
-PROMPT = "def read_file(self, path):"
-MAX_TOKENS = 72
-TEMPERATURE = 0.5
+PROMPT = "def read_file(path):"
+MAX_TOKENS = 48
+TEMPERATURE = 0.4
 SEED = 5
 LOOK_S = 0.2
 
@@ -161,9 +161,7 @@ def _far_node(net: Testnet, mesh: MeshView) -> tuple[int, str]:
     if not held:
         return len(net.nodes) - 1, "no layer at all"
     index, span = max(held, key=lambda item: item[1].start)
-    return index, f"layers {layer_range(span.start, span.end)}" + (
-        " and no first layer" if span.start else ""
-    )
+    return index, layer_words(span.start, span.end) + (" and no first layer" if span.start else "")
 
 
 def _stages(mesh: MeshView) -> int:
@@ -173,7 +171,7 @@ def _stages(mesh: MeshView) -> int:
 def _commands(kept: LocalNode | None) -> list[tuple[str, str]]:
     """Three commands to go on with, and what each does."""
     shoal = terminal.program()
-    question = f"{shlex.quote(PROMPT)} --temperature {TEMPERATURE}"
+    question = f"{shlex.quote(PROMPT)} --temperature {TEMPERATURE} --seed {SEED}"
     if kept is not None:
         return [
             (f"{shoal} status --watch --api {kept.api}", "the mesh, live"),

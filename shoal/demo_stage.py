@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from shoal import terminal
-from shoal.mesh_view import MeshView, NodeView, layer_range
+from shoal.mesh_view import MeshView, NodeView, layer_words
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -107,7 +107,7 @@ class PlainStage:
                     if span.bytes_fetched
                     else "from its own disk"
                 )
-                held = f"layers {layer_range(span.start, span.end)}"
+                held = layer_words(span.start, span.end)
                 print(f"           {node.name}  {held.ljust(11)}  {source}", flush=True)
 
     def asking(self, node: str, held: str, url: str) -> None:

@@ -139,6 +139,11 @@ def layer_range(start: int, end: int) -> str:
     return str(start) if end - start == 1 else f"{start}-{end - 1}"
 
 
+def layer_words(start: int, end: int) -> str:
+    """`layer 7` or `layers 4-7`."""
+    return f"layer{'s' if end - start > 1 else ''} {layer_range(start, end)}"
+
+
 def node_state(node: NodeView) -> str:
     """One word or two on how a node fares."""
     if node.suspect:

@@ -167,5 +167,5 @@ def test_demo_in_a_terminal(shoal, monkeypatch):
     status, out, _ = shoal("demo", state=False)
     assert status == 0
     assert "✓ spreading its layers" in out
-    assert "│ def read_file(self, path):" in out
+    assert "│ def read_file(path):" in out
     assert "Try next" in out

@@ -17,7 +17,7 @@ WINDOW_SEATS_MAX = 7
 """Seats of a few groups that are regrouped exactly at once."""
 WINDOWS_SEATS_MAX = 128
 """Beyond so many seats in the pool windows cost more than they bring."""
-PAIRS_A_ROUND = 4
+PAIRS_A_ROUND = 2
 """Pairs of groups tried a round, for each group, where there are too many for all."""
 ROUNDS_MAX = 64
 
@@ -32,9 +32,9 @@ def improve(grouping: Grouping, evaluations: int, *, fixed: bool = False) -> Non
     for _ in range(ROUNDS_MAX):
         before = grouping.score()
         _use_unused(grouping, rng, end)
-        _trade(grouping, rng, end, fixed=fixed)
         if not fixed:
             _repack(grouping, rng, end)
+        _trade(grouping, rng, end, fixed=fixed)
         grouping.settle()
         stuck = grouping.score() <= before * (1 + 1e-6)
         if stuck and not fixed and len(pool.seats) <= WINDOWS_SEATS_MAX:

@@ -238,21 +238,32 @@ class MeshPlanner:
         return out
 
     def _reconsidered(self, model: str) -> Sequence[Assignment]:
-        state, shape = self._state, self._state.models[model].shape
+        """The model's spans as they should be now that there is time to think."""
+        state, wanted = self._state, self._state.models[model]
+        layers = wanted.shape.layers
         nodes = self._free(model)
-        seats = {n.id: seat_of(shape, n, 1, state.models[model].policy) for n in nodes}
-        spans: Sequence[Assignment] = state.plans[model].assignments
+        seats = {n.id: seat_of(wanted.shape, n, 1, wanted.policy) for n in nodes}
+        old: Sequence[Assignment] = state.plans[model].assignments
         self._follow_demand(model)
-        if min(coverage(list(spans), shape.layers)) > state.copies[model]:
-            spans = trim(spans, state.copies[model], seats, shape.layers)
-        elif len(nodes) <= SECOND_THOUGHTS_NODES_MAX:
-            try:
-                return self._make(model, nodes).assignments
-            except Shortage:
-                return spans
-        else:
-            spans = self._mender(model, nodes).mend(spans, state.copies[model]) or spans
-        return relieve(spans, seats, shape.layers)
+        have = min(coverage(list(old), layers))
+        if have > state.copies[model]:
+            return trim(old, state.copies[model], seats, layers)
+        new = self._grown(model, nodes, old)
+        if state.copies[model] > wanted.copies and min(coverage(list(new), layers)) <= have:
+            # Part of a copy beyond those wanted is not worth the memory that others may need.
+            state.copies[model] = max(wanted.copies, have)
+            new = self._grown(model, nodes, old)
+        return new if len(nodes) <= SECOND_THOUGHTS_NODES_MAX else relieve(new, seats, layers)
+
+    def _grown(
+        self, model: str, nodes: Sequence[NodeShape], old: Sequence[Assignment]
+    ) -> Sequence[Assignment]:
+        if len(nodes) > SECOND_THOUGHTS_NODES_MAX:
+            return self._mender(model, nodes).mend(old, self._state.copies[model]) or old
+        try:
+            return self._make(model, nodes).assignments
+        except Shortage:
+            return old
 
     def _follow_demand(self, model: str) -> None:
         """Set the copies of a model: one more while it has most demand for each copy (or those before it are stuck),

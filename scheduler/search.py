@@ -93,7 +93,7 @@ def _group(pool: Pool, prefer: Prefer, replicas_max: int | None) -> Grouping:
 
 def evaluations_for(seats: int) -> int:
     """How many groups to look at: bounded work by the size of the pool, so that plans never depend on a clock."""
-    return 3200 + 8 * seats
+    return 4200 + 12 * seats
 
 
 def _ahead(a: Grouping, b: Grouping, *, counted: bool) -> bool:

@@ -7,7 +7,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from scheduler import Link, ModelShape, NodeShape, Plan, Shortage, make_plan, memory_needed, planner_rank
+from scheduler import (
+    Assignment,
+    Link,
+    ModelShape,
+    NodeShape,
+    Plan,
+    Shortage,
+    make_plan,
+    memory_needed,
+    planner_rank,
+)
 from scheduler.online import (
     Joined,
     Left,
@@ -19,6 +29,8 @@ from scheduler.online import (
     ReportShortage,
     Tick,
 )
+from scheduler.pipeline import Seat
+from scheduler.relief import trim
 from scheduler.sharing import Wanted, left_over, share
 
 MIB = 1 << 20
@@ -198,6 +210,36 @@ def test_copies_follow_demand_and_give_way_to_a_model_without_a_place():
     at_leisure(planner, 12, 800.0)
     assert copies_of(planner, third) == 1
     assert copies_of(planner, "a") >= 1
+
+
+def test_a_model_that_cannot_grow_does_not_keep_others_from_it():
+    planner = MeshPlanner(ME, link)
+    planner.handle(Joined(node("big", 21)), 0.0)
+    for k in range(2):
+        planner.handle(Joined(node(f"n{k}", 7)), 0.0)
+    planner.handle(ModelAdded("b", Wanted(shape(8, 2_500_000), demand=50.0)), 0.0)
+    planner.handle(ModelAdded("a", Wanted(shape(), demand=1.0)), 0.0)
+    at_leisure(planner, 10)
+    assert copies_of(planner, "b") == 1
+    assert copies_of(planner, "a") == 2
+
+
+def test_only_what_no_layer_needs_is_let_go():
+    seats = {
+        n: Seat(n, s, 0.0, 4, 4, 4, 4)
+        for n, s in (("a", 1.0), ("b", 1.0), ("c", 9.0), ("d", 2.0), ("e", 3.0))
+    }
+    spans = [
+        Assignment("a", 0, 2),
+        Assignment("b", 2, 4),
+        Assignment("c", 1, 3),
+        Assignment("d", 0, 2),
+        Assignment("e", 3, 4),
+    ]
+    assert trim(spans, 1, seats, 4) == [spans[0], spans[1]]
+    assert trim([spans[0], spans[2], spans[1]], 1, seats, 4) == [spans[0], spans[1]]
+    assert trim([spans[0], Assignment("c", 1, 4)], 1, seats, 4) == [spans[0], Assignment("c", 1, 4)]
+    assert trim(spans, 2, seats, 4) == spans
 
 
 def test_in_a_large_mesh_a_slow_host_is_relieved_and_nobody_else_moves():

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from scheduler import Shortage, preview, search
+from scheduler.bench import diverse_document
 from scheduler.document import read_document
+from scheduler.grouping import Grouping
+from scheduler.packing import pack
 from scheduler.pipeline import Seat
 from scheduler.pool import Pool
 from scheduler.sim.baselines import parallax_greedy, parallax_program
@@ -111,6 +114,18 @@ def test_no_pool_is_planned_worse_than_by_the_published_schedulers():
 @pytest.mark.slow
 def test_two_thousand_pools_are_planned_no_worse_than_by_the_published_schedulers():
     never_worse(range(2000), layers_max=12)
+
+
+def test_a_large_pool_is_improved_well_beyond_its_packing():
+    checked = read_document(diverse_document(150))
+    pool = pool_of(checked)
+    packed = Grouping(pool.quick(), "balanced")
+    for group in pack(packed.pool):
+        packed.append(group)
+    packed.settle()
+    found = search.group_seats(pool, "balanced")
+    assert found.score() > 1.06 * packed.score()
+    assert len(found.unused()) <= 3
 
 
 def test_the_last_resort_finds_the_one_order_that_fits():

@@ -7,6 +7,7 @@ stages' work and the ring of hops. KV room is a hard bound. Loads are those it i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,13 +22,16 @@ SHORTLIST_WIDTH = 6
 """Nodes to leave from that are weighed at one layer of a shortlist."""
 SPREAD = 0.25
 """With a seed, nodes are seen up to this much slower than they are, each by chance: equal ones share the requests."""
+CHOICES = 3
+"""With a seed, chains among which one is drawn."""
+COSTLIER_SCALE = 0.25
+COSTLIER_MAX = 1.9
+"""A chain that costs this many times the best is never drawn; one e times as unlikely costs COSTLIER_SCALE more."""
 ALTERNATE_PENALTY = 8.0
 PREFILL_SHARE = 1 / 16
 """Where a node's prefill was never measured, a prompt token costs this share of a decoded one."""
 RELIABILITY_LEAST = 0.05
 SPLIT_GAIN_LEAST = 0.15
-NEARLY = 1.2
-"""A place whose chains cost this many times the best one's still gets its share of requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +186,12 @@ class Router:
         roomy = self._roomy(request)
         costs = self._costs(request, float(request.prompt_tokens), float(request.new_tokens))
         hops = float(request.new_tokens)
-        found = self._chains(request, roomy, costs, hops, 1 + alternates)
+        found = self._chains(request, roomy, costs, hops, max(1 + alternates, CHOICES if request.seed else 1))
         if not found:
             self._refuse(request, roomy)
+        found.sort(key=lambda chain: chain.cost_s)
+        if request.seed:
+            found.insert(0, found.pop(_draw(found, request)))
         best = found[0]
         if request.deadline_s is not None and best.cost_s > request.deadline_s:
             late = best.cost_s - request.deadline_s
@@ -192,7 +199,7 @@ class Router:
                 f"the quickest chain takes {best.cost_s:.2f} s, the deadline is {request.deadline_s:.2f} s",
                 late,
             )
-        return Chain(best.stages, best.cost_s, tuple(found[1:]))
+        return Chain(best.stages, best.cost_s, tuple(found[1 : 1 + alternates]))
 
     def split(self, request: ChainRequest) -> Split | None:
         """Separate chains for prefill and decode where that pays by SPLIT_GAIN_LEAST; None where it does not.
@@ -254,25 +261,41 @@ class Router:
         """Up to `count` chains, each avoiding the nodes of those before it."""
         seen = costs.blurred(noise(self._marks, request.seed, SPREAD)) if request.seed else costs
         trip = _Trip(request, costs, seen, hops, self._near_s(request.gateway))
-        lists: list[list[int]] = [roomy]
-        if len(roomy) > EXACT_SPANS_MAX:
-            lists = [
-                self._shortlist.rank(roomy, seen.enter_s, seen.layer_s, self._anchors[place], hops)
-                for place in self._places(trip, roomy)
-            ]
-        tried = [self._attempt(trip, ranked, set()) for ranked in lists]
-        able = [(found[0].cost_s, k, found) for k, found in enumerate(tried) if found is not None]
-        if not able:
-            return []
-        _, k, (best, numbers) = min(able, key=lambda t: t[:2])
-        chains, used = [best], set(numbers)
-        while len(chains) < count:
-            other = self._attempt(trip, lists[k], used)
-            if other is None or any(other[0].stages == chain.stages for chain in chains):
+        large = len(roomy) > EXACT_SPANS_MAX
+        places = self._places(trip, roomy) if large else []
+        ranked, chains, used = roomy, list[Chain](), set[int]()
+        for k in range(count):
+            if k < len(places):
+                near_s = self._anchors[places[k]]
+                ranked = self._shortlist.rank(roomy, seen.enter_s, seen.layer_s, near_s, hops)
+            found = self._attempt(trip, ranked, used)
+            if found is None or any(found[0].stages == chain.stages for chain in chains):
                 break
-            chains.append(other[0])
-            used.update(other[1])
+            chains.append(found[0])
+            used.update(found[1])
         return chains
+
+    def _places(self, trip: _Trip, roomy: list[int]) -> list[int]:
+        """Where in a large mesh to look for the first chain, and for each alternate: the anchors around which the
+        first request of this view found the best chain, the best that avoids it, and so on."""
+        if not self._places_good:
+            names = self._names
+            self._anchors = anchors(lambda u, v: self._links(names[u], names[v]).latency_s, len(names))
+            seen = trip.seen
+            lists = [
+                self._shortlist.rank(roomy, seen.enter_s, seen.layer_s, near, trip.hops)
+                for near in self._anchors
+            ]
+            used: set[int] = set()
+            for _ in range(CHOICES):
+                tried = [(self._attempt(trip, ranked, used), place) for place, ranked in enumerate(lists)]
+                able = [(found[0].cost_s, place, found[1]) for found, place in tried if found is not None]
+                if not able:
+                    break
+                _, place, numbers = min(able)
+                self._places_good.append(place)
+                used.update(numbers)
+        return self._places_good
 
     def _attempt(self, trip: _Trip, ranked: list[int], used: set[int]) -> tuple[Chain, list[int]] | None:
         """The best chain over a list of spans, at its true cost, and its spans; nodes already used only if need be."""
@@ -282,22 +305,6 @@ class Router:
         if walk is None:
             return None
         return self._priced(trip, walk), [v for v, _, _ in walk.stages]
-
-    def _places(self, trip: _Trip, roomy: list[int]) -> list[int]:
-        """Anchors to look around: of those where the first request of this view found chains nearly as good as the
-        best, the best and one by the seed."""
-        if not self._places_good:
-            names = self._names
-            self._anchors = anchors(lambda u, v: self._links(names[u], names[v]).latency_s, len(names))
-            worth: list[tuple[float, int]] = []
-            for place, near in enumerate(self._anchors):
-                ranked = self._shortlist.rank(roomy, trip.seen.enter_s, trip.seen.layer_s, near, trip.hops)
-                found = self._attempt(trip, ranked, set())
-                worth.append((float("inf") if found is None else found[0].cost_s, place))
-            worth.sort()
-            self._places_good = [place for cost, place in worth if cost <= NEARLY * worth[0][0]]
-        good = self._places_good
-        return list(dict.fromkeys((good[0], good[trip.request.seed % len(good)])))
 
     def _near_s(self, gateway: str) -> list[float]:
         """Latency from a gateway to every span's node, asked once a view."""
@@ -357,6 +364,26 @@ class Router:
         if missing:
             raise NoChain(missing)
         raise NoRoom(request.tokens, _uncovered([self._spans[v] for v in roomy], request.layers))
+
+
+def _draw(chains: Sequence[Chain], request: ChainRequest) -> int:
+    """One of several chains by chance, the cheap ones likelier: where one is best for every gateway, and all know its
+    load from one old view, some must take the next best or all will queue there. None that misses the deadline, if
+    the best does not."""
+    least = min(chain.cost_s for chain in chains)
+    limit = COSTLIER_MAX * least
+    if request.deadline_s is not None:
+        limit = min(limit, max(least, request.deadline_s))
+    weights = [
+        math.exp(-(chain.cost_s / least - 1.0) / COSTLIER_SCALE) if chain.cost_s <= limit else 0.0
+        for chain in chains
+    ]
+    point = mix(request.seed) / 2.0**64 * sum(weights)
+    for k, weight in enumerate(weights):
+        point -= weight
+        if point < 0:
+            return k
+    return weights.index(max(weights))
 
 
 def _uncovered(spans: Sequence[Hosted], layers: int) -> list[int]:

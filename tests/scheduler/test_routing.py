@@ -273,3 +273,15 @@ def test_a_router_answers_many_requests_of_one_view_alike():
     router = Router(hosted, links)
     wish = ask(layers=24, gateway="n0", seed=3)
     assert router.choose(wish) == router.choose(wish) == choose_chain(hosted, links, wish)
+
+
+@pytest.mark.parametrize("seed", [4, 5, 6])
+def test_gateways_of_a_large_mesh_spread_at_little_cost(seed):
+    hosted, links = wide_mesh(200, 40, seed)
+    router = Router(hosted, links)
+    wish = {"layers": 40, "tokens": 1500, "prompt_tokens": 1000}
+    best = router.choose(ask(**wish, gateway="n0"), alternates=0)
+    chains = [router.choose(ask(**wish, gateway=f"n{k}", seed=k + 1), alternates=0) for k in range(32)]
+    busiest = max(Counter(stage.node for chain in chains for stage in chain.stages).values())
+    assert busiest < 32
+    assert sum(chain.cost_s for chain in chains) / 32 <= 1.15 * best.cost_s

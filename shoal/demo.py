@@ -49,7 +49,7 @@ def demo(options: argparse.Namespace) -> int:
         # The nodes are gone, their logs are not: whoever wants to know more finds them.
         known = str(launch.state_dir) in str(problem)
         raise CommandFailed(f"{problem}" if known else f"{problem} (logs: {launch.state_dir})") from None
-    except BaseException:
+    except BaseException:  # however it ended, nothing is left behind
         _forget(scratch)
         raise
     _forget(scratch)

@@ -37,7 +37,10 @@ MANIFEST_ID = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class NodeAdvert:
-    """A node's identity card. `pinned` is the span its owner fixed by hand (`--layers`), for every model."""
+    """A node's identity card. `pinned` is the span its owner fixed by hand (`--layers`), for every model.
+
+    `life` is drawn at each start: what a node said of its spans before it crashed does not count once it is back.
+    """
 
     name: str
     version: str
@@ -49,6 +52,7 @@ class NodeAdvert:
     read_bytes_per_s: float
     device: str
     pinned: tuple[int, ...] | None = None
+    life: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,7 @@ class HostAdvert:
     queue_s: float = 0.0
     tokens_per_s: float = 0.0
     detail: str = ""
+    life: str = ""
 
 
 @dataclass(frozen=True, slots=True)

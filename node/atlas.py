@@ -115,9 +115,6 @@ def _models(pairs: Iterable[tuple[Record, ModelAdvert]]) -> tuple[dict[str, Mode
 def read_atlas(view: View, now_s: float, suspects: Collection[str] = ()) -> Atlas:
     """Read the whole view once. `now_s` is the mesh's time, not this computer's."""
     models, offers = _models(_typed(view, now_s, adverts.MODEL, ModelAdvert))
-    hosts: dict[str, dict[str, HostAdvert]] = {}
-    for record, host in _typed(view, now_s, adverts.HOST, HostAdvert):
-        hosts.setdefault(record.name, {})[record.signer] = host
     plans: dict[str, list[tuple[str, PlanAdvert]]] = {}
     for record, plan in _typed(view, now_s, adverts.PLAN, PlanAdvert):
         if plan.epoch <= now_s * 1000 + EPOCH_AHEAD_MS:
@@ -133,4 +130,9 @@ def read_atlas(view: View, now_s: float, suspects: Collection[str] = ()) -> Atla
             continue
         own = tuple(addr for addr in node.addrs if addr.endswith(f"/p2p/{record.signer}"))
         nodes[str(record.signer)] = replace(node, addrs=own)
+    hosts: dict[str, dict[str, HostAdvert]] = {}
+    for record, host in _typed(view, now_s, adverts.HOST, HostAdvert):
+        card = nodes.get(record.signer)
+        if card is None or card.life == host.life:
+            hosts.setdefault(record.name, {})[record.signer] = host
     return Atlas(nodes, frozenset(suspects), models, hosts, plans, rtts, offers)

@@ -7,9 +7,11 @@ the members, adopting and making plans, publishing what this node is. Decisions 
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,7 @@ class MeshNode:
         self._data = data
         self._store = BlobStore(data.blobs_path, quota_bytes=config.disk_bytes)
         self._offers: dict[str, bytes] = {}
+        self._life = secrets.token_hex(6)
         self.library = Library(identity, self._store, BlobExchange(self.rpc, self._store), self._sources)
         self.hosts = Hosts(self.library, config.device, hardware.memory_bytes, self._publish_host)
         self.planning = Planning(self.me)
@@ -283,6 +286,7 @@ class MeshNode:
             read_bytes_per_s=self.hardware.read_bytes_per_s,
             device=self.hardware.device,
             pinned=self.config.layers,
+            life=self._life,
         )
         self._say(adverts.NODE, "", advert, self.config.node_ttl_s)
 
@@ -290,7 +294,7 @@ class MeshNode:
         if advert is None:
             self.gossip.withdraw(adverts.HOST, manifest_id)
         else:
-            self._say(adverts.HOST, manifest_id, advert, self.config.node_ttl_s)
+            self._say(adverts.HOST, manifest_id, replace(advert, life=self._life), self.config.node_ttl_s)
 
     def _say(self, kind: str, name: str, advert: object, ttl_s: float) -> None:
         """Publish; what does not fit among this node's records is logged, and never ends what wanted to say it."""

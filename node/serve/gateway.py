@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -190,6 +190,10 @@ class MeshGateway:
             except NoRoom as full:
                 problem: GatewayError = Overloaded(getattr(full, "retry_after_s", 1.0))
             except NoChain:
+                if excluded and trio.current_time() >= give_up_s - CHAIN_WAIT_S / 2:
+                    # Nobody else has these layers: whoever failed may have come back meanwhile.
+                    excluded.clear()
+                    wish = replace(wish, exclude=frozenset())
                 problem = ModelNotReady(
                     self._info(atlas, model).detail or f"{model.name} is not served completely now"
                 )

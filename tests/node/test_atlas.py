@@ -72,6 +72,16 @@ def test_suspects_are_known_but_neither_live_nor_hosts():
     assert atlas.hosted(MODEL) == []
 
 
+def test_what_a_node_hosted_in_an_earlier_life_does_not_count():
+    said = Said().node("A", replace(CARD, life="one")).model("A")
+    said.say("A", adverts.HOST, ID, replace(HOST, life="one"))
+    assert said.atlas().copies(MODEL) == [1] * 8
+    said.node("A", replace(CARD, life="two"))
+    assert said.atlas().copies(MODEL) == [0] * 8
+    said.say("A", adverts.HOST, ID, replace(HOST, life="two"))
+    assert said.atlas().copies(MODEL) == [1] * 8
+
+
 def test_a_host_that_is_no_node_counts_for_nothing():
     atlas = Said().model("A").say("Z", adverts.HOST, ID, HOST).atlas()
     assert atlas.copies(MODEL) == [0] * 8

@@ -255,6 +255,21 @@ async def test_before_the_first_token_another_chain_is_tried(model, alone, promp
             assert [event.token for event in await tokens_of(ring, request)] == alone(request)
 
 
+async def test_the_only_host_of_some_layers_that_fails_once_is_asked_again(model, alone, prompt):
+    class NotAtFirst(dict):
+        asked = 0
+
+        def get(self, key):
+            self.asked += 1
+            return None if self.asked == 1 else super().get(key)
+
+    async with ring_of(model, CUTS["two"]) as ring:
+        last = ring.nodes[-1]
+        last.computes = NotAtFirst(last.computes)
+        assert [event.token for event in await tokens_of(ring, wish(prompt))] == alone(wish(prompt))
+        assert last.computes.asked == 2
+
+
 async def test_without_room_the_gateway_says_when_to_come_back(model, prompt):
     async with ring_of(model, CUTS["two"]) as ring:
         async with ring.gateway.generate(wish(prompt, max_tokens=1000)) as events:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from model_shards import CheckpointIndex, Engine, ModelConfig, Sampling, Step, Tokenizer, load_span
@@ -31,32 +30,19 @@ def reference(**how) -> str:
 
 
 def test_two_nodes_pinned_to_halves_serve_together_in_the_precision_asked_for(tmp_path, tools):
-    first = tools.Node(tmp_path, "low", "--layers", "0:4", "--dtype", "float32")
+    first = tools.Node(tmp_path, "low", "--layers", "0:4", "--dtype", "float32", "--quant", "int8")
     mesh = tools.Mesh(first, tools.Node(tmp_path, "high", "--layers", "4:8"))
     try:
         assert mesh.nodes[0].add()["state"] == "ready"
         assert mesh.spans() == {mesh.nodes[0].peer: (0, 4), mesh.nodes[1].peer: (4, 8)}
-        expected = reference(dtype="float32")
+        expected = reference(dtype="float32", quant="int8")
         assert [tools.complete(api, PROMPT, max_tokens=TOKENS) for api in mesh.apis] == [expected] * 2
-        assert mesh.nodes[0].view()["models"][0]["dtype"] == "float32"
+        model = mesh.nodes[0].view()["models"][0]
+        assert (model["dtype"], model["quant"]) == ("float32", "int8")
     finally:
         mesh.end()
 
 
-def test_a_quantised_model_is_served_as_it_would_be_here(tmp_path, tools):
-    node = tools.Node(tmp_path, "small", "--model", "embedded", "--quant", "int8")
-    try:
-        node.start().ready()
-        assert tools.complete(node.api, PROMPT, max_tokens=TOKENS) == reference(
-            dtype="bfloat16", quant="int8"
-        )
-        assert node.view()["models"][0]["quant"] == "int8"
-    finally:
-        node.end()
-
-
-@pytest.mark.parametrize("name", ["alone"])
-def test_ready_is_said_once_and_only_when_the_model_is_served(request, name):
-    node = request.getfixturevalue(name)
-    assert node.log().count("ready api=") == 1
-    assert node.view()["models"][0]["ready"] is True
+def test_ready_is_said_once_and_only_when_the_model_is_served(alone):
+    assert alone.log().count("ready api=") == 1
+    assert alone.view()["models"][0]["ready"] is True

@@ -30,14 +30,15 @@ class Usual:
 class Foresight:
     """The states of one view after 0, 1, 2 ... usual requests. `wait_weight` multiplies queues and prefill."""
 
+    __slots__ = ("_asked", "_links", "_states", "_usual", "_weight")
+
     def __init__(
         self, hosted: Sequence[Hosted], links: Links, asked: ChainRequest, usual: Usual, wait_weight: float
     ) -> None:
         self._links, self._asked, self._usual, self._weight = links, asked, usual, wait_weight
-        self._hosts = {h.node: h for h in hosted}
-        self._states: list[Router] = [self._router()]
+        self._states: list[State] = [State({h.node: h for h in hosted}, links)]
 
-    def after(self, elapsed_s: float) -> Router:
+    def after(self, elapsed_s: float) -> State:
         """The mesh as it probably is so long after the view was announced."""
         wanted = min(PLAYED_MAX, int(elapsed_s * self._usual.requests_per_s))
         while len(self._states) <= wanted:
@@ -46,9 +47,9 @@ class Foresight:
 
     def _play(self, number: int) -> None:
         """One usual request more, and the time until it came."""
-        usual = self._usual
+        usual, before = self._usual, self._states[-1]
         try:
-            chain = self._states[-1].choose(
+            chain = before.router(self._weight).choose(
                 replace(self._asked, prompt_tokens=usual.prompt_tokens, tokens=usual.tokens, seed=number),
                 alternates=0,
             )
@@ -56,26 +57,46 @@ class Foresight:
         except (NoChain, NoRoom, Rejected):
             stages = ()
         passed_s = 1.0 / max(1e-9, usual.requests_per_s)
-        for name, h in self._hosts.items():
-            if h.queue_s > 0:
-                self._hosts[name] = replace(h, queue_s=max(0.0, h.queue_s - passed_s))
+        hosts = {
+            name: replace(h, queue_s=max(0.0, h.queue_s - passed_s)) if h.queue_s > 0 else h
+            for name, h in before.hosts.items()
+        }
         for stage in stages:
-            h = self._hosts[stage.node]
+            h = hosts[stage.node]
             work_s = usual.prompt_tokens * (stage.end - stage.start) * h.prefill_s_per_token_per_layer
             kv_free = h.kv_tokens_free - usual.tokens * (stage.end - stage.start) // (h.end - h.start)
-            self._hosts[stage.node] = replace(h, queue_s=h.queue_s + work_s, kv_tokens_free=max(0, kv_free))
-        self._states.append(self._router())
+            hosts[stage.node] = replace(h, queue_s=h.queue_s + work_s, kv_tokens_free=max(0, kv_free))
+        self._states.append(State(hosts, self._links))
 
-    def _router(self) -> Router:
-        weight = self._weight
-        return Router(
-            [
+
+class State:
+    """Hosts as they probably are, with routers over them by the weight given to waiting."""
+
+    def __init__(self, hosts: dict[str, Hosted], links: Links) -> None:
+        self.hosts, self._links = hosts, links
+        self._routers: dict[float, Router] = {}
+
+    def router(self, wait_weight: float) -> Router:
+        """Phase 2 over these hosts, a second of waiting counted `wait_weight` times."""
+        found = self._routers.get(wait_weight)
+        if found is None:
+            seen = [
                 replace(
                     h,
-                    queue_s=weight * h.queue_s,
-                    prefill_s_per_token_per_layer=weight * h.prefill_s_per_token_per_layer,
+                    queue_s=wait_weight * h.queue_s,
+                    prefill_s_per_token_per_layer=wait_weight * h.prefill_s_per_token_per_layer,
                 )
-                for h in self._hosts.values()
-            ],
-            self._links,
-        )
+                for h in self.hosts.values()
+            ]
+            found = self._routers[wait_weight] = Router(seen, self._links)
+        return found
+
+    def first_token_s(self, stages: Sequence[Stage], request: ChainRequest) -> float:
+        """Seconds until the chain would give its first token: queues, the prompt's work, and a hop to each stage."""
+        total, at = 0.0, request.gateway
+        for stage in stages:
+            h = self.hosts[stage.node]
+            work_s = request.prompt_tokens * (stage.end - stage.start) * h.prefill_s_per_token_per_layer
+            total += h.queue_s + work_s + self._links(at, stage.node).latency_s
+            at = stage.node
+        return total + self._links(at, request.gateway).latency_s

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from scheduler.errors import Shortage
+from scheduler.errors import Rejected, Shortage
 from scheduler.placement import make_plan, needs_replan
 from scheduler.planner import adopt, planner_rank
-from scheduler.routing import ChainRequest, Hosted, Router, Stage, choose_chain
+from scheduler.routing import ChainRequest, Hosted, Stage, choose_chain
 from scheduler.seating import seat_of
 from scheduler.shapes import NodeShape, Plan
 from scheduler.sim.config import SimConfig
 from scheduler.sim.fleet import Fleet
-from scheduler.sim.foresight import Foresight, Usual
+from scheduler.sim.foresight import Foresight, State, Usual
 from scheduler.sim.machine import Span
 from scheduler.sim.request import Request
 
@@ -28,6 +28,7 @@ Orders = Mapping[str, Span | None]
 MODEL = "simulated"
 COPIES_MAX = 64
 USUAL_S = 30.0
+HURRY_WEIGHT = 64.0
 
 
 class Policy(Protocol):
@@ -45,7 +46,7 @@ class Policy(Protocol):
         """What shall change now."""
 
     def choose(self, fleet: Fleet, request: Request) -> list[Stage]:
-        """A chain. Raises NoChain or NoRoom."""
+        """A chain. Raises NoChain or NoRoom; Rejected when it is not worth waiting for."""
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         """Stages for the lost layers alone. Raises NoChain or NoRoom."""
@@ -136,9 +137,21 @@ class Shoal:
         return {name: spans.get(name) for name in fleet.members}
 
     def choose(self, fleet: Fleet, request: Request) -> list[Stage]:
-        self._asked.append((fleet.clock.now_s, request.ask.prompt_tokens, request.tokens))
+        if request.waits == 0:
+            self._asked.append((fleet.clock.now_s, request.ask.prompt_tokens, request.tokens))
         asked = wish(fleet, request, frozenset(request.excluded), self._seed())
-        return list(self._router(fleet, asked).choose(asked, alternates=0).stages)
+        left_s = self._config.targets.ttft_s - (fleet.clock.now_s - request.ask.at_s)
+        urgent = self._config.early_rejection and request.first_s is None
+        if urgent and left_s < 0:
+            raise Rejected("its target passed while it waited")
+        state = self._state(fleet, asked)
+        stages = state.router(self._config.wait_weight).choose(asked, alternates=0).stages
+        if urgent and state.first_token_s(stages, asked) > left_s:
+            stages = state.router(HURRY_WEIGHT).choose(asked, alternates=0).stages
+            first_s = state.first_token_s(stages, asked)
+            if first_s > left_s * self._config.rejection_slack:
+                raise Rejected(f"its first token would take {first_s:.1f} s, {left_s:.1f} s are left")
+        return list(stages)
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         _, hosts = fleet.view(request.gateway)
@@ -150,7 +163,7 @@ class Shoal:
     def _seed(self) -> int:
         return self._rng.getrandbits(32) | 1
 
-    def _router(self, fleet: Fleet, asked: ChainRequest) -> Router:
+    def _state(self, fleet: Fleet, asked: ChainRequest) -> State:
         """The mesh as this gateway foresees it. Gateways with one view foresee alike, so they share the work here."""
         at_s, hosts = fleet.view(asked.gateway)
         place = asked.gateway if fleet.partial else ""

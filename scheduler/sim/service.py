@@ -8,7 +8,7 @@ lost when its client's patience ends. Which chain is the policy's affair.
 
 from __future__ import annotations
 
-from scheduler.errors import NoChain, NoRoom
+from scheduler.errors import NoChain, NoRoom, Rejected
 from scheduler.routing import Stage
 from scheduler.sim.clock import Clock
 from scheduler.sim.config import SimConfig
@@ -52,6 +52,9 @@ class Service:
             return
         try:
             stages = self.policy.choose(self.fleet, request)
+        except Rejected:
+            self._end(request, "refused")
+            return
         except (NoChain, NoRoom):
             request.excluded.clear()
             self._again(request, self.config.retry_s)
@@ -210,7 +213,7 @@ class Service:
         """No node has the lost layers to spare: another chain altogether, or a little patience."""
         try:
             stages = self.policy.choose(self.fleet, request)
-        except (NoChain, NoRoom):
+        except (NoChain, NoRoom, Rejected):
             self._again(request, self.config.retry_s)
             return
         self._take(request, stages, 0, len(stages))

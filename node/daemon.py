@@ -250,10 +250,13 @@ def model_directory(source: ModelSource) -> Path:
 
 
 def membership_of(text: str) -> Membership:
-    """The membership that an invite offers. Raises ControlProblem or InviteError with one clear line."""
-    invite = Invite.decode(text.strip())
+    """The membership that an invite offers. Raises ControlProblem with one clear line."""
+    try:
+        invite = Invite.decode(text.strip())
+    except InviteError as problem:
+        raise ControlProblem(str(problem)) from None
     if invite.expired(time.time()):
-        raise InviteError("this invite has expired; ask for a new one with `shoal invite`")
+        raise ControlProblem("this invite has expired; ask for a new one with `shoal invite`")
     return Membership(invite.mesh_id, invite.swarm_key, tuple(invite.addrs))
 
 

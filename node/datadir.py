@@ -21,6 +21,9 @@ from typing import IO, Any
 from node.errors import DataDirProblem
 
 
+MESHES_MAX = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Membership:
     """Which mesh this node belongs to. `swarm_key` is None for a public mesh; `addrs` are tried first."""
@@ -133,20 +136,25 @@ class DataDir:
         }
         self._write("mesh.json", document)
 
-    def offers(self) -> list[bytes]:
-        """The model adverts this node made when it last ran; a file that cannot be read offers nothing."""
+    def offers(self, mesh_id: str) -> list[bytes]:
+        """The model adverts this node last made in a mesh; a file that cannot be read offers nothing."""
         try:
-            return [
-                base64.b64decode(item)
-                for item in json.loads((self.root / "models.json").read_bytes())["offers"]
-            ]
-        except (OSError, ValueError, KeyError, TypeError):
+            return [base64.b64decode(item) for item in self._offers()[mesh_id]]
+        except (ValueError, KeyError, TypeError):
             return []
 
-    def remember_offers(self, offers: Iterable[bytes]) -> None:
-        """Keep the model adverts for the next start."""
-        encoded = [base64.b64encode(offer).decode() for offer in offers]
-        self._write("models.json", {"version": 1, "offers": encoded})
+    def remember_offers(self, mesh_id: str, offers: Iterable[bytes]) -> None:
+        """Keep the model adverts for the next time in this mesh: what is shared with one is not told to another."""
+        meshes = {name: items for name, items in self._offers().items() if name != mesh_id}
+        meshes[mesh_id] = [base64.b64encode(offer).decode() for offer in offers]
+        kept = list(meshes)[-MESHES_MAX:]
+        self._write("models.json", {"version": 1, "offers": {name: meshes[name] for name in kept}})
+
+    def _offers(self) -> dict[str, list[str]]:
+        try:
+            return dict(json.loads((self.root / "models.json").read_bytes())["offers"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
     def announce(self, api: str, peer: str) -> None:
         """Tell the command line where the running daemon is."""

@@ -196,13 +196,13 @@ class MeshNode:
         """Offer a model, now and after a restart."""
         self._say(adverts.MODEL, advert.name, advert, self.config.model_ttl_s)
         self._offers[advert.manifest_id] = adverts.write(advert)
-        self._data.remember_offers(self._offers.values())
+        self._data.remember_offers(self.membership.mesh_id, self._offers.values())
         self._wake()
 
     def _offer_again(self) -> None:
         """Models that this node offered before it stopped and whose bytes are still here."""
         here = {manifest.id for manifest in self._store.manifests()}
-        for value in self._data.offers():
+        for value in self._data.offers(self.membership.mesh_id):
             advert = adverts.read(ModelAdvert, value)
             if advert is not None and advert.manifest_id in here:
                 self._publish_model(advert)

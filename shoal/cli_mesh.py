@@ -214,8 +214,8 @@ def wait_served(
         if model is not None and model.shortage != short:
             short, short_since_s = model.shortage, now_s
         if short and now_s - short_since_s >= SHORTAGE_S:
-            wanted = "" if copies == 1 else f" {copies} times"
-            raise CommandFailed(f"'{name}' cannot be served{wanted}: {short}")
+            fewer = f"is served, but not {copies} times" if mesh.served(name) else "cannot be served"
+            raise CommandFailed(f"'{name}' {fewer}: {short}")
         if now_s >= end_s:
             lacking = mesh.lacking(name, copies) or f"'{name}' is not ready"
             raise CommandFailed(f"{lacking} after {terminal.duration(timeout_s)}")

@@ -60,10 +60,21 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 
 def test_offers_survive_and_damage_offers_nothing(tmp_path):
     with DataDir.open(tmp_path) as data:
-        data.remember_offers([b"\x00one", b"two"])
-        assert data.offers() == [b"\x00one", b"two"]
+        data.remember_offers("home", [b"\x00one", b"two"])
+        assert data.offers("home") == [b"\x00one", b"two"]
         (tmp_path / "models.json").write_bytes(b"{")
-        assert data.offers() == []
+        assert data.offers("home") == []
+
+
+def test_what_is_offered_to_one_mesh_is_not_offered_to_another(tmp_path):
+    with DataDir.open(tmp_path) as data:
+        data.remember_offers("home", [b"private"])
+        assert data.offers("work") == []
+        data.remember_offers("work", [b"other"])
+        assert (data.offers("home"), data.offers("work")) == ([b"private"], [b"other"])
+        for number in range(16):
+            data.remember_offers(f"mesh {number}", [b"x"])
+        assert (data.offers("home"), data.offers("mesh 0")) == ([], [b"x"])
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ def test_nobody_waits_for_a_model_that_the_mesh_has_no_room_for(daemon):
             sleep=lambda _: None,
             clock_s=lambda: next(now),
         )
-    assert str(caught.value) == f"'tiny' cannot be served 3 times: {daemon.shortage}"
+    assert str(caught.value) == f"'tiny' is served, but not 3 times: {daemon.shortage}"
     assert next(now) < 10
 
 

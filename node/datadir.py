@@ -20,7 +20,6 @@ from typing import IO, Any
 
 from node.errors import DataDirProblem
 
-
 MESHES_MAX = 16
 
 

@@ -24,6 +24,16 @@ Pool your own computers into one machine that serves language models.
 """
 
 
+PLAN = """\
+Plan a model over machines that need not exist. Nothing is started or asked over a network.
+
+The file is a JSON object:
+  model   layers, layer_bytes, embed_bytes, head_bytes, layer_flops_per_token, hidden_bytes,
+          kv_bytes_per_token_per_layer; optional tied
+  nodes   a list of id, tflops, memory_gib, bandwidth_gbps; optional link_mbps
+and, each optional: hop_ms, hop_ms_between, context_tokens, batch, weight_fraction, prefer"""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one plain line for wrong usage, and help texts that keep their line breaks."""
 
@@ -81,6 +91,7 @@ def build_parser() -> Parser:
     _node_commands(commands)
     _mesh_commands(commands)
     _model_commands(commands)
+    _plan_command(commands)
     _testnet_commands(commands)
     _demo_command(commands)
     return parser
@@ -260,6 +271,24 @@ def _model_commands(commands: Any) -> None:
     )
     _json(run, "the text and its figures")
     _where(run)
+
+
+def _plan_command(commands: Any) -> None:
+    plan = _add(
+        commands,
+        "plan",
+        "shoal.cli_plan:plan",
+        "show how a model would be placed over machines that a file describes",
+        PLAN,
+        "  shoal plan --input lab.json\n  shoal plan --input lab.json --prefer throughput --json",
+    )
+    plan.add_argument("--input", metavar="FILE", required=True, help="the description, or - for stdin")
+    plan.add_argument(
+        "--prefer",
+        choices=("balanced", "latency", "throughput"),
+        help="quick answers, many at once, or both in measure (default: the file's, else balanced)",
+    )
+    _json(plan, "the plan")
 
 
 def _testnet_commands(commands: Any) -> None:

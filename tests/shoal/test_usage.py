@@ -11,7 +11,7 @@ import shoal as package
 from shoal import errors
 from shoal.cli_parser import count, positive, ttl
 
-COMMANDS = ["up", "join", "invite", "status", "add", "models", "run", "testnet", "demo"]
+COMMANDS = ["up", "join", "invite", "status", "add", "models", "run", "plan", "testnet", "demo"]
 
 
 def test_public_face():
@@ -58,6 +58,8 @@ def test_each_command_explains_itself(shoal, command):
         (["up", "--memory", "-1"], "memory"),
         (["up", "--model", "=x"], "model"),
         (["up", "--dtype", "float8"], "dtype"),
+        (["plan"], "--input"),
+        (["plan", "--input", "x", "--prefer", "luck"], "--prefer"),
     ],
 )
 def test_wrong_usage_is_status_2_and_one_line(shoal, arguments, names):
@@ -84,7 +86,9 @@ def test_values_that_are_refused(parse, text):
         parse(text)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["status"], ["run", "m", "p"], ["invite"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["status"], ["run", "m", "p"], ["invite"], ["plan", "--input", "x"]]
+)
 def test_commands_load_neither_the_daemon_nor_its_libraries(arguments, home):
     """Time is not measured here: what makes a command slow is what it imports."""
     code = (

@@ -16,7 +16,7 @@ from typing import Any
 
 from shoal import terminal
 from shoal.daemon_client import DaemonClient, connect
-from shoal.errors import UsageProblem
+from shoal.errors import CommandFailed, DaemonRefused, ShoalError, UsageProblem
 
 PROMPT_BYTES_MAX = 16 << 20
 
@@ -61,11 +61,20 @@ def run(options: argparse.Namespace) -> int:
     path, body = request_of(options, prompt)
     text = ""
     to_person = terminal.is_terminal(sys.stdout)
-    for piece in generate(client, path, body, figures):
-        text += piece
-        if not options.json:
-            sys.stdout.write(terminal.safe_for_terminal(piece) if to_person else piece)
-            sys.stdout.flush()
+    try:
+        for piece in generate(client, path, body, figures):
+            text += piece
+            if not options.json:
+                sys.stdout.write(terminal.safe_for_terminal(piece) if to_person else piece)
+                sys.stdout.flush()
+    except DaemonRefused as refused:
+        if refused.code != "model_not_found":
+            raise
+        raise CommandFailed(f"{refused}; see: {terminal.program()} models") from None
+    except (ShoalError, KeyboardInterrupt):
+        if to_person and text and not text.endswith("\n"):
+            print(flush=True)  # what is said next must not stand behind half a sentence
+        raise
     if options.json:
         print(json.dumps({"text": text, **summary(figures)}))
         return 0

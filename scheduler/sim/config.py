@@ -65,8 +65,8 @@ class SimConfig:
     """One run. Times in seconds, sizes in bytes; shares are between 0 and 1.
 
     `copies` None asks for as many as the mesh's memory holds. `wait_weight` is how many seconds of decoding a second
-    until the first token is worth to our gateways; with `foresight` they reckon with what came since their view, and with
-    `early_rejection` they refuse what would miss its target for the first token by `rejection_slack`.
+    until the first token is worth to our gateways; with `foresight` they reckon with what came since their view, and
+    with `early_rejection` they refuse what would miss its target for the first token by `rejection_slack`.
     `crash_share` of the leaving nodes vanish without a word, noticed after `detect_s`; the others say so and go at once
     all the same. `return_share` of the joining nodes are old ones that come back with their weights on disk. `diurnal`
     is how far the rates of leaving and joining swing over a day. Links inside a region and between regions have a

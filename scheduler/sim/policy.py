@@ -137,8 +137,6 @@ class Shoal:
         return {name: spans.get(name) for name in fleet.members}
 
     def choose(self, fleet: Fleet, request: Request) -> list[Stage]:
-        if request.waits == 0:
-            self._asked.append((fleet.clock.now_s, request.ask.prompt_tokens, request.tokens))
         asked = wish(fleet, request, frozenset(request.excluded), self._seed())
         left_s = self._config.targets.ttft_s - (fleet.clock.now_s - request.ask.at_s)
         urgent = self._config.early_rejection and request.first_s is None
@@ -151,6 +149,9 @@ class Shoal:
             first_s = state.first_token_s(stages, asked)
             if first_s > left_s * self._config.rejection_slack:
                 raise Rejected(f"its first token would take {first_s:.1f} s, {left_s:.1f} s are left")
+        if not request.counted:
+            request.counted = True
+            self._asked.append((fleet.clock.now_s, request.ask.prompt_tokens, request.tokens))
         return list(stages)
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:

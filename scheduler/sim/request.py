@@ -37,6 +37,7 @@ class Request:
     waits: int = 0
     breaks: int = 0
     had_alternate: bool = False
+    counted: bool = False
 
     @property
     def tokens(self) -> int:

@@ -67,13 +67,11 @@ def run(options: argparse.Namespace) -> int:
             if not options.json:
                 sys.stdout.write(terminal.safe_for_terminal(piece) if to_person else piece)
                 sys.stdout.flush()
-    except DaemonRefused as refused:
-        if refused.code != "model_not_found":
-            raise
-        raise CommandFailed(f"{refused}; see: {terminal.program()} models") from None
-    except (ShoalError, KeyboardInterrupt):
+    except (ShoalError, KeyboardInterrupt) as problem:
         if to_person and text and not text.endswith("\n"):
             print(flush=True)  # what is said next must not stand behind half a sentence
+        if isinstance(problem, DaemonRefused) and problem.code == "model_not_found":
+            raise CommandFailed(f"{problem}; see: {terminal.program()} models") from None
         raise
     if options.json:
         print(json.dumps({"text": text, **summary(figures)}))

@@ -13,6 +13,7 @@ import pytest
 
 from shoal.cli_run import Figures, generate
 from shoal.daemon_client import DaemonClient
+from shoal.terminal import program
 from testnet.fake_daemon import TEXT
 
 
@@ -93,7 +94,20 @@ def test_unknown_model_is_one_line(shoal, daemon):
     daemon.answers["/v1/completions"] = (404, error)
     outcome = shoal("run", "x", "hello")
     assert (outcome.status, outcome.out) == (1, "")
-    assert outcome.err == "shoal: the model 'x' does not exist in this mesh\n"
+    said = f"the model 'x' does not exist in this mesh; see: {program()} models"
+    assert outcome.err == f"shoal: {said}\n"
+
+
+@pytest.mark.parametrize(("person", "out"), [(True, "half a sen\n"), (False, "half a sen")])
+def test_an_answer_that_breaks_off_ends_its_line_before_the_reason_is_said(
+    shoal, daemon, monkeypatch, person, out
+):
+    monkeypatch.setattr("shoal.terminal.is_terminal", lambda stream: person)
+    events = [{"choices": [{"text": "half a sen"}]}, {"error": {"message": "node-3 was lost"}}]
+    stream = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    daemon.answers["/v1/completions"] = (200, stream.encode())
+    outcome = shoal("run", "tiny", "hello")
+    assert (outcome.status, outcome.out, outcome.err) == (1, out, "shoal: node-3 was lost\n")
 
 
 def test_generated_text_cannot_steer_a_terminal(shoal, daemon, monkeypatch):

@@ -76,6 +76,17 @@ def positive(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 up; 0.2 is a fifth."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share such as 0.2")
+    return value
+
+
 def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(
@@ -92,6 +103,7 @@ def build_parser() -> Parser:
     _mesh_commands(commands)
     _model_commands(commands)
     _plan_command(commands)
+    _sim_command(commands)
     _testnet_commands(commands)
     _demo_command(commands)
     return parser
@@ -289,6 +301,53 @@ def _plan_command(commands: Any) -> None:
         help="quick answers, many at once, or both in measure (default: the file's, else balanced)",
     )
     _json(plan, "the plan")
+
+
+def _sim_command(commands: Any) -> None:
+    sim = _add(
+        commands,
+        "sim",
+        "shoal.cli_sim:sim",
+        "simulate a mesh whose nodes come and go",
+        "Play a trace of requests on a simulated mesh of home machines and print what a scheduler made of it:\n"
+        "times, targets kept, requests lost, bytes fetched, messages. Nothing is started and nothing is sent.",
+        "  shoal sim --nodes 40 --hours 0.1\n"
+        "  shoal sim --trace azure_llm_conv_2023.csv --policy all --plot pictures",
+    )
+    sim.add_argument("--nodes", metavar="N", type=count, default=40, help="how many nodes (default: 40)")
+    sim.add_argument(
+        "--layers", metavar="N", type=count, default=64, help="layers of the model, 0.5 GB each (default: 64)"
+    )
+    sim.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="requests to play: Azure's CSV or Mooncake's JSONL (default: a synthetic load)",
+    )
+    sim.add_argument(
+        "--rate", metavar="R", type=positive, default=5.5, help="synthetic requests a second (default: 5.5)"
+    )
+    sim.add_argument(
+        "--speed", metavar="X", type=positive, default=1.0, help="play the load X times as fast (default: 1)"
+    )
+    sim.add_argument(
+        "--policy",
+        choices=("shoal", "petals", "parallax", "parallax-mending", "random", "all"),
+        default="shoal",
+        help="whose scheduler; all of them run on the same mesh and load (default: shoal)",
+    )
+    sim.add_argument(
+        "--hours", metavar="H", type=positive, default=1.0, help="hours to simulate (default: 1)"
+    )
+    sim.add_argument(
+        "--churn-per-hour",
+        metavar="SHARE",
+        type=share,
+        default=0.2,
+        help="share of the nodes that leave, and come, each hour (default: 0.2)",
+    )
+    sim.add_argument("--seed", metavar="N", type=int, default=1, help="the same seed gives the same figures")
+    sim.add_argument("--plot", metavar="DIR", help="write pictures (SVG) there")
+    _json(sim, "the figures")
 
 
 def _testnet_commands(commands: Any) -> None:

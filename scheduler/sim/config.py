@@ -17,7 +17,7 @@ GIB = 1 << 30
 
 
 def default_model(layers: int = 64) -> ModelShape:
-    """Layers like those of a dense 32B model in eight bits; a copy keeps room for six conversations of 4,096 tokens."""
+    """Layers like those of a dense 32B model in eight bits; a copy keeps room for ten conversations of 4,096 tokens."""
     return ModelShape(
         layers=layers,
         layer_bytes=490_000_000,
@@ -28,7 +28,7 @@ def default_model(layers: int = 64) -> ModelShape:
         hidden_bytes=10_240,
         kv_bytes_per_token_per_layer=4096,
         context_tokens=4096,
-        concurrency=6,
+        concurrency=10,
         working_bytes=256 << 20,
     )
 

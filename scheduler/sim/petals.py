@@ -166,6 +166,7 @@ class Petals:
             hop_s=lambda u, v: link(names[u], names[v]).latency_s,
             back_s=lambda u, _v: link(names[u], request.gateway).latency_s,
             width=WIDTH,
+            firsts_max=0,
         )
         walk = shortest_walk(ground, range(len(able)))
         if walk is None:

@@ -150,11 +150,13 @@ def add(options: argparse.Namespace) -> int:
             )
         )
     elif mesh is None:
-        print(f"{name} is published; watch it spread with: shoal status")
+        print(
+            f"{name} is published; watch it spread with: {terminal.program()} status{terminal.aim(options)}"
+        )
     else:
         for line in where_layers_went(mesh, name):
             print(line)
-        terminal.note(f'ask it: {terminal.program()} run {name} "..."')
+        terminal.note(f'ask it: {terminal.program()} run {name} "..."{terminal.aim(options)}')
     return 0
 
 

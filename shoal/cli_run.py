@@ -71,7 +71,9 @@ def run(options: argparse.Namespace) -> int:
         if to_person and text and not text.endswith("\n"):
             print(flush=True)  # what is said next must not stand behind half a sentence
         if isinstance(problem, DaemonRefused) and problem.code == "model_not_found":
-            raise CommandFailed(f"{problem}; see: {terminal.program()} models") from None
+            raise CommandFailed(
+                f"{problem}; see: {terminal.program()} models{terminal.aim(options)}"
+            ) from None
         raise
     if options.json:
         print(json.dumps({"text": text, **summary(figures)}))

@@ -18,7 +18,7 @@ from shoal import terminal
 from shoal.cli_mesh import model_source, publish, spans_of, spreading, wait_served, where_layers_went
 from shoal.daemon_client import DaemonClient, data_dir
 from shoal.errors import CommandFailed, ShoalError
-from shoal.mesh_view import MeshView
+from shoal.mesh_view import MeshView, layer_range
 from testnet import LaunchOptions, LocalNode, Testnet, TestnetError, read_state, stop_recorded
 from testnet.processes import running
 
@@ -105,7 +105,10 @@ def status(options: argparse.Namespace) -> int:
     elif not rows:
         terminal.note(f"no local nodes; start some with: {terminal.program()} testnet up -n 4")
     else:
-        held = [", ".join(f"{s['model']} {s['start']}:{s['end']}" for s in row["spans"]) for row in rows]
+        held = [
+            ", ".join(f"{s['model']} {layer_range(s['start'], s['end'])}" for s in row["spans"])
+            for row in rows
+        ]
         terminal.table(
             ("node", "pid", "state", "api", "layers"),
             [

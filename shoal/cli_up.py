@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -55,7 +56,7 @@ def up(options: argparse.Namespace) -> int:
         config = load_config(daemon_flags(options), file=Path(options.config) if options.config else None)
     except ConfigProblem as problem:
         raise UsageProblem(str(problem)) from None
-    console = PersonConsole() if terminal.is_terminal(sys.stderr) else Console()
+    console = PersonConsole(options.data_dir) if terminal.is_terminal(sys.stderr) else Console()
     console.busy("starting")
     run_daemon = _daemon()
     try:
@@ -82,8 +83,9 @@ def _daemon() -> Callable[..., int]:
 class PersonConsole(Console):
     """For a terminal: how far the start is, on stderr, then where the node is and what to do with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, data_dir: str | None = None) -> None:
         super().__init__()
+        self._aim = f" --data-dir {shlex.quote(data_dir)}" if data_dir else ""
         self._stack = ExitStack()
         self._progress = self._stack.enter_context(terminal.progress(transient=True))
         self._greeted = False
@@ -107,18 +109,18 @@ class PersonConsole(Console):
     def ready(self, api: str, peer: str, models: Sequence[ModelInfo]) -> None:
         self.clear()
         super().ready(api, peer, models)
-        for line in greeting(api, models, terminal.program()):
+        for line in greeting(api, models, terminal.program(), self._aim):
             terminal.note(line)
 
 
-def greeting(api: str, models: Sequence[ModelInfo], program: str) -> list[str]:
+def greeting(api: str, models: Sequence[ModelInfo], program: str, aim: str = "") -> list[str]:
     """What a person may want to know once the node is up."""
     lines = [f"  OpenAI endpoint   {api}/v1"]
     served = [model.name for model in models if model.ready]
     if served:
-        lines.append(f'  ask it            {program} run {served[0]} "..."')
+        lines.append(f'  ask it            {program} run {served[0]} "..."{aim}')
     lines += [f"  {model.name} is not served yet: {model.detail}" for model in models if not model.ready]
-    lines.append(f"  add a computer    {program} invite")
+    lines.append(f"  add a computer    {program} invite{aim}")
     lines.append("Ctrl-C stops this node.")
     return lines
 
@@ -147,7 +149,8 @@ def join(options: argparse.Namespace) -> int:
             pass  # it died without removing its address: start another
         else:
             print(moved(client, before))
-            terminal.note(f"see it with: {terminal.program()} status")
+            options.api = None  # of `shoal up`: where it would listen
+            terminal.note(f"see it with: {terminal.program()} status{terminal.aim(options)}")
             return 0
     options.join = invite
     return up(options)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SILENT_S = 1.0
+BAR_CELLS = 28
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -114,17 +115,18 @@ def progress(*, quiet: bool = False, transient: bool = False) -> Iterator[Progre
         from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bars
 
+        screen = console(stderr=True)
         bars = Bars(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=28),
+            BarColumn(bar_width=BAR_CELLS),
             TextColumn("{task.fields[detail]}", markup=False, style="dim"),
             TimeElapsedColumn(),
-            console=console(stderr=True),
+            console=screen,
             transient=transient,
         )
         with bars:
-            yield _bar_progress(bars)
+            yield _bar_progress(bars, screen.width - BAR_CELLS - 14)
 
 
 def _line_progress(clock_s: Callable[[], float] = time.monotonic) -> Callable[..., None]:
@@ -140,10 +142,13 @@ def _line_progress(clock_s: Callable[[], float] = time.monotonic) -> Callable[..
     return show
 
 
-def _bar_progress(bars: Any) -> Callable[..., None]:
+def _bar_progress(bars: Any, words_cells: int) -> Callable[..., None]:
+    """`words_cells`: how many columns of a line label and detail may take together."""
     tasks: dict[str, Any] = {}
 
     def show(label: str, fraction: float | None, detail: str = "") -> None:
+        room = max(words_cells - max(map(len, (*tasks, label))), 0)
+        detail = detail if len(detail) <= room else detail[: max(room - 1, 0)] + "…"
         if label not in tasks:
             for task in tasks.values():
                 bars.update(task, total=1.0, completed=1.0)
@@ -157,6 +162,14 @@ def _bar_progress(bars: Any) -> Callable[..., None]:
 def safe_for_terminal(text: str) -> str:
     """Generated text without the control characters that could steer a terminal; newlines and tabs stay."""
     return "".join(c for c in text if (c >= " " and not "\x7f" <= c <= "\x9f") or c in "\n\t")
+
+
+def aim(options: Any) -> str:
+    """The flags that made a command ask the daemon it asked, to stand behind the next command; mostly ""."""
+    for flag, value in (("--api", options.api), ("--data-dir", options.data_dir)):
+        if value is not None:
+            return f" {flag} {shlex.quote(value)}"
+    return ""
 
 
 def program() -> str:

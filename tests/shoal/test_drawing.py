@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import sys
 
@@ -105,6 +106,36 @@ def test_progress_bar_finishes_the_steps_before(monkeypatch):
     assert "1 MiB" in stream.getvalue()
 
 
+def test_a_long_detail_leaves_label_and_bar_whole(monkeypatch):
+    stream = Tty()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    with terminal.progress() as show:
+        show(
+            "spreading dice",
+            0.0,
+            "needs 2.2 MiB for weights and cache, the mesh offers 2.1 MiB: 74 KiB short",
+        )
+    line = stream.getvalue().splitlines()[-2]
+    assert "spreading dice" in line
+    assert "needs 2.2 MiB" in line
+    assert "…" in line
+
+
+@pytest.mark.parametrize(
+    ("api", "data_dir", "words"),
+    [
+        (None, None, ""),
+        ("http://a:1", None, " --api http://a:1"),
+        (None, "/d e", " --data-dir '/d e'"),
+        ("x", "y", " --api x"),
+    ],
+)
+def test_the_next_command_asks_the_same_daemon(api, data_dir, words):
+    assert terminal.aim(argparse.Namespace(api=api, data_dir=data_dir)) == words
+
+
 def test_quiet_progress_is_silent(capsys):
     with terminal.progress(quiet=True) as show:
         show("x", 0.5)
@@ -145,6 +176,18 @@ def test_bar_colours_tell_failed_from_ready():
         for state in ("ready", "failed")
     }
     assert styles == {"ready": "cyan", "failed": "red"}
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, False), (110, True)])
+def test_a_picture_fits_its_terminal(width, shown):
+    span = {"model": "m", "start": 0, "end": 8, "state": "ready", "bytes_fetched": 2_900_000}
+    node = {"peer": "12D3KooWabcdefgh", "name": "node-1", "memory_bytes": 6 << 20, "connected": True}
+    mesh = MeshView.parse({"nodes": [{**node, "spans": [span]}], "models": [{"name": "m", "layers": 8}]})
+    screen = Console(width=width, file=io.StringIO())
+    screen.print(mesh_picture(mesh, width))
+    text = screen.file.getvalue()
+    assert ("abcdefgh" in text) is shown
+    assert all(words in text for words in ("node-1", "6.0 MiB", "0-7", "2.8 MiB", "serving"))
 
 
 def test_picture_names_models_where_there_are_several():

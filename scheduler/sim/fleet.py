@@ -238,7 +238,7 @@ class Fleet:
     @property
     def partial(self) -> bool:
         """Whether gateways keep only some of the hosts in view."""
-        return self._share < VIEW_ALL
+        return len(self._snapshots[0][1]) > self.config.view_nodes_max
 
     def view(self, gateway: str) -> tuple[float, list[Hosted]]:
         """What a gateway knows of the hosts: when it was announced, and those not noticed to be gone since."""

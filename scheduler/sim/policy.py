@@ -105,7 +105,7 @@ class Shoal:
             return {}
         self._seen = fleet.version
         nodes = self._nodes(fleet)
-        if needs_replan(self.plan, fleet.model, nodes, copies=self._copies) is None:
+        if not nodes or needs_replan(self.plan, fleet.model, nodes, copies=self._copies) is None:
             return {}
         try:
             changed = self._replan(fleet, nodes)

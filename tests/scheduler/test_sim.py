@@ -122,7 +122,7 @@ def test_gateways_with_one_old_view_do_not_all_pick_one_chain():
 
 
 def test_early_refusal_keeps_the_others_within_target_when_too_much_is_asked():
-    config = replace(SMALL, hours=0.02, churn_per_hour=0.0, load=Load(requests_per_s=6.0))
+    config = replace(SMALL, nodes=8, hours=0.015, churn_per_hour=0.0, load=Load(requests_per_s=5.0))
     early, late = run(config), run(replace(config, early_rejection=False))
     assert early["refused"] > 0
     assert early["goodput_per_s"] > late["goodput_per_s"]

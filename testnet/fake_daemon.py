@@ -26,12 +26,20 @@ LOOKS_UNTIL_READY = 3
 TEXT = "the sea is salt because rivers carry it there and only water leaves"
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves in the middle is no news; the standard library would print it on stderr, where the
+        command under test prints. Anything else is a fault of this fake and is told."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class FakeDaemon:
     """One fake node, serving in a thread while the `with` block lasts. The attributes may be changed by tests."""
 
     def __init__(self, name: str = "node-1", api: str = "127.0.0.1:0", memory_bytes: int = 4 << 20) -> None:
         host, _, port = api.rpartition(":")
-        self.server = ThreadingHTTPServer((host, int(port)), _handler(self))
+        self.server = _Server((host, int(port)), _handler(self))
         self.server.daemon_threads = True
         self.api = f"http://{host}:{self.server.server_port}"
         self.name = name

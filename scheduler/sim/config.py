@@ -71,8 +71,9 @@ class SimConfig:
     all the same. `return_share` of the joining nodes are old ones that come back with their weights on disk. `diurnal`
     is how far the rates of leaving and joining swing over a day. Links inside a region and between regions have a
     latency and a bandwidth; a node's own line (`line_mbps_least` to `line_mbps_most`) bounds both. `view_nodes_max` is
-    how many hosts a gateway keeps in view. A client that finds no room asks again after `retry_s`, then twice that, up
-    to `retry_s_most`. `patience_s` is how long a client waits for its first token, and again for each mending.
+    how many hosts a gateway keeps in view where there are more, those of its region first. A client that finds no room
+    asks again after `retry_s`, then twice that, up to `retry_s_most`. `patience_s` is how long a client waits for its
+    first token, and again for each mending.
     """
 
     policy: str = "shoal"
@@ -97,7 +98,7 @@ class SimConfig:
     detect_s: float = 3.0
     gossip_s: float = 1.0
     view_age_s: float = 2.0
-    view_nodes_max: int = 256
+    view_nodes_max: int = 48
     plan_every_s: float = 2.0
     adopt_s: float = 1.0
     patience_s: float = 60.0

@@ -23,6 +23,8 @@ from scheduler.sim.world import World
 DRAIN_S = 30.0
 DAY_S = 86_400.0
 VIEW_ALL = 2**32
+NEAR = 2.5
+"""A gateway that keeps a part of the hosts in view keeps so many times the share of those in its own region."""
 Broken = Callable[[list[Request], Machine, float], None]
 Hosts = dict[str, Hosted]
 
@@ -46,9 +48,10 @@ class Fleet:
         self._calm: set[str] = set()
         self._snapshots: deque[tuple[float, Hosts]] = deque()
         self._samples: list[list[str]] = [[] for _ in world.gateways]
-        self._share = VIEW_ALL
-        if config.nodes > config.view_nodes_max:
-            self._share = int(VIEW_ALL * config.view_nodes_max / config.nodes)
+        wanted = min(1.0, config.view_nodes_max / config.nodes)
+        near = NEAR if config.regions > 1 else 1.0
+        far = max(0.0, config.regions - near) / max(1, config.regions - 1)
+        self._shares = (int(VIEW_ALL * wanted * far), int(VIEW_ALL * wanted * near))
         self._views: dict[str, tuple[float, int, list[Hosted]]] = {}
         for _ in range(config.nodes):
             self._enter(self._new())
@@ -66,7 +69,9 @@ class Fleet:
         self.up[machine.name] = self.members[machine.name] = machine
         self.version += 1
         for gateway, sample in zip(self.world.gateways, self._samples, strict=True):
-            if zlib.crc32(f"{gateway}/{machine.name}".encode()) < self._share and machine.name not in sample:
+            near = self.world.region[gateway] == self.world.region[machine.name]
+            drawn = zlib.crc32(f"{gateway}/{machine.name}".encode())
+            if drawn < self._shares[near] and machine.name not in sample:
                 sample.append(machine.name)
 
     def start_churn(self, until_s: float) -> None:
@@ -236,9 +241,14 @@ class Fleet:
         )
 
     @property
+    def hosting(self) -> int:
+        """How many hosts were announced in the view that gateways work with."""
+        return len(self._snapshots[0][1])
+
+    @property
     def partial(self) -> bool:
         """Whether gateways keep only some of the hosts in view."""
-        return len(self._snapshots[0][1]) > self.config.view_nodes_max
+        return self.hosting > self.config.view_nodes_max
 
     def view(self, gateway: str) -> tuple[float, list[Hosted]]:
         """What a gateway knows of the hosts: when it was announced, and those not noticed to be gone since."""

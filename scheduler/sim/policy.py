@@ -170,7 +170,7 @@ class Shoal:
         place = asked.gateway if fleet.partial else ""
         known = self._foresight.get(place)
         if known is None or known[0] != (at_s, fleet.version):
-            usual = self._usual(at_s, 1.0 / self._config.gateways if fleet.partial else 1.0)
+            usual = self._usual(at_s, min(1.0, len(hosts) / max(1, fleet.hosting)))
             made = Foresight(hosts, fleet.world.link, asked, usual, self._config.wait_weight)
             known = self._foresight[place] = ((at_s, fleet.version), made)
         return known[1].after(fleet.clock.now_s - at_s if self._config.foresight else 0.0)

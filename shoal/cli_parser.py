@@ -104,6 +104,7 @@ def build_parser() -> Parser:
     _model_commands(commands)
     _plan_command(commands)
     _sim_command(commands)
+    _bench_commands(commands)
     _testnet_commands(commands)
     _demo_command(commands)
     return parser
@@ -348,6 +349,22 @@ def _sim_command(commands: Any) -> None:
     sim.add_argument("--seed", metavar="N", type=int, default=1, help="the same seed gives the same figures")
     sim.add_argument("--plot", metavar="DIR", help="write pictures (SVG) there")
     _json(sim, "the figures")
+
+
+def _bench_commands(commands: Any) -> None:
+    bench = _add(commands, "bench", None, "measure how fast something is on this machine")
+    what = bench.add_subparsers(dest="what", metavar="WHAT", required=True, title="what")
+    plan = _add(
+        what,
+        "plan",
+        "shoal.bench_plan:plan",
+        "planning and routing over meshes of 40, 1,000 and 10,000 nodes",
+        examples="  shoal bench plan --json\n  shoal bench plan --nodes 1000",
+    )
+    plan.add_argument(
+        "--nodes", metavar="N", type=count, default=10_000, help="leave out larger meshes (default: 10000)"
+    )
+    _json(plan, "the figures")
 
 
 def _testnet_commands(commands: Any) -> None:

@@ -1,0 +1,94 @@
+"""The errors of collectives, on the three axes that cross the whole project.
+
+    CollectiveError
+        RoundFailed                 this round gave no result; the caller's tensors are as they were
+            NoQuorum                too few members of the last committed epoch are here to decide anything
+            RoundExpired            the deadline came first
+            Excluded                the round went on without this member; `why` says for what reason
+            Behind                  the others have committed later epochs; fetch the state first
+            Diverged                this member's state differs from what the majority holds
+            Superseded              another round of the same tag is open, or the run is being left
+        RemoteFault                 a peer's doing: bytes that do not decode, a part that does not match its hash
+            BadContribution         non-finite or far too large values, an altered part
+        ResourceLimit               a configured bound was reached
+        LocalFault                  this node's doing: wrong arguments, a journal that cannot be written
+            NonFinite               the caller's own tensors hold NaN or infinity
+            JournalError            the journal cannot be read or written
+
+It knows nothing of trio, sockets or torch.
+"""
+
+from __future__ import annotations
+
+
+class CollectiveError(Exception):
+    """Root of everything that collectives raises on purpose."""
+
+
+class RoundFailed(CollectiveError):
+    """A round that gave no result here. `epoch` is the one that was attempted."""
+
+    def __init__(self, message: str, epoch: int = 0) -> None:
+        super().__init__(message)
+        self.epoch = epoch
+
+
+class NoQuorum(RoundFailed):
+    """Too few members of the last committed epoch are reachable."""
+
+
+class RoundExpired(RoundFailed):
+    """The round's deadline came before a decision."""
+
+
+class Excluded(RoundFailed):
+    """The round went on without this member. `why`: late, silent, nonfinite, norm, mismatch or denied."""
+
+    def __init__(self, message: str, epoch: int = 0, why: str = "late") -> None:
+        super().__init__(message, epoch)
+        self.why = why
+
+
+class Behind(RoundFailed):
+    """The others have committed epoch `committed`, which this member does not hold."""
+
+    def __init__(self, message: str, epoch: int = 0, committed: int = 0) -> None:
+        super().__init__(message, epoch)
+        self.committed = committed
+
+
+class Diverged(RoundFailed):
+    """This member's state differs from the majority's at the same epoch: fetch theirs."""
+
+
+class Superseded(RoundFailed):
+    """Another round of the same tag is open, or the run is being left."""
+
+
+class RemoteFault(CollectiveError):
+    """A peer's doing."""
+
+
+class BadContribution(RemoteFault):
+    """What `peer` sent is refused; `why`: nonfinite, norm, mismatch."""
+
+    def __init__(self, peer: str, why: str, message: str = "") -> None:
+        super().__init__(message or f"{peer}'s contribution is refused: {why}")
+        self.peer = peer
+        self.why = why
+
+
+class ResourceLimit(CollectiveError):
+    """A configured bound was reached."""
+
+
+class LocalFault(CollectiveError):
+    """This node's doing."""
+
+
+class NonFinite(LocalFault):
+    """The caller's own tensors hold NaN or infinity."""
+
+
+class JournalError(LocalFault):
+    """The journal cannot be read or written."""

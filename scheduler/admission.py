@@ -8,12 +8,14 @@ machine: events and `now` in, instructions out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from scheduler.errors import InputError, LocalFault
 
 Class = Literal["interactive", "background"]
+REQUESTS_MAX = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ class AdmissionConfig:
 class Ticket:
     """A request that asks to be served. `cached_tokens` of its prompt are in some cache that would be used.
 
-    `target_s` is the longest wait for service that still makes sense; None waits for ever.
+    `target_s` is the longest wait for service that still makes sense; None waits for ever. An `urgent` request goes
+    before others of clients in credit; it costs its client as much as any.
     """
 
     request: str
@@ -41,6 +44,7 @@ class Ticket:
     cached_tokens: int = 0
     kind: Class = "interactive"
     target_s: float | None = None
+    urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +63,11 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The mesh can hold so many tokens in flight, and serves so many a second."""
+    """The mesh can hold so many tokens in flight, and serves so many a second; `requests` at once at most."""
 
     tokens: int
     tokens_per_s: float
+    requests: int = REQUESTS_MAX
 
 
 Event = Submit | Ended | Capacity
@@ -133,17 +138,33 @@ class Admission:
         """Requests that wait."""
         return len(self._waiting)
 
-    def expected_wait_s(self, kind: Class = "interactive") -> float:
-        """Seconds until a request that came now would start: the work before it over the rate it is done at."""
-        if kind == "background":
-            ahead = sum(_tokens(w.ticket) for w in self._waiting.values())
-        else:
-            ahead = sum(_tokens(w.ticket) for w in self._waiting.values() if w.ticket.kind == "interactive")
-        if ahead == 0 and self._free(kind) > 0:
-            return 0.0
-        if self._capacity.tokens_per_s <= 0:
+    def running(self, kind: Class | None = None) -> int:
+        """Requests that are served now, of one kind or of both."""
+        return sum(kind is None or t.kind == kind for t in self._running.values())
+
+    def tokens_running(self) -> int:
+        """Tokens that the requests served now may come to hold."""
+        return self._used()
+
+    def expected_wait_s(self, kind: Class = "interactive", tokens: int = 0) -> float:
+        """Seconds until a request of so many tokens that came now would start.
+
+        What must end before that: whatever of those running, of those that wait before it and of itself does not
+        fit at once; over the rate at which it is done. Background work stands in nobody's way but its own.
+        """
+        both = kind == "background"
+        before = [w.ticket for w in self._waiting.values() if both or w.ticket.kind == "interactive"]
+        busy = [t for t in self._running.values() if both or t.kind == "interactive"]
+        used = sum(map(_tokens, busy))
+        excess = used + sum(map(_tokens, before)) + tokens - self._capacity.tokens if busy or before else 0
+        crowd = len(busy) + len(before) + 1 - self._capacity.requests
+        if crowd > 0 and busy:
+            excess = max(excess, math.ceil(crowd * used / len(busy)))
+        if self._capacity.tokens <= 0:
             return float("inf")
-        return ahead / self._capacity.tokens_per_s
+        if excess <= 0:
+            return 0.0
+        return excess / self._capacity.tokens_per_s if self._capacity.tokens_per_s > 0 else float("inf")
 
     def validate(self) -> None:
         """Raise LocalFault unless every bound holds."""
@@ -160,7 +181,7 @@ class Admission:
         mine = sum(w.ticket.client == ticket.client for w in self._waiting.values())
         if mine >= self.config.waiting_a_client_max:
             return Reject(ticket.request, "this client has too many requests waiting", self._retry_s())
-        wait_s = self.expected_wait_s(ticket.kind)
+        wait_s = self.expected_wait_s(ticket.kind, _tokens(ticket))
         if ticket.target_s is not None and wait_s > ticket.target_s:
             late = wait_s - ticket.target_s
             return Reject(
@@ -218,7 +239,7 @@ class Admission:
                     self.config.quantum_tokens, self._credit[c] + self.config.quantum_tokens
                 )
         able = [w for w in queue if self._credit[w.ticket.client] > 0]
-        return min(able, key=lambda w: (-w.ticket.cached_tokens / max(1, w.ticket.prompt_tokens), w.number))
+        return min(able, key=_precedence)
 
     def _start(self, pick: _Waiting, *, charge: bool) -> None:
         ticket = pick.ticket
@@ -240,7 +261,10 @@ class Admission:
     def _make_room(self, ticket: Ticket, now_s: float) -> list[Instruction]:
         """Let background requests yield, the latest first, until this one fits; none if it would not even then."""
         out: list[Instruction] = []
-        if self._used("interactive") + _tokens(ticket) > self._capacity.tokens and self._used("interactive"):
+        held = self._used("interactive")
+        if held and held + _tokens(ticket) > self._capacity.tokens:
+            return out
+        if self.running("interactive") >= self._capacity.requests:
             return out
         for other in [t for t in reversed(self._running.values()) if t.kind == "background"]:
             if self._fits(ticket):
@@ -254,13 +278,18 @@ class Admission:
         """Whether there is room; a request larger than the whole capacity may run alone."""
         if not self._running:
             return self._capacity.tokens > 0
+        if len(self._running) >= self._capacity.requests:
+            return False
         return self._used() + _tokens(ticket) <= self._capacity.tokens
-
-    def _free(self, kind: Class) -> int:
-        return self._capacity.tokens - self._used(None if kind == "background" else "interactive")
 
     def _used(self, kind: Class | None = None) -> int:
         return sum(_tokens(t) for t in self._running.values() if kind is None or t.kind == kind)
+
+
+def _precedence(waiting: _Waiting) -> tuple[bool, float, int]:
+    """Urgent ones, then those with most of their prompt cached, then the earliest."""
+    ticket = waiting.ticket
+    return not ticket.urgent, -ticket.cached_tokens / max(1, ticket.prompt_tokens), waiting.number
 
 
 def _tokens(ticket: Ticket) -> int:

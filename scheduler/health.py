@@ -1,8 +1,9 @@
 """Which nodes to trust with work now: scores from observed times and failures, probation and return.
 
-A node is good, slow (its times stand out among its peers'), out (it failed; for a while that doubles with each
-relapse) or on probation (back, with little weight until it has proved itself). Time is an argument; what a failure
-was is the caller's to say.
+A node is good, slow (its times stand out among its peers'), out (it failed) or on probation (back, with little weight
+until it has proved itself). Both slow and out last for a while that doubles with each relapse: who is avoided shows no
+new times, so that without an end nothing could clear it. Time is an argument; what a failure was is the caller's to
+say.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class HealthConfig:
     slow_ratio: float = 1.8
     slow_after: int = 5
     forgiven_ratio: float = 1.3
+    slow_s: float = 60.0
     out_s: float = 10.0
     out_s_max: float = 1800.0
     relapse_memory_s: float = 3600.0
@@ -49,6 +51,9 @@ class _Record:
     log_ratio: float = 0.0
     seen: int = 0
     slow: bool = False
+    slow_until_s: float = -math.inf
+    slow_relapses: int = 0
+    slowed_s: float = -math.inf
     out_until_s: float = -math.inf
     relapses: int = 0
     failed_s: float = -math.inf
@@ -65,6 +70,8 @@ class Health:
     def succeeded(self, node: str, seconds: float, expected_s: float, now_s: float) -> None:
         """A stage on the node went well and took `seconds` where `expected_s` was expected."""
         record = self._records.setdefault(node, _Record())
+        if record.slow and now_s >= record.slow_until_s:
+            self._try_again(record)
         ratio = math.log(max(1e-9, seconds) / max(1e-9, expected_s))
         share = 0.2 if record.seen else 1.0
         record.log_ratio += share * (max(-3.0, min(3.0, ratio)) - record.log_ratio)
@@ -73,7 +80,7 @@ class Health:
         record.bad *= self.config.memory
         if record.to_prove and now_s >= record.out_until_s:
             record.to_prove -= 1
-        self._weigh(record)
+        self._weigh(record, now_s)
 
     def failed(self, node: str, now_s: float) -> None:
         """A stage on the node was lost: it vanished, refused, or gave what cannot be."""
@@ -99,9 +106,11 @@ class Health:
         slowdown = max(1.0, math.exp(record.log_ratio - self._usual()))
         if now_s < record.out_until_s:
             return Standing("out", 0.0, slowdown)
-        if record.to_prove:
+        if record.slow and now_s < record.slow_until_s:
+            return Standing("slow", reliability, slowdown)
+        if record.to_prove or record.slow:
             return Standing("probation", min(reliability, self.config.probation_reliability), slowdown)
-        return Standing("slow" if record.slow else "good", reliability, slowdown)
+        return Standing("good", reliability, slowdown)
 
     def hosted(self, hosted: Sequence[Hosted], now_s: float) -> list[Hosted]:
         """The spans as routing should see them: without those that are out, slow ones slower, doubtful ones doubted.
@@ -120,11 +129,16 @@ class Health:
             replace(
                 h,
                 reliability=h.reliability * max(0.05, standing[h.node].reliability),
-                s_per_layer=h.s_per_layer
-                * (standing[h.node].slowdown if standing[h.node].state == "slow" else 1.0),
+                s_per_layer=h.s_per_layer * factor,
+                prefill_s_per_token_per_layer=h.prefill_s_per_token_per_layer * factor,
             )
             for h in kept
+            for factor in (standing[h.node].slowdown if standing[h.node].state == "slow" else 1.0,)
         ]
+
+    def standings(self, now_s: float) -> dict[str, Standing]:
+        """Every node of which anything was seen."""
+        return {node: self.standing(node, now_s) for node in self._records}
 
     def forget(self, node: str) -> None:
         """Drop a node that left the mesh for good."""
@@ -135,9 +149,24 @@ class Health:
         seen = [r.log_ratio for r in self._records.values() if r.seen >= self.config.slow_after]
         return statistics.median(seen) if len(seen) >= 3 else 0.0
 
-    def _weigh(self, record: _Record) -> None:
+    def _try_again(self, record: _Record) -> None:
+        """Its time as a straggler is over: what it shows from now on counts, and nothing of before."""
+        record.slow = False
+        record.seen = 0
+        record.log_ratio = 0.0
+        record.to_prove = max(record.to_prove, self.config.probation_successes)
+
+    def _weigh(self, record: _Record, now_s: float) -> None:
         if record.seen < self.config.slow_after:
             return
         above = record.log_ratio - self._usual()
         limit = self.config.forgiven_ratio if record.slow else self.config.slow_ratio
-        record.slow = above > math.log(limit)
+        if above <= math.log(limit):
+            record.slow = False
+        elif not record.slow:
+            if now_s - record.slowed_s > self.config.relapse_memory_s:
+                record.slow_relapses = 0
+            spell_s = self.config.slow_s * 2.0 ** min(record.slow_relapses, 30)
+            record.slow, record.slowed_s = True, now_s
+            record.slow_until_s = now_s + min(self.config.out_s_max, spell_s)
+            record.slow_relapses += 1

@@ -49,8 +49,40 @@ def test_a_request_that_cannot_meet_its_target_is_refused_at_once():
     assert admission.handle(Submit(ticket("b", target_s=60.0)), 0.0) == []
     (refusal,) = admission.handle(Submit(ticket("c", target_s=5.0)), 0.0)
     assert isinstance(refusal, Reject)
-    assert "10.0 s" in refusal.reason
-    assert refusal.retry_after_s == pytest.approx(5.0)
+    assert "20.0 s" in refusal.reason, "the running one and the waiting one must end before"
+    assert refusal.retry_after_s == pytest.approx(15.0)
+
+
+def test_what_is_free_now_counts_for_the_wait():
+    admission = opened(tokens=250, rate=10.0)
+    admission.handle(Submit(ticket("a")), 0.0)
+    assert admission.expected_wait_s(tokens=100) == 0.0
+    admission.handle(Submit(ticket("b")), 0.0)
+    assert admission.expected_wait_s(tokens=50) == 0.0
+    assert admission.expected_wait_s(tokens=100) == pytest.approx(5.0), "of one of the two half must end"
+    assert Admission().expected_wait_s(tokens=1) == float("inf")
+
+
+def test_no_more_run_at_once_than_may_however_small_they_are():
+    admission = Admission()
+    admission.handle(Capacity(10_000, 100.0, requests=2), 0.0)
+    assert admission.handle(Submit(ticket("a")), 0.0) == [Start("a")]
+    assert admission.handle(Submit(ticket("b", kind="background")), 0.0) == [Start("b")]
+    assert admission.handle(Submit(ticket("c", kind="background")), 0.0) == []
+    assert admission.handle(Submit(ticket("d")), 0.0) == [Yield("b"), Start("d")]
+    assert admission.expected_wait_s(tokens=100) == pytest.approx(1.0), "one of 100 tokens must end"
+    assert admission.handle(Submit(ticket("e")), 0.0) == []
+    assert admission.handle(Ended("a"), 1.0) == [Start("e")]
+
+
+def test_an_urgent_request_goes_first_but_not_at_the_cost_of_another_clients_share():
+    admission = opened(tokens=100, waiting_a_client_max=1000, quantum_tokens=200.0)
+    admission.handle(Submit(ticket("run")), 0.0)
+    admission.handle(Submit(ticket("calm/0", "calm", cached_tokens=70)), 0.0)
+    for k in range(100):
+        admission.handle(Submit(ticket(f"hasty/{k}", "hasty", urgent=True)), 0.0)
+    assert admission.handle(Ended("run"), 1.0) == [Start("hasty/0")]
+    assert served(admission, "hasty/0", 20)["calm"] == 1
 
 
 def test_one_whose_target_passes_while_it_waits_is_told():

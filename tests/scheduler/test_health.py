@@ -29,6 +29,23 @@ def test_a_straggler_stands_out_among_its_peers_and_is_forgiven_when_it_recovers
     assert health.standing("n0", 90.0).state == "good"
 
 
+def test_a_straggler_that_nobody_uses_gets_another_try_and_a_longer_pause_when_it_is_slow_again():
+    config = HealthConfig(slow_s=60.0)
+    health = Health(config)
+    for node in NODES:
+        run(health, node, 3.0 if node == "n0" else 1.0)
+    assert health.standing("n0", 50.0).state == "slow"
+    assert health.standing("n0", 70.0).state == "probation"
+    assert health.standing("n0", 70.0).reliability <= config.probation_reliability
+    run(health, "n0", 3.0, times=config.slow_after, at_s=70.0)
+    assert health.standing("n0", 74.0 + 2 * config.slow_s - 1).state == "slow"
+    back_s = 74.0 + 2 * config.slow_s
+    assert health.standing("n0", back_s).state == "probation"
+    run(health, "n0", 1.0, times=config.probation_successes, at_s=back_s)
+    standing = health.standing("n0", back_s + 10)
+    assert (standing.state, standing.slowdown) == ("good", 1.0)
+
+
 def test_when_all_are_slower_than_expected_nobody_is_a_straggler():
     health = Health()
     for _ in range(2):

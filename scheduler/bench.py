@@ -14,7 +14,7 @@ from typing import Any
 
 from scheduler.document import preview
 from scheduler.online import Joined, Left, MeshPlanner, ModelAdded
-from scheduler.planner import planner_rank
+from scheduler.planner import MESH, planner_rank
 from scheduler.routing import ChainRequest, Hosted, Router
 from scheduler.shapes import Link, Links, ModelShape, NodeShape
 from scheduler.sharing import Wanted
@@ -108,7 +108,7 @@ def plane(names: list[str], seed: int = 1) -> Links:
 def _changes(clock: Callable[[], float]) -> dict[str, float]:
     """Nodes leave and others join a planned mesh of 1,000."""
     shape, nodes = _shapes(1000 + CHANGES)
-    me = planner_rank("m", [node.id for node in nodes[:1000]])[0]
+    me = planner_rank(MESH, [node.id for node in nodes[:1000]])[0]
     planner = MeshPlanner(me, plane([node.id for node in nodes]))
     for node in nodes[:1000]:
         planner.handle(Joined(node), 0.0)

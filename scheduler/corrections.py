@@ -7,6 +7,8 @@ single outlier moves them far. Time is an argument; nothing here is measured.
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -106,6 +108,44 @@ def expected_s(seen: Observation, model: ModelShape, node: NodeShape) -> float:
 
 def _unmeasured(node: NodeShape) -> NodeShape:
     return replace(node, decode_s_per_layer=None, prefill_s_per_token_per_layer=None)
+
+
+def calibrated(
+    nodes: Sequence[NodeShape],
+    model: ModelShape,
+    decode_s: Mapping[str, float],
+    prefill_s: Mapping[str, float],
+) -> list[NodeShape]:
+    """The nodes with their measured times for this model (seconds a layer, and a token and layer), by node.
+
+    Rooflines flatter: a node that was never measured would look better than all that were. So where some were, the
+    others are reckoned as many times slower than their roofline as the median of those.
+    """
+    if not decode_s and not prefill_s:
+        return list(nodes)
+    usual_decode = _usual(nodes, decode_s, lambda node: cost.decode_s_per_layer(model, node))
+    usual_prefill = _usual(nodes, prefill_s, lambda node: cost.prefill_s_per_token_per_layer(model, node))
+    found = []
+    for node in nodes:
+        plain = _unmeasured(node)
+        decode = decode_s.get(node.id, node.decode_s_per_layer)
+        prefill = prefill_s.get(node.id, node.prefill_s_per_token_per_layer)
+        if decode is None and usual_decode is not None:
+            decode = usual_decode * cost.decode_s_per_layer(model, plain)
+        if prefill is None and usual_prefill is not None:
+            prefill = usual_prefill * cost.prefill_s_per_token_per_layer(model, plain)
+        found.append(replace(node, decode_s_per_layer=decode, prefill_s_per_token_per_layer=prefill))
+    return found
+
+
+def _usual(
+    nodes: Sequence[NodeShape], measured: Mapping[str, float], roofline_s: Callable[[NodeShape], float]
+) -> float | None:
+    """The median of measured times over their rooflines; None where nothing was measured."""
+    ratios = [
+        measured[node.id] / max(1e-12, roofline_s(_unmeasured(node))) for node in nodes if node.id in measured
+    ]
+    return statistics.median(ratios) if ratios else None
 
 
 class LinkEstimates:

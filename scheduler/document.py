@@ -16,7 +16,7 @@ from scheduler.errors import PreviewError, Shortage
 from scheduler.pipeline import Seat
 from scheduler.pool import Pool, Prefer, Replica, objective
 from scheduler.search import best_effort_group, group_seats
-from scheduler.seating import TIME_LEAST_S, spare_layers
+from scheduler.seating import TIME_LEAST_S, least_memory, spare_layers
 
 GIB = float(1 << 30)
 NODES_MAX = 100_000
@@ -175,7 +175,14 @@ def _shortage(checked: Preview, seats: tuple[Seat, ...]) -> Shortage:
         cache = model.kv_bytes_per_token_per_layer * checked.context_tokens * checked.batch
         needed, available = weights + model.layers * cache, offered
     short = max(1, model.layers - spare_layers(model.layers, seats))
-    return Shortage(math.ceil(needed), math.floor(available), short, model.layers)
+    cache = model.kv_bytes_per_token_per_layer * checked.context_tokens * checked.batch
+    enough = math.ceil(max(weights / checked.weight_fraction, weights + model.layers * cache)) + 1
+
+    def seat_with(size: int) -> Seat:
+        return _seat(checked, PreviewNode("", 1.0, size, 1.0, 1.0))
+
+    missing = least_memory(model.layers, seats, seat_with, enough)
+    return Shortage(math.ceil(needed), math.floor(available), short, model.layers, missing)
 
 
 def read_document(document: Mapping[str, Any]) -> Preview:

@@ -16,6 +16,7 @@ It imports nothing of ours; messages are one line that a person can act on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -29,6 +30,15 @@ def plain_bytes(count: float) -> str:
         size /= 1024
         unit += 1
     return f"{size:.0f} {UNITS[unit]}" if unit == 0 else f"{size:.1f} {UNITS[unit]}"
+
+
+def plain_bytes_up(count: float) -> str:
+    """As `plain_bytes`, never less than `count`: for what somebody must bring."""
+    unit = 0
+    while abs(count) >= 1024 ** (unit + 1) and unit < len(UNITS) - 1:
+        unit += 1
+    scale = 1024**unit
+    return plain_bytes(count if unit == 0 else math.ceil(count * 10 / scale) * scale / 10)
 
 
 def plain_layers(layers: Iterable[int]) -> str:
@@ -64,10 +74,13 @@ class Shortage(ResourceLimit):
 
     `needed_bytes` is what the whole model needs (weights, cache, working space), `available_bytes` what the nodes
     offer, `layers_short` how many layers find no place. The bytes may seem enough while a layer still finds none:
-    a layer is never cut.
+    a layer is never cut. `missing_bytes` is exact: one more node that lends so much, and not a byte less, ends the
+    shortage.
     """
 
-    def __init__(self, needed_bytes: int, available_bytes: int, layers_short: int, layers: int) -> None:
+    def __init__(
+        self, needed_bytes: int, available_bytes: int, layers_short: int, layers: int, missing_bytes: int
+    ) -> None:
         needed, offered = plain_bytes(needed_bytes), plain_bytes(available_bytes)
         if needed_bytes > available_bytes:
             missing = f"{plain_bytes(needed_bytes - available_bytes)} short"
@@ -75,12 +88,14 @@ class Shortage(ResourceLimit):
             missing = "but in pieces too small"
         message = (
             f"needs {needed} for weights and cache, the mesh offers {offered}: {missing}"
-            f" ({layers_short} of {layers} layers find no room)"
+            f" ({layers_short} of {layers} layers find no room); one more node that lends"
+            f" {plain_bytes_up(missing_bytes)} would do"
         )
         super().__init__(message, retry_after_s=30.0)
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes
         self.layers_short = layers_short
+        self.missing_bytes = missing_bytes
 
 
 class NoChain(ResourceLimit):

@@ -55,7 +55,7 @@ def make_plan(
     if chosen is None or len(ordered) <= SECOND_THOUGHTS_NODES_MAX:
         fresh = plan_afresh(model, seats, hop, mender, copies, _where(previous, held or {}))
         if fresh is None and chosen is None:
-            raise shortage(model, [node for node in ordered if policy.allows(node)], seats)
+            raise shortage(model, [node for node in ordered if policy.allows(node)], seats, policy)
         if fresh is not None:
             judge = Judge(seats, model.layers, hop, copies)
             cost = move_cost(model, kept, fresh, held or {}, sessions or {})

@@ -1,8 +1,9 @@
 """Who plans, and which plan holds: rank by rendezvous hash, succession, fencing by epoch.
 
 Every member computes the same rank from the same names, so the first live one plans without an election, and the
-next takes over when it vanishes. Plans are ordered by epoch and, within one, by their planner's rank, so any two
-members that see the same plans hold to the same one.
+next takes over when it vanishes. One member plans all models, because they share the same memory. Plans of a model are
+ordered by epoch: no member goes back to an older one or takes a second of the same one; where two were made of one
+epoch, the first in rank makes a newer one that all can take.
 """
 
 from __future__ import annotations
@@ -12,30 +13,23 @@ from collections.abc import Collection, Iterable
 
 from scheduler.shapes import Plan
 
+MESH = "mesh"
+"""What members rank themselves for when they plan all models together."""
 
-def planner_rank(model_id: str, members: Iterable[str]) -> list[str]:
+
+def planner_rank(subject: str, members: Iterable[str]) -> list[str]:
     """Members from first planner to last, by rendezvous hash (highest random weight; Thaler and Ravishankar).
 
-    A member that leaves changes nobody else's order; models spread their planners over the mesh.
+    A member that leaves changes nobody else's order; different subjects have different orders.
     """
 
     def weight(member: str) -> bytes:
-        return hashlib.blake2b(f"{model_id}\0{member}".encode(), digest_size=16).digest()
+        return hashlib.blake2b(f"{subject}\0{member}".encode(), digest_size=16).digest()
 
     return sorted(set(members), key=lambda member: (weight(member), member), reverse=True)
 
 
 def adopt(current: Plan | None, offered: Plan, members: Collection[str]) -> bool:
-    """Whether to replace `current` by `offered`.
-
-    Never an older epoch, never a plan of a planner that is no member. Of two plans of one epoch only that of the
-    better-ranked planner stands: adopting is a step up a total order, so no member ever goes back.
-    """
-    if offered.planner not in members:
-        return False
-    if current is None or offered.epoch > current.epoch:
-        return True
-    if offered.epoch < current.epoch or offered.planner == current.planner:
-        return False
-    rank = planner_rank(offered.model, {offered.planner, current.planner})
-    return rank[0] == offered.planner
+    """Whether to replace `current` by `offered`: never by one of an older epoch or a second one of the same epoch,
+    never by a plan of a planner that is no member."""
+    return offered.planner in members and (current is None or offered.epoch > current.epoch)

@@ -41,12 +41,22 @@ def relieve(assignments: Sequence[Assignment], seats: Mapping[str, Seat], layers
 
 
 def trim(
-    assignments: Sequence[Assignment], copies: int, seats: Mapping[str, Seat], layers: int
+    assignments: Sequence[Assignment],
+    copies: int,
+    seats: Mapping[str, Seat],
+    layers: int,
+    sessions: Mapping[str, int] | None = None,
 ) -> list[Assignment]:
-    """The assignments without those that no layer needs for its `copies`, the slowest let go first."""
+    """The assignments without those that no layer needs for its `copies`; let go first are those with fewest open
+    sessions, of these the slowest."""
+    open_at = sessions or {}
     kept = list(assignments)
     counts = coverage(kept, layers)
-    for a in sorted(assignments, key=lambda a: (-seats[a.node].layer_s if a.node in seats else 0.0, a)):
+
+    def worth(a: Assignment) -> tuple[int, float, Assignment]:
+        return open_at.get(a.node, 0), -seats[a.node].layer_s if a.node in seats else 0.0, a
+
+    for a in sorted(assignments, key=worth):
         if all(counts[x] > copies for x in range(a.start, a.end)):
             kept.remove(a)
             for x in range(a.start, a.end):

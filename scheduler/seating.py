@@ -13,7 +13,7 @@ from scheduler import cost
 from scheduler.errors import Shortage
 from scheduler.pipeline import Seat
 from scheduler.policy import ANYONE, Policy, slowdown
-from scheduler.shapes import Link, Links, ModelShape, NodeShape
+from scheduler.shapes import Link, Links, ModelShape, NodeShape, memory_needed
 
 TIME_LEAST_S = 1e-12
 
@@ -62,9 +62,9 @@ def _fit(sizes: Sequence[int], each: int, working: int, extras: Sequence[int]) -
 
 @lru_cache(maxsize=1 << 16)
 def seat_of(model: ModelShape, node: NodeShape, batch: int = 1, policy: Policy = ANYONE) -> Seat:
-    """The node's figures for the model; no room where the policy does not allow it."""
+    """The node's figures for the model; no room where the policy (or a pin) does not allow it."""
     inner, first, last, alone = rooms_of(model, node)
-    if not policy.allows(node):
+    if node.pinned is not None or not policy.allows(node):
         inner = first = last = alone = 0
     elif not policy.allows_ends(node):
         first = last = alone = 0
@@ -138,11 +138,42 @@ def spare_layers(layers: int, seats: Iterable[Seat]) -> int:
     return min(best, layers)
 
 
-def shortage(model: ModelShape, nodes: Sequence[NodeShape], seats: Sequence[Seat]) -> Shortage:
+def shortage(
+    model: ModelShape, nodes: Sequence[NodeShape], seats: Sequence[Seat], policy: Policy = ANYONE
+) -> Shortage:
     """What is missing for one copy. `needed` counts working space once a node that would take part."""
     available = sum(node.memory_bytes for node in nodes)
     taking_part = max(1, sum(seat.room > 0 for seat in seats))
     needed = model.weight_bytes(0, model.layers) + model.layers * model.kv_bytes_per_layer
     needed += model.working_bytes * taking_part
     short = max(1, model.layers - spare_layers(model.layers, seats))
-    return Shortage(needed, available, short, model.layers)
+    return Shortage(needed, available, short, model.layers, missing_bytes(model, seats, policy))
+
+
+def missing_bytes(model: ModelShape, seats: Sequence[Seat], policy: Policy = ANYONE) -> int:
+    """The least memory of one more node (with whatever tags the policy asks for) beside which one copy fits."""
+    tags = policy.require | policy.ends_require
+
+    def seat_with(size: int) -> Seat:
+        return seat_of(model, NodeShape("", size, 1.0, 1.0, tags=tags), 1, policy)
+
+    return least_memory(model.layers, seats, seat_with, memory_needed(model, 0, model.layers))
+
+
+def least_memory(layers: int, seats: Sequence[Seat], seat_with: Callable[[int], Seat], enough: int) -> int:
+    """The least size (bytes, at most `enough`) for which a copy fits on `seats` and `seat_with(size)`."""
+    low, high = 0, enough
+    while low < high:
+        middle = (low + high) // 2
+        if one_copy_fits(layers, [*seats, seat_with(middle)]):
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def one_copy_fits(layers: int, seats: Sequence[Seat]) -> bool:
+    """Whether some seat holds the model alone, or some seats do in a row, embedding and head counted."""
+    if any(seat.room_alone >= layers for seat in seats):
+        return True
+    return layers > 1 and spare_layers(layers, seats) >= layers

@@ -102,7 +102,8 @@ class NodeShape:
     """A node as phase 1 sees it.
 
     Measured times win over the roofline where they are given. `devices` splits the node's memory: a layer lies on
-    one device, never across two. Tags that the default policy knows: `trusted`, `metered`, `owner-active`.
+    one device, never across two. Tags that the default policy knows: `trusted`, `metered`, `owner-active`. A node whose
+    owner `pinned` a span hosts that and nothing else, of every model.
     """
 
     id: str
@@ -115,6 +116,17 @@ class NodeShape:
     tags: frozenset[str] = frozenset()
     reliability: float = 1.0
     devices: tuple[Device, ...] = ()
+    pinned: tuple[int, int] | None = None
+
+
+def device_id(node: str, number: int) -> str:
+    """The name under which a node's device hosts spans of its own: the first one goes by the node's name."""
+    return node if number == 0 else f"{node}#{number}"
+
+
+def node_of(name: str) -> str:
+    """The node that a host's name belongs to, whichever of its devices that is."""
+    return name.partition("#")[0]
 
 
 @dataclass(frozen=True, slots=True)

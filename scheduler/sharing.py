@@ -17,13 +17,17 @@ from scheduler.shapes import Assignment, Links, ModelShape, NodeShape, Plan, mem
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A model, how much it is wanted, and the copies to have at least and at most where memory allows."""
+    """A model, how much it is wanted, and the copies to have at least and at most where memory allows.
+
+    Of models that have no place yet the one with the least `order` is placed first.
+    """
 
     shape: ModelShape
     demand: float = 1.0
     copies: int = 1
     copies_max: int = 4
     policy: Policy = ANYONE
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

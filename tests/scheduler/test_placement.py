@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -266,6 +267,29 @@ def test_any_pool_with_room_gets_a_valid_plan_and_any_other_the_shortage(model, 
     again = place(model, nodes, links, copies=copies, previous=plan, epoch=2)
     assert again.assignments == plan.assignments
     assert needs_replan(plan, model, nodes, copies=copies) is None
+
+
+@given(models, pools, st.sampled_from([0, 300_000]))
+@settings(max_examples=150, deadline=None)
+def test_the_shortage_names_to_the_byte_what_one_more_node_must_bring(model, pool, working):
+    model = replace(model, working_bytes=working)
+    nodes = [
+        NodeShape(f"n{k}", int(mib * MIB) // 2, 1e11 * speed, 2e10 * speed)
+        for k, (mib, speed) in enumerate(pool)
+    ]
+
+    def fits(*more):
+        try:
+            place(model, [*nodes, *more], lambda _a, _b: Link(0.001, 1e7))
+        except Shortage as short:
+            return short
+        return None
+
+    short = fits()
+    if short is None:
+        return
+    assert fits(NodeShape("more", short.missing_bytes, 1e11, 2e10)) is None
+    assert fits(NodeShape("more", short.missing_bytes - 1, 1e11, 2e10)) is not None
 
 
 def hash_of(name):

@@ -22,7 +22,7 @@ def test_succession_a_member_that_leaves_changes_nobody_elses_order():
         assert planner_rank("m", [m for m in MEMBERS if m != gone]) == [m for m in rank if m != gone]
 
 
-def test_models_spread_their_planners_over_the_mesh():
+def test_different_subjects_have_different_orders():
     members = [f"n{k}" for k in range(8)]
     firsts = {planner_rank(f"model{k}", members)[0] for k in range(100)}
     assert len(firsts) == 8
@@ -40,12 +40,12 @@ def test_a_plan_of_a_stranger_is_never_adopted():
 
 
 @given(st.permutations([(e, p) for e in (1, 2, 3) for p in MEMBERS]))
-def test_whatever_the_order_of_arrival_all_end_with_the_same_plan_and_never_go_back(order):
+def test_whatever_the_order_of_arrival_no_one_goes_back_or_takes_two_of_one_epoch(order):
     current, seen = None, []
     for epoch, planner in order:
         offered = plan(epoch, planner)
         if adopt(current, offered, MEMBERS):
             current = offered
-            seen.append((epoch, -planner_rank("m", MEMBERS).index(planner)))
-    assert current == plan(3, planner_rank("m", MEMBERS)[0])
+            seen.append(epoch)
+    assert current.epoch == 3
     assert seen == sorted(set(seen))

@@ -1,4 +1,4 @@
-"""Identity, connections, calls and blobs between the nodes of a mesh.
+"""Identity, connections, calls, tensor links and blobs between the nodes of a mesh.
 
 The only package that imports libp2p; nothing of libp2p shows in this face. Peers are plain
 base58 strings, errors are those of `p2p.errors`. It does not know what a model or a plan is.
@@ -37,6 +37,7 @@ from p2p.host import ByteStream, Host, HostConfig, PeerEvent, open_host
 from p2p.identity import Identity, PeerId, verify
 from p2p.invite import Invite
 from p2p.kad import Kad, KadConfig
+from p2p.links import Link, LinkReport, Links, LinksConfig
 from p2p.messages import pack_value, unpack_value
 from p2p.rpc import Rpc
 from p2p.rpc_lane import Channel
@@ -64,6 +65,10 @@ __all__ = [
     "InviteError",
     "Kad",
     "KadConfig",
+    "Link",
+    "LinkReport",
+    "Links",
+    "LinksConfig",
     "ListenError",
     "LocalFault",
     "Manifest",

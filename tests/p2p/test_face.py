@@ -40,6 +40,7 @@ BLOBS_FACE = {
     "StoreFault",
     "build_manifest",
 }
+LINKS_FACE = {"Link", "LinkReport", "Links", "LinksConfig"}
 DHT_FACE = {"Kad", "KadConfig"}
 ERRORS = {
     "CallFailed",
@@ -58,7 +59,7 @@ ERRORS = {
 
 
 def test_the_face_is_pinned():
-    assert set(p2p.__all__) == HOST_FACE | CALLS_FACE | BLOBS_FACE | DHT_FACE | ERRORS
+    assert set(p2p.__all__) == HOST_FACE | CALLS_FACE | BLOBS_FACE | LINKS_FACE | DHT_FACE | ERRORS
     assert len(set(p2p.__all__)) == len(p2p.__all__)
     for name in p2p.__all__:
         assert getattr(p2p, name) is not None

@@ -1,0 +1,170 @@
+"""What carries records: a connected socket, or a libp2p stream. Bytes in order, nothing else.
+
+Knows system calls and how their failures translate into PeerLost. It does not know records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import sys
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Literal, Protocol
+
+import trio
+
+from p2p.errors import PeerLost
+from p2p.host import ByteStream
+from p2p.identity import PeerId
+
+_PIECES_MAX = 64
+_TCP_INFO_BYTES = 192
+_TCP_INFO_RETRANSMITS_AT = 100
+_TCP_INFO_SEGMENTS_AT = 136
+
+
+class Carrier(Protocol):
+    """One task sends and one receives, at the same time. Errors: PeerLost."""
+
+    @property
+    def kind(self) -> Literal["direct", "stream"]: ...
+    async def send(self, pieces: Sequence[memoryview | bytes]) -> None: ...
+    async def receive_into(self, buffer: memoryview) -> int:
+        """At least one byte; 0 at the end."""
+
+    async def receive_exactly(self, count: int) -> bytes: ...
+    def loss(self) -> float | None:
+        """The share of segments that had to be sent again, where it is known."""
+
+    @property
+    def closed(self) -> trio.Event: ...
+    def close(self) -> None: ...
+
+
+class SocketCarrier:
+    """A TCP socket, in trio's loop. Trio's own socket adds a copy of nothing, but a trip through the loop each call."""
+
+    kind: Literal["direct", "stream"] = "direct"
+
+    def __init__(self, sock: socket.socket, peer: PeerId) -> None:
+        self.peer = peer
+        self.closed = trio.Event()
+        self._sock = sock
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    async def send(self, pieces: Sequence[memoryview | bytes]) -> None:
+        rest = deque(memoryview(piece) for piece in pieces)
+        while rest:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            try:
+                sent = self._send_some(rest)
+            except BlockingIOError:
+                await self._wait(trio.lowlevel.wait_writable)
+                continue
+            except OSError as error:
+                raise self._lost(error) from error
+            while rest and sent >= len(rest[0]):
+                sent -= len(rest.popleft())
+            if sent:
+                rest[0] = rest[0][sent:]
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    if hasattr(socket.socket, "sendmsg"):
+
+        def _send_some(self, rest: deque[memoryview]) -> int:
+            return self._sock.sendmsg([rest[index] for index in range(min(len(rest), _PIECES_MAX))])
+
+    else:  # Windows
+
+        def _send_some(self, rest: deque[memoryview]) -> int:
+            return self._sock.send(rest[0])
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            try:
+                return self._sock.recv_into(buffer)
+            except BlockingIOError:
+                await self._wait(trio.lowlevel.wait_readable)
+            except OSError as error:
+                raise self._lost(error) from error
+
+    async def receive_exactly(self, count: int) -> bytes:
+        data = bytearray(count)
+        at = 0
+        while at < count:
+            got = await self.receive_into(memoryview(data)[at:])
+            if not got:
+                raise PeerLost(self.peer, "the socket was closed")
+            at += got
+        return bytes(data)
+
+    async def _wait(self, wait: Callable[[socket.socket], Awaitable[None]]) -> None:
+        try:
+            await wait(self._sock)
+        except (trio.ClosedResourceError, OSError, ValueError) as error:
+            raise self._lost(error) from error
+
+    def loss(self) -> float | None:
+        if not sys.platform.startswith("linux"):
+            return None
+        try:
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+            again = struct.unpack_from("=I", info, _TCP_INFO_RETRANSMITS_AT)[0]
+            segments = struct.unpack_from("=I", info, _TCP_INFO_SEGMENTS_AT)[0]
+        except (OSError, struct.error):
+            return None
+        return float(again) / segments if segments else None
+
+    def close(self) -> None:
+        self.closed.set()
+        if self._sock.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
+
+    def _lost(self, error: Exception) -> PeerLost:
+        return PeerLost(self.peer, f"a socket to {self.peer} is lost: {error or type(error).__name__}")
+
+
+class StreamCarrier:
+    """A libp2p stream, or whatever else is a ByteStream."""
+
+    kind: Literal["direct", "stream"] = "stream"
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.closed = trio.Event()
+        self._stream = stream
+        self._rest = memoryview(b"")
+
+    async def send(self, pieces: Sequence[memoryview | bytes]) -> None:
+        for piece in pieces:
+            await self._stream.send_all(piece)
+
+    async def receive_into(self, buffer: memoryview) -> int:
+        if not self._rest:
+            self._rest = memoryview(await self._stream.receive_some(max(len(buffer), 1)))
+        count = min(len(self._rest), len(buffer))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    async def receive_exactly(self, count: int) -> bytes:
+        data = bytearray(count)
+        at = 0
+        while at < count:
+            got = await self.receive_into(memoryview(data)[at:])
+            if not got:
+                raise PeerLost(self._stream.peer, "the stream was closed")
+            at += got
+        return bytes(data)
+
+    def loss(self) -> float | None:
+        return None
+
+    def close(self) -> None:
+        self.closed.set()
+        self._stream.reset()

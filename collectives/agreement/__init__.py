@@ -5,8 +5,8 @@ How a shell drives `Chain` (one for each run and tag):
 - One thread of control: `for one in chain.handle(event, now_s): do(one)`, instructions strictly in order. `now_s` is
   a monotonic clock. Call `handle(Tick(), now)` when `wake_s` (None: not needed) has come; `wake_s` may change with
   every event. Events that arise while instructions are done (Held, Reduced) wait for their turn.
-- `Persist(saved)` must be durable (fsync) before any later Send, Committed or Failed of this chain is done. The next one
-  replaces it. If it cannot be written the chain must not be used any more. After a restart: `Chain(..., saved=saved)`.
+- `Persist(saved)` must be durable (fsync) before any later Send, Committed or Failed of this chain is done. The next
+  one replaces it. If it cannot be written the chain must not be used any more. After a restart: `Chain(..., saved=)`.
 - `Send` may be lost, doubled and overtaken. Route it by (run, tag); only the authenticated sender counts.
 - `Reduce(declaration)` while another is under way means rebase. Tag frames with `declaration.key`; a contribution
   belongs to (peer, nonce). Answer with Reduced or Stuck, also late: the chain ignores what is old.
@@ -16,6 +16,7 @@ How a shell drives `Chain` (one for each run and tag):
   that create a run use 0. A founder without its journal is a joiner: `config=None` and Met.
 """
 
+from collectives.agreement.chain import Chain
 from collectives.agreement.events import (
     Abandon,
     Alive,
@@ -63,6 +64,7 @@ __all__ = [
     "Alive",
     "Ballot",
     "Certificate",
+    "Chain",
     "Committed",
     "Config",
     "Decided",

@@ -246,14 +246,23 @@ class Settings:
     grace_first_s: float = 0.5  # before anything is learnt
     report_s: float = 0.1  # reports of silence are collected this long before somebody is left out
     backoff_s: float = 0.15  # two who would coordinate at once part by this
-    hurry_s: float = 0.5
+    hurry_s: float = 0.5  # before a coordinator's deadline it declares whatever is a quorum
+    no_quorum_s: float = 5.0  # a round fails with NoQuorum once its members were suspected this long
 
     def __post_init__(self) -> None:
         if self.members_max < 1 or not 1 <= self.members_min <= self.members_max:
             raise ValueError(
                 f"members_min must be 1 to members_max, got {self.members_min}, {self.members_max}"
             )
-        for name in ("resend_s", "takeover_s", "grace_min_s", "report_s", "backoff_s", "hurry_s"):
+        for name in (
+            "resend_s",
+            "takeover_s",
+            "grace_min_s",
+            "report_s",
+            "backoff_s",
+            "hurry_s",
+            "no_quorum_s",
+        ):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be a positive number of seconds, got {getattr(self, name)}")
         if not self.grace_min_s <= self.grace_first_s <= self.grace_max_s:

@@ -1,0 +1,323 @@
+"""The state that the two halves of a chain share, how an epoch ends and how a round ends.
+
+`following.py` and `leading.py` build on it, `chain.py` is the whole. No clock and no I/O: `self.out` collects what is
+to be done, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from collectives.agreement.events import (
+    Abandon,
+    Committed,
+    Enter,
+    Failed,
+    Fetch,
+    Instruction,
+    Lagging,
+    Persist,
+    Release,
+    Send,
+)
+from collectives.agreement.gather import Gather, Grace
+from collectives.agreement.lead import Lead
+from collectives.agreement.ledger import Ledger
+from collectives.agreement.messages import Accept, Ask, Commit, Decline, Gone, Message
+from collectives.agreement.types import (
+    NO_BALLOT,
+    Ballot,
+    Config,
+    Decided,
+    Declaration,
+    Offer,
+    Saved,
+    Settings,
+    Value,
+)
+from collectives.errors import Behind, Excluded, NoQuorum, RoundExpired, RoundFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What the caller waits for."""
+
+    offer: Offer
+    deadline_s: float
+
+
+class Core:
+    """One (run, tag) at one peer."""
+
+    def __init__(
+        self,
+        me: str,
+        run: str,
+        tag: str,
+        config: Config | None,
+        settings: Settings,
+        incarnation: int,
+        saved: Saved | None,
+    ) -> None:
+        self.me = me
+        self.run = run
+        self.tag = tag
+        self.settings = settings
+        self.ledger = Ledger(me, config, incarnation, saved)
+        self.out: list[Instruction] = []
+        self.round: Round | None = None
+        self.awaiting: Decided | None = None  # the last decision, while its bytes are not here
+        self.suspected: set[str] = set()
+        self.contacts: tuple[str, ...] = ()
+        self.grace = Grace(settings)
+        self.journaled = saved is not None
+        self.zero_free = saved is None  # whoever restarts may have used ballot 0 already
+        self.lonely_at: float | None = None
+        self.ask_at = 0.0
+        self._new_epoch()
+
+    def _new_epoch(self) -> None:
+        self.lead: Lead | None = None
+        self.declaration: Declaration | None = None  # what the data plane is at
+        self.last_declared: Declaration | None = None
+        self.done: bytes | None = None  # the digest of its result
+        self.stuck = False
+        self.pending: Accept | None = None  # to be voted for once its bytes are here
+        self.fetching: Value | None = None
+        self.passed: set[str] = set()  # would-be coordinators that do not answer, or declined
+        self.hint: str | None = None  # who should coordinate, says one that declined
+        self.following: str | None = None
+        self.word_at = 0.0
+        self.poke_at = 0.0
+        self.retry_at = 0.0
+        self.declined = False
+        self.unheld = False
+        self.top = NO_BALLOT  # the highest ballot heard of
+        self.gather: Gather | None = None
+        if self.ledger.decided is not None:
+            config = self.ledger.config
+            self.top = max(Ballot(0, config.seats[0].peer), self.ledger.promised)
+            self.gather = Gather(config, self.settings, self.grace)
+
+    # What is known.
+
+    @property
+    def epoch(self) -> int:
+        """Of the last decision known here; -1 where nothing is known yet."""
+        return self.ledger.epoch
+
+    @property
+    def config(self) -> Config | None:
+        return None if self.ledger.decided is None else self.ledger.decided.config
+
+    @property
+    def entered(self) -> bool:
+        """In a round for the very next epoch."""
+        return self.round is not None and self.round.offer.epoch == self.epoch
+
+    def send(self, peer: str, message: Message) -> None:
+        if peer != self.me:
+            self.out.append(Send(peer, message))
+
+    def send_all(self, peers: Iterable[str], message: Message) -> None:
+        for peer in dict.fromkeys(peers):
+            self.send(peer, message)
+
+    def persist(self) -> None:
+        self.journaled = True
+        self.out.append(Persist(self.ledger.saved()))
+
+    def see(self, ballot: Ballot) -> None:
+        """A ballot that exists, if its owner may own one."""
+        if ballot > self.top and self.ledger.config.seat(ballot.owner) is not None:
+            self.top = ballot
+            self.hint = None
+
+    def current(self, sender: str, epoch: int) -> bool:
+        """Whether a message belongs to the epoch being decided. Who is behind is told what it missed, who is ahead is
+        asked."""
+        if self.ledger.decided is not None and epoch == self.epoch + 1:
+            return True
+        if self.ledger.decided is not None and epoch <= self.epoch:
+            self.send(sender, Commit(self.ledger.decided))
+        else:
+            self.send(sender, Ask(self.epoch))
+        return False
+
+    # Bytes.
+
+    def fetch(self, value: Value, holders: Iterable[str]) -> None:
+        others = tuple([peer for peer in holders if peer != self.me])
+        if self.fetching is not None and self.fetching.digest != value.digest:
+            self.out.append(Release(self.fetching.declaration.epoch, self.fetching.digest))
+        self.fetching = value
+        if others:
+            self.out.append(Fetch(value, others))
+
+    def stop_reducing(self) -> None:
+        if self.declaration is not None and self.done is None:
+            self.out.append(Abandon(self.declaration.ballot))
+        self.declaration = None
+        self.done = None
+        self.stuck = False
+
+    # How an epoch ends.
+
+    def learn(self, sender: str, decided: Decided, now_s: float) -> None:
+        """Somebody says that `decided` is; its form was checked on arrival."""
+        value = decided.value
+        if decided.config.epoch <= self.epoch:
+            return
+        if value is not None and (value.declaration.run, value.declaration.tag) != (self.run, self.tag):
+            return
+        if decided.config.epoch == self.epoch + 1 and self.epoch >= 0 and not self.ledger.certifies(decided):
+            return
+        self.settle(decided, now_s)
+
+    def settle(self, decided: Decided, now_s: float, told: Iterable[str] = ()) -> None:
+        """`decided` is true: move on, and tell these."""
+        before, epoch = self.epoch, decided.config.epoch
+        value = decided.value
+        missed = self.awaiting
+        if self.declaration is not None and (value is None or self.declaration.key != value.declaration.key):
+            self.stop_reducing()
+        elif self.declaration is not None and self.done is None:
+            self.out.append(Abandon(self.declaration.ballot))
+        fetching = self.fetching
+        gone = self.ledger.decide(decided)
+        self.persist()
+        self.send_all(told, Commit(decided))
+        if fetching is not None and (value is None or fetching.digest != value.digest):
+            gone.add(fetching.digest)
+        if missed is not None and missed.value is not None:
+            gone.add(missed.value.digest)
+        for digest in sorted(gone):
+            self.out.append(Release(before + 1, digest))
+        self.awaiting = None
+        self.zero_free = True
+        self._new_epoch()
+        self.word_at = now_s
+        if value is not None and epoch == before + 1 and missed is None and before >= 0:
+            self._settle_next(decided, value)
+        else:
+            self._jump(decided)
+
+    def _settle_next(self, decided: Decided, value: Value) -> None:
+        attempt = self.round
+        member = value.declaration.member(self.me)
+        mine = attempt is not None and member is not None and member.nonce == attempt.offer.nonce
+        if attempt is not None and not mine and attempt.offer.epoch < self.epoch:
+            if member is None:
+                why = next((one.why for one in value.declaration.left_out if one.peer == self.me), "late")
+                self.fail(Excluded(f"epoch {self.epoch} went on without us: {why}", self.epoch, why))
+            else:
+                self.fail(self._behind())
+        if value.digest in self.ledger.held:
+            self.deliver(decided)
+        else:
+            self.awaiting = decided
+            holders = decided.certificate.voters if decided.certificate is not None else ()
+            self.fetch(value, holders)
+
+    def _jump(self, decided: Decided) -> None:
+        if self.round is not None and self.round.offer.epoch < self.epoch:
+            self.fail(self._behind())
+        if self.round is None or self.round.offer.epoch != self.epoch:
+            peers = tuple([peer for peer in decided.config.peers if peer != self.me])
+            self.out.append(Lagging(self.epoch, peers))
+
+    def deliver(self, decided: Decided) -> None:
+        """Decided, and its bytes are here."""
+        value, certificate = decided.value, decided.certificate
+        if value is None or certificate is None:
+            return
+        self.awaiting = None
+        self.fetching = None
+        nonce = None
+        member = value.declaration.member(self.me)
+        if self.round is not None and member is not None and member.nonce == self.round.offer.nonce:
+            nonce = member.nonce
+            self.round = None
+        self.out.append(Committed(decided.config.epoch, value, certificate, nonce))
+
+    # How a round ends.
+
+    def _behind(self) -> Behind:
+        return Behind(f"epoch {self.epoch} is committed already", self.epoch, self.epoch)
+
+    def fail(self, error: RoundFailed) -> None:
+        """Ends the open round. What was voted for stays, and so do its bytes."""
+        attempt = self.round
+        if attempt is None:
+            return
+        self.close_round()
+        self.out.append(Failed(attempt.offer.nonce, error))
+
+    def close_round(self) -> None:
+        """Tells whoever counts on us, so that nobody waits for a deadline."""
+        attempt = self.round
+        self.round = None
+        self.lonely_at = None
+        if attempt is None or self.gather is None or attempt.offer.epoch != self.epoch:
+            return
+        self.gather.drop(self.me)
+        self.stop_reducing()
+        gone = Gone(self.epoch + 1, attempt.offer.nonce)
+        lead = self.lead
+        if lead is None:
+            self.send(self.following or self.top.owner, gone)
+        elif lead.value is None:
+            self.lead = None
+            self.decline(lead.declaration.peers if lead.declaration is not None else self.gather.offers)
+
+    def decline(self, peers: Iterable[str]) -> None:
+        """I do not coordinate this epoch."""
+        self.declined = True
+        self.passed.add(self.me)
+        self.hint = self.heir()
+        self.send_all(peers, Decline(self.epoch + 1, self.hint or ""))
+
+    def heir(self) -> str | None:
+        """The best-ranked acceptor that is ready, but for me."""
+        gather = self.gather
+        if gather is None:
+            return None
+        for seat in gather.config.seats:
+            ready = gather.offers.get(seat.peer)
+            if seat.peer == self.me or ready is None or ready.incarnation != seat.incarnation:
+                continue
+            if seat.peer not in self.suspected and seat.peer not in self.passed:
+                return seat.peer
+        return None
+
+    def is_lonely(self) -> bool:
+        """No quorum is left among those not suspected."""
+        config = self.ledger.config
+        alive = [peer for peer in config.peers if peer == self.me or peer not in self.suspected]
+        return not config.is_quorum(alive, self.ledger.resigned)
+
+    def open_round(self, event: Enter) -> None:
+        self.round = Round(event.offer, event.deadline_s)
+
+    def _give_up_bytes(self) -> None:
+        """The caller has the state already, from elsewhere."""
+        awaiting, self.awaiting, self.fetching = self.awaiting, None, None
+        if awaiting is not None and awaiting.value is not None:
+            self.out.append(Release(awaiting.config.epoch, awaiting.value.digest))
+
+    def expire(self) -> None:
+        """The deadline has come."""
+        epoch = self.epoch + 1
+        if self.awaiting is not None:
+            self.fail(self._behind())
+        elif self.ledger.decided is None:
+            self.fail(NoQuorum("nobody told us who belongs to the run", 0))
+        elif self.unheld:
+            self.fail(NoQuorum(f"epoch {epoch} may be decided, and nobody here holds its bytes", epoch))
+        elif self.is_lonely():
+            self.fail(NoQuorum(f"too few of epoch {epoch - 1}'s members are here", epoch))
+        elif self.lead is not None and self.lead.declaration is None and self.lead.value is None:
+            self.fail(NoQuorum(f"too few of epoch {epoch - 1}'s members are ready", epoch))
+        else:
+            self.fail(RoundExpired(f"epoch {epoch} is not decided yet", epoch))

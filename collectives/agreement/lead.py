@@ -1,0 +1,140 @@
+"""What a coordinator knows in one ballot: promises, who is in the way, votes. Bookkeeping only: the chain acts on it.
+
+A ballot has one owner and, once `value` is set, one value for ever. `finding` is where Paxos lives: what the promises
+oblige this ballot to propose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from collectives.agreement.ledger import Ledger
+from collectives.agreement.messages import Promise
+from collectives.agreement.types import Ballot, Config, Declaration, Value, Vote
+
+NOBODY: tuple[str, ...] = ()
+
+
+class Finding(NamedTuple):
+    """`free`: anything may be proposed. Otherwise `value` (held by `holders`) must be, or, where it is None, it is not
+    known yet what: promises are missing, or the bytes of what was voted for."""
+
+    free: bool
+    value: Value | None = None
+    holders: tuple[str, ...] = NOBODY
+    unheld: bool = False
+
+
+WAIT = Finding(free=False)
+FREE = Finding(free=True)
+
+
+@dataclass(slots=True)
+class Lead:
+    """One ballot of mine."""
+
+    ballot: Ballot
+    began_at: float
+    promises: dict[str, Promise] = field(default_factory=dict)
+    prepared_at: float | None = None  # when the promises sufficed
+    declaration: Declaration | None = None
+    value: Value | None = None
+    holders: tuple[str, ...] = NOBODY
+    members: Config | None = None  # the configuration that `value` forms
+    votes: dict[str, int] = field(default_factory=dict)  # peer -> incarnation
+    reports: dict[str, tuple[tuple[str, ...], str]] = field(
+        default_factory=dict
+    )  # reporter -> (without, why)
+    gone: dict[str, str] = field(default_factory=dict)  # members that will not finish -> why
+    redo_at: float | None = None  # when to declare anew without those in the way
+    wait_until: float | None = None  # for the promises of those whose contributions are half exchanged
+    resend_at: float = 0.0
+    resends: int = 0
+
+    @property
+    def needs_promises(self) -> bool:
+        return self.ballot.number > 0
+
+    def finding(self, ledger: Ledger) -> Finding:
+        """Highest vote first. One whose bytes nobody has is passed over only where every acceptor answered (a promise
+        or a resignation): then none of them knows it decided, and none will ever count its votes."""
+        if not self.needs_promises:
+            return FREE
+        answered = [peer for peer, one in self.promises.items() if ledger.has_seat(peer, one.incarnation)]
+        if not ledger.may_read(answered):
+            return WAIT
+        votes: list[Vote] = [
+            vote for peer, one in self.promises.items() if peer in answered and (vote := one.vote) is not None
+        ]
+        votes += [vote for peer in ledger.resigned if (vote := ledger.frozen(peer)[1]) is not None]
+        if not votes:
+            return FREE
+        everybody = all(seat.peer in answered or seat.peer in ledger.resigned for seat in ledger.config.seats)
+        for vote in sorted(votes, key=lambda one: one.ballot, reverse=True):
+            holders = self._holders(vote.value, ledger)
+            if holders:
+                return Finding(False, vote.value, holders)
+            if not everybody:
+                return Finding(False, unheld=True)
+        return FREE
+
+    def _holders(self, value: Value, ledger: Ledger) -> tuple[str, ...]:
+        found = [
+            peer
+            for peer, one in self.promises.items()
+            if one.held and one.vote is not None and one.vote.value.digest == value.digest
+        ]
+        if value.digest in ledger.held and ledger.me not in found:
+            found.append(ledger.me)
+        return tuple(sorted(found))
+
+    def propose(self, value: Value, holders: tuple[str, ...]) -> None:
+        if self.value is not None:
+            raise RuntimeError(f"{self.ballot} has a value already")
+        self.value = value
+        self.holders = holders
+        self.members = value.declaration.config()
+        self.redo_at = None
+
+    def decides(self, ledger: Ledger) -> bool:
+        if self.value is None or self.members is None:
+            return False
+        return ledger.may_decide(self.votes, self.ballot, self.value, self.members)
+
+    # Who is in the way.
+
+    def report(self, reporter: str, without: Collection[str], why: str) -> None:
+        self.reports[reporter] = (tuple(without), why)
+
+    def blamed(self, me: str, suspected: Collection[str]) -> dict[str, str]:
+        """Members to leave out -> why. Silence is mutual: each report of it is an edge, and as few members as possible
+        (greedily: the one with most edges, never the coordinator, the last-ranked of equals) cover them all."""
+        if self.declaration is None:
+            return {}
+        members = self.declaration.peers
+        blamed = {peer: why for peer, why in self.gone.items() if peer in members}
+        blamed |= {peer: "silent" for peer in members if peer in suspected and peer != me}
+        edges: set[frozenset[str]] = set()
+        for reporter, (without, why) in self.reports.items():
+            for peer in without:
+                if peer == me and reporter != me:
+                    blamed.setdefault(reporter, why)
+                elif why != "silent" and peer in members:
+                    blamed.setdefault(peer, why)
+                elif peer in members and reporter in members and peer != reporter:
+                    edges.add(frozenset((peer, reporter)))
+        place = {peer: number for number, peer in enumerate(members)}
+        edges = {edge for edge in edges if not any(peer in blamed for peer in edge)}
+        while edges:
+            degrees: dict[str, int] = {}
+            for edge in edges:
+                for peer in edge:
+                    if peer != me:
+                        degrees[peer] = degrees.get(peer, 0) + 1
+            worst = max(degrees, key=lambda peer: (degrees[peer], place[peer]))
+            blamed[worst] = "silent"
+            edges = {edge for edge in edges if worst not in edge}
+        blamed.pop(me, None)
+        return blamed

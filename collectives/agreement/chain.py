@@ -37,7 +37,7 @@ from collectives.agreement.messages import (
     Trouble,
     Voted,
 )
-from collectives.agreement.types import Config, Saved, Settings
+from collectives.agreement.types import Config, Offer, Saved, Settings
 from collectives.errors import NoQuorum, RoundFailed, Superseded
 
 
@@ -66,6 +66,7 @@ class Chain(Leading):
             if isinstance(event, Enter):
                 return [Failed(event.offer.nonce, Superseded("the run is being left", 0))]
             return []
+        self.now_s = now_s
         self._dispatch(event, now_s)
         if not self.ledger.left:
             self._advance(now_s)
@@ -109,7 +110,7 @@ class Chain(Leading):
                     self.send(sender, Commit(self.ledger.decided))
             case Resign(_, decided):
                 self.learn(sender, decided, now_s)
-                self._on_resign(message, now_s)
+                self._on_resign(sender, message, now_s)
             case Ready():
                 self.on_ready(sender, message, now_s)
             case _ if self.ledger.decided is None:
@@ -132,7 +133,7 @@ class Chain(Leading):
             case Prepare():
                 self.on_prepare(sender, message)
             case Nack():
-                self.on_nack(message, now_s)
+                self.on_nack(message)
             case Trouble():
                 self.on_trouble(sender, message, now_s)
             case Gone():
@@ -161,9 +162,22 @@ class Chain(Leading):
             self._give_up_bytes()
         self.open_round(event)
         if offer.epoch < self.epoch:
+            self._miss_nothing(offer)
             self.fail(self._behind())
         else:
             self._begin(now_s)
+
+    def _miss_nothing(self, offer: Offer) -> None:
+        """One epoch behind, as after a crash between decision and delivery: its bytes may still be had."""
+        decided = self.ledger.decided
+        if self.awaiting is not None or decided is None or offer.epoch != self.epoch - 1:
+            return
+        if decided.value is not None and decided.certificate is not None:
+            self.awaiting = decided
+            if decided.value.digest in self.ledger.held:
+                self.deliver(decided)
+            else:
+                self.fetch(decided.value, decided.certificate.voters)
 
     def _begin(self, now_s: float) -> None:
         attempt = self.round
@@ -172,6 +186,7 @@ class Chain(Leading):
         self.gather.add(self.me, self.ledger.incarnation, attempt.offer, now_s)
         self.following = None
         self.declined = False
+        self.hint = None
         self.passed.discard(self.me)
 
     def _leave(self) -> None:
@@ -182,13 +197,15 @@ class Chain(Leading):
         self.lead = None
         self.persist()
         if config is not None and decided is not None and self.ledger.seated:
-            self.send_all((*config.peers, *self.suspected), Resign(resignation, decided))
+            self.send_all((*config.peers, *self.contacts), Resign(resignation, decided))
         self.out.append(Left())
 
-    def _on_resign(self, message: Resign, now_s: float) -> None:
+    def _on_resign(self, sender: str, message: Resign, now_s: float) -> None:
         if self.ledger.decided is None or not self.ledger.note(message.resignation):
             return
         peer = message.resignation.seat.peer
+        if sender == peer:  # who leaves says it only once
+            self.send_all([one for one in self.ledger.config.peers if one != peer], message)
         if self.gather is not None:
             self.gather.drop(peer)
         lead = self.lead
@@ -216,7 +233,7 @@ class Chain(Leading):
             self._begin(now_s)
         if self.is_lonely():
             self.lonely_at = now_s if self.lonely_at is None else self.lonely_at
-            if now_s - self.lonely_at >= self.settings.no_quorum_s:
+            if now_s >= self.lonely_at + self.settings.no_quorum_s:
                 self.fail(NoQuorum(f"too few of epoch {self.epoch}'s members are here", self.epoch + 1))
                 return
         else:
@@ -263,7 +280,7 @@ class Chain(Leading):
                 times.append(self.ask_at)
         elif attempt is not None and attempt.offer.epoch > self.epoch:
             times.append(self.ask_at)
-        elif attempt is not None and self.lead is None:
+        elif self.entered and self.lead is None:
             times.append(self.retry_at if self.following == self.me else self.poke_at)
         if self.lead is not None:
             times += self._lead_times(self.lead)

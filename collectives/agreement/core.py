@@ -75,6 +75,7 @@ class Core:
         self.zero_free = saved is None  # whoever restarts may have used ballot 0 already
         self.lonely_at: float | None = None
         self.ask_at = 0.0
+        self.now_s = 0.0
         self._new_epoch()
 
     def _new_epoch(self) -> None:
@@ -91,6 +92,7 @@ class Core:
         self.word_at = 0.0
         self.poke_at = 0.0
         self.retry_at = 0.0
+        self.pushed = 0
         self.declined = False
         self.unheld = False
         self.top = NO_BALLOT  # the highest ballot heard of
@@ -98,7 +100,7 @@ class Core:
         if self.ledger.decided is not None:
             config = self.ledger.config
             self.top = max(Ballot(0, config.seats[0].peer), self.ledger.promised)
-            self.gather = Gather(config, self.settings, self.grace)
+            self.gather = Gather(config, self.settings, self.grace, self.ledger.resigned)
 
     # What is known.
 
@@ -133,6 +135,15 @@ class Core:
         if ballot > self.top and self.ledger.config.seat(ballot.owner) is not None:
             self.top = ballot
             self.hint = None
+            self.passed.discard(ballot.owner)
+
+    def step_down(self) -> None:
+        """Another one has a higher ballot. Whoever is pushed aside waits a little, longer each time, and not as long as
+        others do, before it tries again."""
+        self.lead = None
+        self.pushed += 1
+        turn = 1 + sum(self.me.encode()) % 7
+        self.retry_at = self.now_s + self.settings.backoff_s * turn * min(self.pushed, 8) / 4
 
     def current(self, sender: str, epoch: int) -> bool:
         """Whether a message belongs to the epoch being decided. Who is behind is told what it missed, who is ahead is

@@ -38,7 +38,7 @@ class Following(Core):
         lost is passed over on the strength of this."""
         self.see(ballot)
         if self.lead is not None and self.lead.ballot < self.ledger.promised:
-            self.lead = None
+            self.step_down()
 
     def promise_of(self, ballot: Ballot) -> Promise:
         vote = self.ledger.vote
@@ -251,15 +251,21 @@ class Following(Core):
             return
         if now_s - self.word_at > self.settings.takeover_s:
             self.passed.add(target)
+            self.following = None
             self.follow(now_s)
             return
         self.poke_at = now_s + self.settings.resend_s
         seen = self.last_declared.ballot if self.last_declared is not None else NO_BALLOT
-        ready = Ready(self.epoch + 1, self.ledger.incarnation, self.round.offer, seen, self.done is not None)
+        resigned = tuple(self.ledger.resigned.values())
+        done = self.done is not None
+        ready = Ready(self.epoch + 1, self.ledger.incarnation, self.round.offer, seen, done, resigned)
         self.send(target, ready)
 
     def on_heard(self, message: Heard) -> None:
         self.see(message.ballot)
+        if message.ballot.owner == self.me and self.lead is None:  # others wait for me
+            self.passed.discard(self.me)
+            self.hint = None
 
     def on_decline(self, sender: str, message: Decline) -> None:
         self.passed.add(sender)

@@ -46,8 +46,11 @@ class Grace:
 class Gather:
     """The offers for one epoch."""
 
-    def __init__(self, config: Config, settings: Settings, grace: Grace) -> None:
+    def __init__(
+        self, config: Config, settings: Settings, grace: Grace, resigned: Collection[str] = ()
+    ) -> None:
         self.config = config
+        self.resigned = resigned  # the ledger's own, which grows
         self.offers: dict[str, Ready] = {}
         self.quorum_at: float | None = None
         self.declared = False  # from then on, late arrivals only teach
@@ -62,20 +65,24 @@ class Gather:
         self.offers[peer] = Ready(incarnation, offer)
         if known is None and self.declared and self.quorum_at is not None:
             self._grace.learn(now_s - self.quorum_at)
-        if known is None and self.quorum_at is None and self.config.is_quorum(self.offers):
-            self.quorum_at = now_s
+        self.notice(now_s)
         return True
+
+    def notice(self, now_s: float) -> None:
+        """Also when somebody resigned."""
+        if self.quorum_at is None and self.config.is_quorum(self.offers, self.resigned):
+            self.quorum_at = now_s
 
     def drop(self, peer: str, nonce: int | None = None) -> bool:
         known = self.offers.get(peer)
         if known is None or (nonce is not None and known.offer.nonce != nonce):
             return False
         del self.offers[peer]
-        if not self.config.is_quorum(self.offers):
+        if not self.config.is_quorum(self.offers, self.resigned):
             self.quorum_at = None
         return True
 
-    def agreeing(self, without: Collection[str], resigned: Collection[str]) -> list[str] | None:
+    def agreeing(self, without: Collection[str]) -> list[str] | None:
         """Those whose state, layout and codec are a quorum's, best-ranked first, then those who join; None if there
         is no such quorum. `without` are not counted."""
         kinds: dict[tuple[bytes, bytes, str], list[str]] = {}
@@ -84,7 +91,7 @@ class Gather:
                 offer = ready.offer
                 kinds.setdefault((offer.state, offer.layout, offer.codec), []).append(peer)
         for peers in kinds.values():
-            if self.config.is_quorum([peer for peer in peers if self._seated(peer)], resigned):
+            if self.config.is_quorum([peer for peer in peers if self._seated(peer)], self.resigned):
                 order = {peer: place for place, peer in enumerate(self.config.peers)}
                 return sorted(peers, key=lambda peer: (order.get(peer, len(order)), peer))
         return None

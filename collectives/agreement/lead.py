@@ -39,6 +39,7 @@ class Lead:
     began_at: float
     promises: dict[str, Promise] = field(default_factory=dict)
     prepared_at: float | None = None  # when the promises sufficed
+    free: bool = False  # they oblige to nothing
     declaration: Declaration | None = None
     value: Value | None = None
     holders: tuple[str, ...] = NOBODY

@@ -44,6 +44,8 @@ class Leading(Following):
         ):
             return
         self.see(message.seen)
+        for one in message.resigned:
+            self.ledger.note(one)
         known = sender in self.gather.offers
         if not self.gather.add(sender, message.incarnation, message.offer, now_s):
             self.send(sender, Refused(message.epoch, message.offer.nonce, "full"))
@@ -102,15 +104,13 @@ class Leading(Following):
                 lead.gone[sender] = "silent"
                 lead.redo_at = now_s
 
-    def on_nack(self, message: Nack, now_s: float) -> None:
+    def on_nack(self, message: Nack) -> None:
         if self.ledger.decided is None or message.epoch != self.epoch + 1:
             return
         self.see(message.promised)
         lead = self.lead
         if lead is not None and lead.ballot == message.ballot and message.promised > lead.ballot:
-            self.lead = None
-            turn = (hash_of(self.me) % 7 + 1) * (1 + min(lead.ballot.number, 8))
-            self.retry_at = now_s + self.settings.backoff_s * turn / 4
+            self.step_down()
 
     def on_trouble(self, sender: str, message: Trouble, now_s: float) -> None:
         lead = self.lead
@@ -183,7 +183,7 @@ class Leading(Following):
         if lead is None:
             return
         if lead.ballot < self.ledger.promised:
-            self.lead = None
+            self.step_down()
         elif lead.value is not None:
             self._count(lead, lead.value, now_s)
         else:
@@ -194,12 +194,11 @@ class Leading(Following):
             self._ask_again(lead, now_s)
         finding = lead.finding(self.ledger)
         self.unheld = finding.unheld
+        lead.free = finding.free
         if finding.value is not None:
             self._propose(lead, finding.value, finding.holders, now_s)
             return
         if not finding.free:
-            if lead.redo_at is not None and now_s >= lead.redo_at:
-                lead.redo_at = now_s + self.settings.resend_s
             return
         if lead.prepared_at is None:
             lead.prepared_at = now_s
@@ -240,7 +239,8 @@ class Leading(Following):
         lead.wait_until = None
         if self._go_on_with(lead, gather, now_s):
             return
-        agreeing = gather.agreeing(self.suspected - {self.me}, self.ledger.resigned)
+        gather.notice(now_s)
+        agreeing = gather.agreeing(self.suspected - {self.me})
         due = self._due_s(gather, agreeing, attempt.deadline_s)
         if agreeing is None or due is None or due > now_s:
             return
@@ -357,7 +357,7 @@ class Leading(Following):
         ]
         ballot = self._next_ballot()
         if not self._suffices(kept, gather, ballot):
-            again = gather.agreeing({*self.suspected, *blamed} - set(lead.gone), self.ledger.resigned)
+            again = gather.agreeing({*self.suspected, *blamed} - set(lead.gone))
             if again is None or self.me not in again or set(again) == set(declaration.peers):
                 lead.redo_at = now_s + self.settings.resend_s  # somebody may come back
                 return
@@ -378,9 +378,11 @@ class Leading(Following):
         times: list[float] = []
         if lead.value is not None or lead.needs_promises:
             times.append(lead.resend_at)
-        if lead.value is None and lead.redo_at is not None and lead.prepared_at is not None:
+        if lead.value is not None or not lead.free:
+            return times
+        if lead.redo_at is not None:
             times.append(lead.redo_at)
-        if lead.value is None and lead.declaration is None and lead.prepared_at is not None:
+        if lead.declaration is None:
             times += [lead.wait_until] if lead.wait_until is not None else self._gather_times()
         return times
 
@@ -388,7 +390,7 @@ class Leading(Following):
         gather, attempt = self.gather, self.round
         if gather is None or attempt is None:
             return []
-        agreeing = gather.agreeing(self.suspected - {self.me}, self.ledger.resigned)
+        agreeing = gather.agreeing(self.suspected - {self.me})
         due = self._due_s(gather, agreeing, attempt.deadline_s)
         return [] if due is None else [due]
 
@@ -425,8 +427,3 @@ class Leading(Following):
         offers = self.gather.offers if self.gather is not None else {}
         told = (*value.declaration.peers, *self.ledger.config.peers, *offers)
         self.settle(decided, now_s, told)
-
-
-def hash_of(name: str) -> int:
-    """The same everywhere, unlike `hash`."""
-    return sum((index + 1) * byte for index, byte in enumerate(name.encode()))

@@ -38,6 +38,7 @@ class Ready:
     offer: Offer
     seen: Ballot
     done: bool = False
+    resigned: tuple[Resignation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,19 +217,18 @@ def unpack_message(data: bytes | bytearray | memoryview, members_max: int = 256)
 def check(message: Message, members_max: int) -> None:
     """ProtocolViolation if a count, a length or a number is out of all bounds."""
     match message:
-        case Ready(epoch, _, offer, seen, _):
+        case Ready(epoch, _, offer, seen, _, resigned):
             _epoch(epoch)
             _offer(offer)
             _ballot(seen, lowest=-1)
+            _resignations(resigned, members_max)
         case Promise(epoch, ballot, _, vote, _, given, resigned):
             _epoch(epoch)
             _ballot(ballot)
             _vote(vote, members_max)
             if given is not None:
                 _offer(given)
-            _count(len(resigned), members_max)
-            for one in resigned:
-                _resignation(one, members_max)
+            _resignations(resigned, members_max)
         case Declare(declaration):
             _declaration(declaration, members_max)
         case Accept(epoch, ballot, value, holders):
@@ -339,6 +339,12 @@ def _resignation(resignation: Resignation, members_max: int) -> None:
     _ballot(resignation.promised, lowest=-1)
     _names((resignation.seat.peer,), 1)
     _vote(resignation.vote, members_max)
+
+
+def _resignations(resigned: tuple[Resignation, ...], members_max: int) -> None:
+    _count(len(resigned), members_max)
+    for one in resigned:
+        _resignation(one, members_max)
 
 
 def _config(config: Config, members_max: int) -> None:

@@ -1,1 +1,10 @@
-"""How numbers travel: encodings of one vector of float32, each with its bytes and its error."""
+"""How numbers travel: encodings of one vector of float32, each with its bytes and its error.
+
+`codec(name)` gives one; `register` adds another. They are pure functions of the values and know nothing of rounds.
+"""
+
+from collectives.codecs.base import Codec, codec, codecs, register
+from collectives.codecs.errors import CodecFault, UnknownCodec
+from collectives.codecs.plain import BF16, FP32
+
+__all__ = ["BF16", "FP32", "Codec", "CodecFault", "UnknownCodec", "codec", "codecs", "register"]

@@ -1,0 +1,138 @@
+"""What has been received and may be needed: inputs that wait for the others of their chunk, and, as far as the budget
+goes, inputs that are added up already but would be needed again should a member disappear.
+
+It counts bytes and recycles buffers; it does not know what the bytes mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Source(NamedTuple):
+    """Whose input: `partial` tells sums of a unit from a member's own values; `ident` is the nonce, or who is in the
+    sum."""
+
+    partial: bool
+    peer: str
+    ident: int
+
+
+Key = tuple[Source, int]
+
+
+class BufferPool:
+    """Buffers for payloads, used again: fresh memory costs more than the copy into it. `spare_bytes_max` bounds what
+    lies idle."""
+
+    def __init__(self, spare_bytes_max: int) -> None:
+        self._spare: dict[int, list[bytearray]] = {}
+        self._lent: dict[int, bytearray] = {}
+        self._spare_bytes = 0
+        self.spare_bytes_max = spare_bytes_max
+
+    def take(self, size: int) -> memoryview:
+        """A buffer of exactly `size` bytes with anything in it."""
+        spare = self._spare.get(size)
+        if spare:
+            buffer = spare.pop()
+            self._spare_bytes -= size
+        else:
+            buffer = bytearray(size)
+        self._lent[id(buffer)] = buffer
+        return memoryview(buffer)
+
+    def give(self, view: memoryview) -> None:
+        """Back, if it is one of the pool's; nobody may look at it any more."""
+        buffer = self._lent.pop(id(view.obj), None)
+        if buffer is not None and self._spare_bytes + len(buffer) <= self.spare_bytes_max:
+            self._spare.setdefault(len(buffer), []).append(buffer)
+            self._spare_bytes += len(buffer)
+
+    def clear(self) -> None:
+        """Frees what is idle and forgets what is lent."""
+        self._spare.clear()
+        self._lent.clear()
+        self._spare_bytes = 0
+
+
+class Hold:
+    """Payloads by source and chunk. `needed` ones are never dropped here; the caller stops reading instead."""
+
+    def __init__(self, pool: BufferPool, bytes_max: int) -> None:
+        self.pool = pool
+        self.bytes_max = bytes_max
+        self.bytes = 0
+        self.needed_bytes = 0
+        self._needed: dict[Key, memoryview] = {}
+        self._kept: dict[Key, memoryview] = {}
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._needed or key in self._kept
+
+    def get(self, key: Key) -> memoryview:
+        """KeyError if it is not held."""
+        found = self._needed.get(key)
+        return self._kept[key] if found is None else found
+
+    def put(self, key: Key, payload: memoryview, needed: bool) -> bool:
+        """Whether it is held now; what is not needed is refused when there is no room."""
+        if key in self:
+            self.pool.give(payload)
+            return True
+        if not needed and self.bytes + payload.nbytes > self.bytes_max:
+            self.pool.give(payload)
+            return False
+        (self._needed if needed else self._kept)[key] = payload
+        self.bytes += payload.nbytes
+        if needed:
+            self.needed_bytes += payload.nbytes
+            self._evict()
+        return True
+
+    def release(self, keys: Iterable[Key], keep: bool) -> None:
+        """These are added up: they may go, and with `keep` they stay while there is room."""
+        for key in keys:
+            payload = self._needed.pop(key, None)
+            if payload is None:
+                continue
+            self.needed_bytes -= payload.nbytes
+            if keep and self.bytes <= self.bytes_max:
+                self._kept[key] = payload
+            else:
+                self.bytes -= payload.nbytes
+                self.pool.give(payload)
+
+    def need(self, key: Key) -> bool:
+        """Marks it as needed again; False if it is not held."""
+        payload = self._kept.pop(key, None)
+        if payload is not None:
+            self._needed[key] = payload
+            self.needed_bytes += payload.nbytes
+        return key in self._needed
+
+    def relax(self) -> None:
+        """Nothing is needed for now: a new plan is about to say what is."""
+        self._kept.update(self._needed)
+        self._needed.clear()
+        self.needed_bytes = 0
+
+    def discard(self, wanted: Iterable[Source]) -> None:
+        """Drops everything that is not from `wanted`."""
+        sources = set(wanted)
+        for key in [key for key in self._kept if key[0] not in sources]:
+            self._drop(key)
+
+    def trim(self) -> None:
+        """Drops the oldest of what is not needed until the budget is kept."""
+        self._evict()
+
+    def _evict(self) -> None:
+        while self.bytes > self.bytes_max and self._kept:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: Key) -> None:
+        payload = self._kept.pop(key)
+        self.bytes -= payload.nbytes
+        self.pool.give(payload)

@@ -1,0 +1,33 @@
+"""Exchanges among members that stay: exactness, any order of frames, any tensors."""
+
+import pytest
+import torch
+
+
+def tensors_for(names, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: [torch.randn(*shape, generator=generator) for shape in ((100, 77), (3,), (50001,))]
+        for name in names
+    }
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_fp32_is_the_mean_in_the_declarations_order_to_the_last_bit(tools, count, seed):
+    names = [f"peer{n}" for n in range(count)]
+    tensors = tensors_for(names)
+    before = {name: [t.clone() for t in tensors[name]] for name in names}
+    declaration = tools.declare([(name, 1 + n * 1.7) for n, name in enumerate(names)])
+    mesh = tools.Mesh(tensors, declaration, seed=seed)
+    mesh.run()
+    for name, node in mesh.nodes.items():
+        assert node.done
+        assert node.drained
+        assert same(node.result.tensors, tools.expected(tensors, declaration))
+        assert same(tensors[name], before[name])
+    assert len({node.digest for node in mesh.nodes.values()}) == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 from model_shards.errors import ConfigError
 from model_shards.families import FAMILIES, family_of
-from model_shards.families.base import ACTIVATIONS
+from model_shards.families.base import ACTIVATIONS, PLAIN_ROUTING, LatentShape, Routing
 from model_shards.fields import Fields, read_json_object
 from model_shards.rope import RopeConfig, usable_context
 
@@ -27,7 +27,8 @@ CONTEXT_MAX = 1 << 28
 class ModelConfig:
     """One decoder-only model. Widths in elements, context in tokens; ``windows[i]`` is layer i's sliding
     window, ``layer_ropes[i]`` which of ``ropes`` turns it (None: none does), ``sparse[i]`` whether it has
-    experts."""
+    experts. ``shared_width`` is the feed-forward that every token takes beside its experts; ``swiglu_limit``
+    clamps the experts' gates, sharpened by ``swiglu_alpha``."""
 
     family: str
     layers: int
@@ -61,6 +62,27 @@ class ModelConfig:
     expert_width: int = 0
     expert_weights_sum_to_one: bool = False
     sparse: tuple[bool, ...] = ()
+    routing: Routing = PLAIN_ROUTING
+    shared_width: int = 0
+    latent: LatentShape | None = None
+    sinks: bool = False
+    wide_norms: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.0
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """What attention caches of one position and layer: (heads, width of a key, width of a value). With
+        latent attention that is one latent and one rotated key for all heads."""
+        if self.latent is not None:
+            return 1, self.latent.kv_rank, self.latent.rope_dim
+        return self.kv_heads, self.head_dim, self.head_dim
+
+    @property
+    def kv_elements(self) -> int:
+        """Elements cached for one position of one layer."""
+        heads, key_width, value_width = self.kv_shape
+        return heads * (key_width + value_width)
 
     @property
     def rope(self) -> RopeConfig:
@@ -107,26 +129,26 @@ class ModelConfig:
         activation = fields.text(field, default)
         if activation not in ACTIVATIONS:
             raise fields.bad(field, f"one of {', '.join(ACTIVATIONS)}")
-        return cls(
-            family=family.name,
-            layers=layers,
-            hidden=hidden,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            intermediate=fields.integer("intermediate_size", 1, WIDTH_MAX),
-            vocab=vocab,
-            context_tokens=usable_context(ropes[0], max_positions) if family.stretched else max_positions,
-            tied=fields.flag("tie_word_embeddings", family.tied),
-            eos_ids=eos_ids,
-            bos_id=fields.integer("bos_token_id", 0, vocab - 1) if fields.has("bos_token_id") else None,
-            norm_eps=fields.number("rms_norm_eps", 0.0, 1.0, family.norm_eps),
-            activation=ACTIVATIONS[activation],
-            ropes=ropes,
-            layer_ropes=layer_ropes,
-            windows=family.windows(fields, layers),
-            **family.traits(fields, layers),
-        )
+        shared = {
+            "family": family.name,
+            "layers": layers,
+            "hidden": hidden,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "intermediate": fields.integer("intermediate_size", 1, WIDTH_MAX),
+            "vocab": vocab,
+            "context_tokens": usable_context(ropes[0], max_positions) if family.stretched else max_positions,
+            "tied": fields.flag("tie_word_embeddings", family.tied),
+            "eos_ids": eos_ids,
+            "bos_id": fields.integer("bos_token_id", 0, vocab - 1) if fields.has("bos_token_id") else None,
+            "norm_eps": fields.number("rms_norm_eps", 0.0, 1.0, family.norm_eps),
+            "activation": ACTIVATIONS[activation],
+            "ropes": ropes,
+            "layer_ropes": layer_ropes,
+            "windows": family.windows(fields, layers),
+        }
+        return cls(**{**shared, **family.traits(fields, layers)})
 
 
 def supported_families() -> tuple[str, ...]:

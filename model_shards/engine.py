@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from model_shards.attention import Batch, Rows
 from model_shards.dtypes import is_finite
 from model_shards.errors import ContextOverflow, LocalFault, StepError
 from model_shards.exact import RowsExact
 from model_shards.kv import BLOCK_TOKENS, KvCache, KvPool, SessionKv
-from model_shards.layers import Batch, Rows
 from model_shards.rope import LENGTH_DEPENDENT, RotaryTable
 from model_shards.sampler import Said, Sampling, pick
 from model_shards.span import Span
@@ -78,7 +78,7 @@ class Engine:
     def __init__(self, span: Span, *, kv_bytes_max: int) -> None:
         config = span.config
         self.span = span
-        pool = KvPool(kv_bytes_max, config.kv_heads, config.head_dim, span.dtype, span.device)
+        pool = KvPool(kv_bytes_max, *config.kv_shape, span.dtype, span.device)
         self._cache = KvCache(pool)
         self._rotary = [RotaryTable(rope, span.dtype, span.device) for rope in config.ropes]
         self._sessions: dict[str, SessionKv] = {}
@@ -86,6 +86,11 @@ class Engine:
         self._exact = RowsExact(span)
         # Such a scaling rotates a key by the length its sequence had then: no other session may take it over.
         self._sharing = not any(rope.kind in LENGTH_DEPENDENT for rope in config.ropes)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether a session may take over what others of its scope computed."""
+        return self._sharing
 
     def open(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from model_shards.layers import AnyLinear
+from model_shards.linear import AnyLinear
 from model_shards.span import Span
 
 

@@ -21,17 +21,23 @@ RETRY_AFTER_S = 1.0
 
 
 class KvPool:
-    """Keys and values, each [blocks * BLOCK_TOKENS, kv_heads, head_dim] in the compute dtype."""
+    """Keys [blocks * BLOCK_TOKENS, kv_heads, key_width] and values [.., value_width] in the compute dtype."""
 
     def __init__(
-        self, bytes_max: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        bytes_max: int,
+        kv_heads: int,
+        key_width: int,
+        value_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.block_bytes = 2 * BLOCK_TOKENS * kv_heads * head_dim * dtype.itemsize
+        self.block_bytes = BLOCK_TOKENS * kv_heads * (key_width + value_width) * dtype.itemsize
         self.blocks = max(0, bytes_max) // self.block_bytes
-        shape = (self.blocks * BLOCK_TOKENS, kv_heads, head_dim)
+        rows = self.blocks * BLOCK_TOKENS
         try:
-            self.k = torch.empty(shape, dtype=dtype, device=device)
-            self.v = torch.empty(shape, dtype=dtype, device=device)
+            self.k = torch.empty(rows, kv_heads, key_width, dtype=dtype, device=device)
+            self.v = torch.empty(rows, kv_heads, value_width, dtype=dtype, device=device)
         except RuntimeError as error:
             raise ResourceLimit(
                 f"cannot allocate a KV cache of {bytes_max} bytes on {device}", 60.0
@@ -144,7 +150,7 @@ class SessionKv:
         self._map_layers()
 
     def write(self, layer: int, position: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores rows [n, kv_heads, head_dim] for positions from ``position`` on; ``length`` is advanced
+        """Stores rows [n, kv_heads, width] for positions from ``position`` on; ``length`` is advanced
         apart."""
         rows = self._layers[layer - self.start]
         if rows.blocks is None:
@@ -156,7 +162,7 @@ class SessionKv:
             rows.values.index_copy_(0, at, v)
 
     def read(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [end - first, kv_heads, head_dim] of positions [first, end); views of contiguous
+        """Keys and values [end - first, kv_heads, width] of positions [first, end); views of contiguous
         rows."""
         rows = self._layers[layer - self.start]
         if rows.blocks is None:
@@ -164,10 +170,11 @@ class SessionKv:
         skipped = first // BLOCK_TOKENS
         numbers = rows.blocks[skipped : -(-end // BLOCK_TOKENS)]
         at = slice(first - skipped * BLOCK_TOKENS, end - skipped * BLOCK_TOKENS)
-        shape = rows.keys.shape
-        keys = rows.keys.view(-1, BLOCK_TOKENS, *shape[1:]).index_select(0, numbers)
-        values = rows.values.view(-1, BLOCK_TOKENS, *shape[1:]).index_select(0, numbers)
-        return keys.view(-1, *shape[1:])[at], values.view(-1, *shape[1:])[at]
+        keys, values = (
+            whole.view(-1, BLOCK_TOKENS, *whole.shape[1:]).index_select(0, numbers).flatten(0, 1)[at]
+            for whole in (rows.keys, rows.values)
+        )
+        return keys, values
 
     def advance(self, count: int, tokens: Sequence[int] | None) -> None:
         """``count`` more positions are filled, of ``tokens`` where those are seen here; full blocks become

@@ -20,7 +20,8 @@ from model_shards.config import ModelConfig
 from model_shards.dtypes import dtype_named
 from model_shards.errors import LocalFault
 from model_shards.families import TensorSpec, embed_tensors, head_tensors, layer_tensors
-from model_shards.layers import AnyLinear, DecoderLayer, RmsNorm, build_layer, linear_over
+from model_shards.layers import DecoderLayer, build_layer
+from model_shards.linear import AnyLinear, RmsNorm, linear_over
 from model_shards.quant import QUANTS, Int8Weight, quantised_bytes
 from model_shards.weights import Part, TensorReader, is_quantised, load_parts
 
@@ -130,16 +131,16 @@ def load_span(
             parts = load_parts(reader, specs, kind, place, quant) | shared
             weight = parts["norm"]
             if isinstance(weight, torch.Tensor):
-                norm = RmsNorm(weight, config.norm_eps, kind, config.norm_offset)
+                norm = RmsNorm(weight, config.norm_eps, kind, config.norm_offset, wide=config.wide_norms)
             head = linear_over(parts["head"] if "head" in parts else parts["embed"])
         return Span(config, start, end, kind, place, layers, embed, norm, head, reader.ranges_read)
 
 
 def shape_of(config: ModelConfig, index: CheckpointIndex, dtype: str, quant: str = "none") -> dict[str, Any]:
     """The model's shape as phase 1 of the scheduler wants it: bytes in ``dtype`` and ``quant`` (what serving
-    will hold in memory), floating-point operations of one layer for one token (two a weight), and bytes that
-    travel or are cached a token. Reads headers only; raises CheckpointError for a missing or misshapen
-    tensor."""
+    will hold in memory), of one expert of a layer where there are any, floating-point operations of one layer
+    for one token (two a weight), and bytes that travel or are cached a token. Reads headers only; raises
+    CheckpointError for a missing or misshapen tensor."""
     index.span_ranges(config, 0, config.layers)
     itemsize = dtype_named(dtype).itemsize
 
@@ -150,19 +151,27 @@ def shape_of(config: ModelConfig, index: CheckpointIndex, dtype: str, quant: str
             if is_quantised(spec):
                 total += quantised_bytes(kind, spec.shape[0], spec.shape[1], itemsize)
             else:
-                total += math.prod(spec.shape) * itemsize
+                total += math.prod(spec.shape) * (4 if spec.wide else itemsize)
         return total
 
+    def used(layer: int) -> int:
+        """Weights of ``layer`` that one token meets."""
+        every = sum(math.prod(spec.shape) for spec in layers[layer])
+        idle = 3 * config.hidden * config.expert_width * (config.experts - config.experts_per_token)
+        return every - idle if config.sparse and config.sparse[layer] else every
+
     layers = [layer_tensors(config, at) for at in range(config.layers)]
-    weights = max(sum(math.prod(spec.shape) for spec in specs) for specs in layers)
-    idle = 3 * config.hidden * config.expert_width * (config.experts - config.experts_per_token)
+    experts = max(held([spec for spec in specs if spec.part.startswith("experts.")]) for specs in layers)
     return {
         "layers": config.layers,
         "layer_bytes": max(held(specs) for specs in layers),
+        "experts": config.experts,
+        "experts_per_token": config.experts_per_token,
+        "expert_bytes": experts // max(1, config.experts),
         "embed_bytes": held(embed_tensors(config)),
         "head_bytes": held(head_tensors(config)),
         "tied": config.tied,
-        "layer_flops_per_token": 2.0 * (weights - idle),
+        "layer_flops_per_token": 2.0 * max(used(layer) for layer in range(config.layers)),
         "hidden_bytes": config.hidden * itemsize,
-        "kv_bytes_per_token_per_layer": 2 * config.kv_heads * config.head_dim * itemsize,
+        "kv_bytes_per_token_per_layer": config.kv_elements * itemsize,
     }

@@ -112,8 +112,7 @@ def load_parts(
     quant: str = "none",
 ) -> dict[str, Part]:
     """The parameters that ``specs`` fill, by part name; parts of several tensors are fused along their rows.
-    Norms, which are small, keep float32; matrices are quantised as they come, the router of a mixture
-    excepted."""
+    Norms and wide parts keep float32; matrices are quantised as they come, plain ones excepted."""
     fused: dict[str, list[TensorSpec]] = {}
     for spec in specs:
         fused.setdefault(spec.part, []).append(spec)
@@ -122,7 +121,7 @@ def load_parts(
 
 def is_quantised(spec: TensorSpec) -> bool:
     """Whether ``spec`` belongs to a matrix that quantising changes."""
-    return len(spec.shape) == 2 and spec.part != "router"
+    return len(spec.shape) == 2 and not spec.plain
 
 
 def _load_part(
@@ -135,7 +134,7 @@ def _load_part(
 ) -> Part:
     if quant != "none" and is_quantised(specs[0]):
         return _load_quantised(reader, specs, dtype, device, quant)
-    kept = torch.float32 if part.endswith("norm") else dtype
+    kept = torch.float32 if specs[0].wide or part.endswith("norm") else dtype
     rows = sum(spec.shape[0] for spec in specs)
     whole = torch.empty((rows, *specs[0].shape[1:]), dtype=kept, device=device)
     for spec in specs:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from model_shards.errors import ConfigError
 from model_shards.families.base import Family, TensorSpec, embed_tensors, head_tensors
+from model_shards.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from model_shards.families.gemma2 import GEMMA2
 from model_shards.families.gemma3 import GEMMA3
 from model_shards.families.llama import LLAMA
@@ -36,6 +37,8 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA3,
     PHI3,
     SMOLLM3,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
 )
 _BY_NAME = {family.name: family for family in FAMILIES}
 

@@ -28,12 +28,51 @@ Layout = Callable[["ModelConfig", int], "tuple[TensorSpec, ...]"]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Checkpoint tensor ``name`` of ``shape`` fills rows [row, row + shape[0]) of parameter ``part``."""
+    """Checkpoint tensor ``name`` of ``shape`` fills rows [row, row + shape[0]) of parameter ``part``.
+
+    ``plain``: not a matrix that quantising changes; ``wide``: kept in float32. ``stack``: the checkpoint holds
+    that many matrices in one tensor, each transposed: [stack, shape[1], shape[0] / stack].
+    """
 
     name: str
     shape: tuple[int, ...]
     part: str
     row: int = 0
+    plain: bool = False
+    wide: bool = False
+    stack: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How a token finds its experts.
+
+    ``kind``: "softmax" over all, then the likeliest; "sigmoid" of each, chosen with a learnt correction
+    (DeepSeek-V3); "softmax_of_top": the highest first, then a softmax over those (GPT-OSS). With ``groups``
+    > 1 experts are chosen from the ``groups_used`` best groups only. ``scale`` multiplies the weights.
+    """
+
+    kind: str = "softmax"
+    groups: int = 1
+    groups_used: int = 1
+    scale: float = 1.0
+
+
+PLAIN_ROUTING = Routing()
+
+
+@dataclass(frozen=True, slots=True)
+class LatentShape:
+    """Multi-head latent attention (arXiv 2405.04434, 2.1): widths of the compressed query (None: not
+    compressed) and key-value latents, and of a head's unrotated, rotated and value parts. ``interleaved``:
+    the rotated part's pairs are neighbours."""
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    interleaved: bool
 
 
 def no_traits(_fields: Fields, _layers: int) -> dict[str, Any]:
@@ -93,14 +132,19 @@ def attention_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
     return specs
 
 
+def gated_tensors(at: str, hidden: int, wide: int, part: str = "") -> list[TensorSpec]:
+    """The three matrices under ``at`` of a gated feed-forward, into parts whose names begin with ``part``."""
+    return [
+        TensorSpec(at + "gate_proj.weight", (wide, hidden), part + "gate_up.weight"),
+        TensorSpec(at + "up_proj.weight", (wide, hidden), part + "gate_up.weight", wide),
+        TensorSpec(at + "down_proj.weight", (hidden, wide), part + "down.weight"),
+    ]
+
+
 def mlp_tensors(config: ModelConfig, layer: int) -> list[TensorSpec]:
     """The gated feed-forward of one layer, as most families name it."""
     at, hidden, wide = f"model.layers.{layer}.mlp.", config.hidden, config.intermediate
-    specs = [
-        TensorSpec(at + "gate_proj.weight", (wide, hidden), "gate_up.weight"),
-        TensorSpec(at + "up_proj.weight", (wide, hidden), "gate_up.weight", wide),
-        TensorSpec(at + "down_proj.weight", (hidden, wide), "down.weight"),
-    ]
+    specs = gated_tensors(at, hidden, wide)
     if config.mlp_bias:
         specs.append(TensorSpec(at + "gate_proj.bias", (wide,), "gate_up.bias"))
         specs.append(TensorSpec(at + "up_proj.bias", (wide,), "gate_up.bias", wide))

@@ -39,7 +39,7 @@ def _layout(config: ModelConfig, layer: int) -> tuple[TensorSpec, ...]:
     return (
         *norm_tensors(config, layer),
         *attention_tensors(config, layer),
-        TensorSpec(at + "gate.weight", (config.experts, config.hidden), "router"),
+        TensorSpec(at + "gate.weight", (config.experts, config.hidden), "router.weight", plain=True),
         *expert_tensors(config, at + "experts.", ("w1", "w3", "w2")),
     )
 

@@ -47,7 +47,7 @@ def _layout(config: ModelConfig, layer: int) -> tuple[TensorSpec, ...]:
     at = f"model.layers.{layer}.mlp."
     return (
         *shared,
-        TensorSpec(at + "gate.weight", (config.experts, config.hidden), "router"),
+        TensorSpec(at + "gate.weight", (config.experts, config.hidden), "router.weight", plain=True),
         *expert_tensors(config, at + "experts.", ("gate_proj", "up_proj", "down_proj")),
     )
 

@@ -141,7 +141,8 @@ def splits(layers: int) -> list[tuple[int, ...]]:
 def randomise(model: Any, seed: int) -> None:
     """Weights wide enough that layers, biases and norms all matter to the logits."""
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in sorted(model.named_parameters()):
+    corrections = [item for item in model.named_buffers() if item[0].endswith("correction_bias")]
+    for name, weight in sorted([*model.named_parameters(), *corrections], key=lambda item: item[0]):
         noise = torch.randn(weight.shape, generator=generator)
         weight.data.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
 

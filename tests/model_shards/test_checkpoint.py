@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_shards import CheckpointError, CheckpointIndex, LocalFault, header_range, load_span, shape_of
+from model_shards import (
+    CheckpointError,
+    CheckpointIndex,
+    Engine,
+    LocalFault,
+    header_range,
+    load_span,
+    shape_of,
+)
 from model_shards.safetensors_header import HEADER_BYTES_MAX, coalesce, parse_header, read_header
 
 
@@ -389,8 +397,9 @@ def test_shape_of_counts_what_serving_will_hold(make_reference, tied):
     layer = sum(value.numel() for name, value in state.items() if name.startswith("model.layers.0."))
     assert set(shape) == {
         "layers", "layer_bytes", "embed_bytes", "head_bytes", "tied", "layer_flops_per_token", "hidden_bytes",
-        "kv_bytes_per_token_per_layer",
+        "kv_bytes_per_token_per_layer", "experts", "experts_per_token", "expert_bytes",
     }  # fmt: skip
+    assert (shape["experts"], shape["experts_per_token"], shape["expert_bytes"]) == (0, 0, 0)
     assert shape["layers"] == 4
     assert shape["layer_bytes"] == 2 * layer
     assert shape["embed_bytes"] == 2 * 97 * 32
@@ -406,4 +415,27 @@ def test_shape_of_a_mixture_counts_all_experts_as_bytes_and_the_chosen_as_work(m
     reference = make_reference("mixtral", num_local_experts=5, num_experts_per_tok=2)
     shape = shape_of(reference.config, CheckpointIndex.open(reference.directory), "bfloat16")
     expert = 3 * 32 * 48
+    assert (shape["experts"], shape["experts_per_token"], shape["expert_bytes"]) == (5, 2, 2 * expert)
     assert shape["layer_bytes"] / 2 - shape["layer_flops_per_token"] / 2 == 3 * expert
+
+
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_shape_of_latent_attention_caches_the_latent_and_counts_the_widest_layer(make_reference, quant):
+    reference = make_reference(
+        "deepseek_v3",
+        kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=8, v_head_dim=4, q_lora_rank=10, n_routed_experts=4,
+        num_experts_per_tok=1, moe_intermediate_size=24, first_k_dense_replace=1, n_shared_experts=2, n_group=1,
+        topk_group=1, num_key_value_heads=4,
+    )  # fmt: skip
+    index = CheckpointIndex.open(reference.directory)
+    shape = shape_of(reference.config, index, "bfloat16", quant)
+    assert shape["kv_bytes_per_token_per_layer"] == 2 * (12 + 8)
+    state = reference.model.state_dict()
+    sparse = sum(value.numel() for name, value in state.items() if name.startswith("model.layers.1."))
+    assert shape["layer_flops_per_token"] == 2.0 * (sparse - 3 * 3 * 24 * 32)
+    span = load_span(reference.directory, index, reference.config, 1, 2, quant=quant)
+    norms_and_correction = 2 * (32 + 32 + 12 + 10) + 4 * 4
+    assert span.weight_bytes == shape["layer_bytes"] - norms_and_correction
+    engine = Engine(span, kv_bytes_max=1 << 20)
+    engine.open("s", 1, 2, 16)
+    assert engine.kv_bytes_used() == 16 * shape["kv_bytes_per_token_per_layer"]

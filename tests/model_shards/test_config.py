@@ -7,6 +7,7 @@ import json
 import pytest
 
 from model_shards import ConfigError, ModelConfig, supported_families
+from model_shards.families.base import Routing
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -22,6 +23,7 @@ LLAMA = {
     "bos_token_id": 1,
     "tie_word_embeddings": True,
 }
+DEEPSEEK = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "q_lora_rank": 8}
 
 
 def test_the_fields_of_a_llama_config():
@@ -63,7 +65,8 @@ def test_an_unknown_architecture_is_named_together_with_those_supported():
     for family in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
         assert family in str(caught.value)
     assert set(supported_families()) == {
-        "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "phi3", "smollm3"
+        "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "phi3", "smollm3",
+        "deepseek_v2", "deepseek_v3",
     }  # fmt: skip
 
 
@@ -160,6 +163,16 @@ def test_unknown_layer_types_are_refused():
         ("Gemma2ForCausalLM", {"hidden_activation": "relu"}, "hidden_activation"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("Gemma3ForCausalLM", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("DeepseekV2ForCausalLM", {}, "n_routed_experts"),
+        ("DeepseekV2ForCausalLM", {**DEEPSEEK, "norm_topk_prob": True}, "norm_topk_prob"),
+        ("DeepseekV2ForCausalLM", {**DEEPSEEK, "topk_method": "noaux_tc"}, "topk_method"),
+        ("DeepseekV2ForCausalLM", {**DEEPSEEK, "scoring_func": "sigmoid"}, "scoring_func"),
+        ("DeepseekV2ForCausalLM", {**DEEPSEEK, "moe_layer_freq": 2}, "moe_layer_freq"),
+        ("DeepseekV3ForCausalLM", {**DEEPSEEK, "topk_method": "greedy"}, "topk_method"),
+        ("DeepseekV3ForCausalLM", {**DEEPSEEK, "n_group": 3}, "n_group"),
+        ("DeepseekV3ForCausalLM", {**DEEPSEEK, "n_group": 8}, "n_group"),
+        ("DeepseekV3ForCausalLM", {**DEEPSEEK, "n_group": 4, "topk_group": 1}, "num_experts_per_tok"),
+        ("DeepseekV3ForCausalLM", {**DEEPSEEK, "qk_rope_head_dim": 7}, "head_dim"),
         (
             "Phi3ForCausalLM",
             {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
@@ -204,3 +217,17 @@ def test_the_older_spelling_of_gemma_3():
 def test_every_fourth_layer_of_smollm3_is_not_rotated():
     config = ModelConfig.from_dict({**LLAMA, "num_hidden_layers": 9, "architectures": ["SmolLM3ForCausalLM"]})
     assert [layer for layer, rope in enumerate(config.layer_ropes) if rope is None] == [3, 7]
+
+
+def test_deepseek_defaults_where_the_config_is_silent():
+    shared = {**LLAMA, **DEEPSEEK, "num_hidden_layers": 5}
+    v2 = ModelConfig.from_dict({**shared, "architectures": ["DeepseekV2ForCausalLM"]})
+    assert (v2.sparse, v2.shared_width, v2.routing) == ((True,) * 5, 32, Routing())
+    v3 = ModelConfig.from_dict({**shared, "architectures": ["DeepseekV3ForCausalLM"], "n_group": 4})
+    assert (v3.sparse, v3.shared_width) == ((False,) * 3 + (True,) * 2, 16)
+    assert v3.routing == Routing("sigmoid", 4, 4, 2.5)
+    assert (v3.kv_shape, v3.head_dim, v3.kv_heads) == ((1, 512, 64), 192, 4)
+    alone = ModelConfig.from_dict(
+        {**shared, "architectures": ["DeepseekV2ForCausalLM"], "n_shared_experts": None}
+    )
+    assert alone.shared_width == 0

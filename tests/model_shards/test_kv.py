@@ -12,8 +12,8 @@ from model_shards.kv import KvPool
 
 
 def pool_of(blocks):
-    pool = KvPool(0, 1, 2, torch.float32, torch.device("cpu"))
-    return KvPool(blocks * pool.block_bytes, 1, 2, torch.float32, torch.device("cpu"))
+    pool = KvPool(0, 1, 2, 2, torch.float32, torch.device("cpu"))
+    return KvPool(blocks * pool.block_bytes, 1, 2, 2, torch.float32, torch.device("cpu"))
 
 
 @settings(deadline=None)

@@ -52,6 +52,29 @@ LONGROPE = {
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5}
 KINDS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 QWEN3_MOE = {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+}
+YARN_MSCALES = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+    "rope_theta": 10000.0,
+}
 VARIANTS = {
     "llama": ("llama", {}),
     "llama_mha": ("llama", {"num_key_value_heads": 4}),
@@ -116,6 +139,21 @@ VARIANTS = {
     "mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen3_moe": ("qwen3_moe", {**QWEN3_MOE, "norm_topk_prob": True}),
     "qwen3_moe_dense_layers": ("qwen3_moe", {**QWEN3_MOE, "mlp_only_layers": [0], "decoder_sparse_step": 2}),
+    "deepseek_v2": ("deepseek_v2", {**DEEPSEEK, "q_lora_rank": 10, "topk_method": "group_limited_greedy"}),
+    "deepseek_v2_plain_query": ("deepseek_v2", {**DEEPSEEK, "q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek_v2_yarn": (
+        "deepseek_v2",
+        {**DEEPSEEK, "q_lora_rank": 10, "attention_bias": True, "rope_parameters": YARN_MSCALES},
+    ),
+    "deepseek_v3": ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": 10}),
+    "deepseek_v3_plain_query": (
+        "deepseek_v3",
+        {**DEEPSEEK, "q_lora_rank": None, "attention_bias": True, "norm_topk_prob": False},
+    ),
+    "deepseek_v3_yarn": (
+        "deepseek_v3",
+        {**DEEPSEEK, "q_lora_rank": 10, "rope_interleave": False, "rope_parameters": YARN_MSCALES},
+    ),
 }
 # Rotated by the length of the sequence so far: compared with the reference's own cache, cut the same way.
 LENGTH_DEPENDENT = ("phi3_longrope_long",)

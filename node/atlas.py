@@ -6,14 +6,15 @@ questions. It sends nothing and decides nothing.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from dht import Record, View
 from node import adverts
-from node.adverts import HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert, PlanAdvert
-from scheduler import Hosted, Link, Links
+from node.adverts import HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert, PlanAdvert, host_of
+from scheduler import Hosted, Link, Links, NodeShape, device_id, node_of, slowdown
 
 T = TypeVar("T")
 LINK_DEFAULT_S = 0.005
@@ -39,6 +40,8 @@ class Atlas:
     rtt_s: dict[tuple[str, str], float]
     offers: dict[str, int] = field(default_factory=dict)
     """How many members offer each model of `models`, by manifest id."""
+    bytes_per_s: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Measured in large transfers, by (from, to)."""
 
     @property
     def nodes(self) -> dict[str, NodeAdvert]:
@@ -50,43 +53,111 @@ class Atlas:
         return self.models.get(name) or next((m for m in self.models.values() if m.manifest_id == name), None)
 
     def live_hosts(self, manifest_id: str) -> dict[str, HostAdvert]:
-        """Hosts of a model that are neither gone nor suspect."""
-        return {p: h for p, h in self.hosts.get(manifest_id, {}).items() if p in self.nodes}
+        """Hosts of a model that are neither gone nor suspect, by device."""
+        live = self.nodes
+        return {p: h for p, h in self.hosts.get(manifest_id, {}).items() if node_of(p) in live}
 
     def copies(self, model: ModelAdvert) -> list[int]:
-        """How many ready live hosts each layer has, [layers]."""
+        """How many ready live hosts each layer has that may serve it, [layers]."""
         counts = [0] * model.layers
-        for host in self.live_hosts(model.manifest_id).values():
-            if host.state == "ready":
-                for layer in range(max(0, host.start), min(host.end, model.layers)):
-                    counts[layer] += 1
+        for host in self.hosted(model):
+            for layer in range(host.start, host.end):
+                counts[layer] += 1
         return counts
 
     def hosted(self, model: ModelAdvert, exclude: Collection[str] = ()) -> list[Hosted]:
-        """Ready spans as phase 2 wants them."""
-        return [
-            Hosted(
-                node=peer,
-                start=host.start,
-                end=min(host.end, model.layers),
-                s_per_layer=max(host.s_per_layer or S_PER_LAYER_DEFAULT, S_PER_LAYER_LEAST),
-                queue_s=host.queue_s,
-                kv_tokens_free=host.kv_tokens_free,
+        """Ready spans as phase 2 wants them: those that the model's policy allows, slower where the owner is busy."""
+        policy, found = model.policy(), []
+        nodes = self.nodes
+        for host, advert in sorted(self.live_hosts(model.manifest_id).items()):
+            peer, end = node_of(host), min(advert.end, model.layers)
+            if advert.state != "ready" or not 0 <= advert.start < end or peer in exclude:
+                continue
+            shape = device_shapes(peer, nodes[peer])[0]
+            start, end = _allowed(
+                advert.start, end, model.layers, policy.allows(shape), policy.allows_ends(shape)
             )
-            for peer, host in sorted(self.live_hosts(model.manifest_id).items())
-            if host.state == "ready" and 0 <= host.start < min(host.end, model.layers) and peer not in exclude
-        ]
+            if start >= end:
+                continue
+            slow = slowdown(shape)
+            decode_s = advert.s_per_layer or S_PER_LAYER_DEFAULT
+            found.append(
+                Hosted(
+                    node=peer,
+                    start=start,
+                    end=end,
+                    s_per_layer=slow * max(decode_s, S_PER_LAYER_LEAST),
+                    queue_s=advert.queue_s,
+                    kv_tokens_free=advert.kv_tokens_free,
+                    prefill_s_per_token_per_layer=slow * advert.prefill_s_per_token_per_layer,
+                    queue_by_class_s=advert.queue_by_class_s,
+                )
+            )
+        return found
 
     def links(self) -> Links:
-        """Latency one way and bandwidth between two nodes, from what either end measured."""
+        """Latency one way and bandwidth between two nodes, from what either end measured; what nobody measured is taken
+        for the median of what was between their regions."""
+        between = _by_regions(self.nodes_known, self.rtt_s)
 
         def link(a: str, b: str) -> Link:
+            a, b = node_of(a), node_of(b)
             if a == b:
                 return Link(0.0, 1e12)
             rtt_s = self.rtt_s.get((a, b), self.rtt_s.get((b, a)))
-            return Link(LINK_DEFAULT_S if rtt_s is None else rtt_s / 2, LINK_DEFAULT_BYTES_PER_S)
+            if rtt_s is None:
+                rtt_s = between.get(_regions(self.nodes_known, a, b), 2 * LINK_DEFAULT_S)
+            rate = self.bytes_per_s.get((a, b), self.bytes_per_s.get((b, a), LINK_DEFAULT_BYTES_PER_S))
+            return Link(rtt_s / 2, rate)
 
         return link
+
+
+def device_shapes(peer: str, node: NodeAdvert) -> list[NodeShape]:
+    """A node as phase 1 sees it: one host for each of its devices. A node that does not serve has no memory to lend,
+    but may plan; a pinned one serves on its first device."""
+    pinned = None
+    if node.serves and node.pinned is not None and len(node.pinned) == 2:
+        pinned = node.pinned[0], node.pinned[1]
+    figures = [(d.memory_bytes, d.flops_per_s, d.read_bytes_per_s) for d in node.devices]
+    figures = figures or [(node.memory_bytes, node.flops_per_s, node.read_bytes_per_s)]
+    return [
+        NodeShape(
+            id=device_id(peer, k),
+            memory_bytes=memory_bytes if node.serves else 0,
+            flops_per_s=flops_per_s,
+            read_bytes_per_s=read_bytes_per_s,
+            region=node.region,
+            tags=frozenset(node.tags),
+            pinned=pinned,
+        )
+        for k, (memory_bytes, flops_per_s, read_bytes_per_s) in enumerate(figures[: 1 if pinned else None])
+    ]
+
+
+def _allowed(start: int, end: int, layers: int, any_layer: bool, ends: bool) -> tuple[int, int]:
+    """The part of a span that a policy leaves its host: without the first and last layer where those need more."""
+    if not any_layer:
+        return start, start
+    return (start, end) if ends else (max(start, 1), min(end, layers - 1))
+
+
+def _regions(nodes: dict[str, NodeAdvert], a: str, b: str) -> tuple[str, str]:
+    found = sorted(nodes[name].region if name in nodes else "" for name in (a, b))
+    return found[0], found[1]
+
+
+def _by_regions(
+    nodes: dict[str, NodeAdvert], rtt_s: dict[tuple[str, str], float]
+) -> dict[tuple[str, str], float]:
+    """The median round trip between each two regions (or within one); nodes that name none are no region."""
+    seen: dict[tuple[str, str], list[float]] = {}
+    if any(node.region for node in nodes.values()):
+        for (a, b), rtt in rtt_s.items():
+            regions = _regions(nodes, a, b)
+            if all(regions):
+                seen.setdefault(regions, []).append(rtt)
+    return {regions: statistics.median(found) for regions, found in seen.items()}
 
 
 def _typed(view: View, now_s: float, kind: str, cls: type[T]) -> list[tuple[Record, T]]:
@@ -120,10 +191,12 @@ def read_atlas(view: View, now_s: float, suspects: Collection[str] = ()) -> Atla
         if plan.epoch <= now_s * 1000 + EPOCH_AHEAD_MS:
             plans.setdefault(record.name, []).append((record.signer, plan))
     rtts: dict[tuple[str, str], float] = {}
+    rates: dict[tuple[str, str], float] = {}
     for record, links in _typed(view, now_s, adverts.LINKS, LinksAdvert):
         if record.name:
             continue
         rtts.update({(record.signer, peer): rtt for peer, rtt in links.rtt_s.items()})
+        rates.update({(peer, record.signer): rate for peer, rate in links.bytes_per_s.items()})
     nodes: dict[str, NodeAdvert] = {}
     for record, node in _typed(view, now_s, adverts.NODE, NodeAdvert):
         if record.name:
@@ -133,6 +206,7 @@ def read_atlas(view: View, now_s: float, suspects: Collection[str] = ()) -> Atla
     hosts: dict[str, dict[str, HostAdvert]] = {}
     for record, host in _typed(view, now_s, adverts.HOST, HostAdvert):
         card = nodes.get(record.signer)
-        if card is None or card.life == host.life:
-            hosts.setdefault(record.name, {})[record.signer] = host
-    return Atlas(nodes, frozenset(suspects), models, hosts, plans, rtts, offers)
+        named = host_of(record.name, record.signer)
+        if named is not None and (card is None or card.life == host.life):
+            hosts.setdefault(named[0], {})[named[1]] = host
+    return Atlas(nodes, frozenset(suspects), models, hosts, plans, rtts, offers, rates)

@@ -18,9 +18,13 @@ from typing import Any
 
 from node.errors import ConfigProblem
 
-DEVICES = re.compile(r"^(cpu|mps|cuda(:\d+)?|xpu(:\d+)?)$")
+DEVICES = re.compile(
+    r"(cpu|mps|cuda(:\d{1,2})?|xpu(:\d{1,2})?)(,(cpu|mps|cuda(:\d{1,2})?|xpu(:\d{1,2})?)){0,63}|all"
+)
+TAG_PATTERN = re.compile(r"[a-z][a-z0-9-]{0,31}")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTS = ("none", "int8", "int4")
+TAGS_MAX = 32
 LOG_LEVELS = ("debug", "info", "warning", "error")
 UNITS = {
     "": 1,
@@ -47,7 +51,12 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class DaemonConfig:
-    """Everything `shoal up` can be told. Sizes in bytes, times in seconds, spans half-open."""
+    """Everything `shoal up` can be told. Sizes in bytes, times in seconds, spans half-open.
+
+    `device` is one device, several separated by commas, or `all`. `tags` describe this node; `require` and
+    `ends_require` are tags that hosts of the models shared here must have. `rebalance_s`: how often plans are weighed
+    against better ones and copies against demand.
+    """
 
     data_dir: Path
     api_host: str = "127.0.0.1"
@@ -68,7 +77,12 @@ class DaemonConfig:
     concurrency: int = 4
     threads: int | None = None
     name: str = field(default_factory=lambda: socket.gethostname()[:63] or "node")
+    region: str = ""
+    tags: tuple[str, ...] = ()
+    require: tuple[str, ...] = ()
+    ends_require: tuple[str, ...] = ()
     log_level: str = "warning"
+    rebalance_s: float = 60.0
     rpc_silence_s: float = 3.0
     suspect_grace_s: float = 2.0
     node_ttl_s: float = 20.0
@@ -165,9 +179,30 @@ def _strings(value: Any, name: str) -> tuple[str, ...]:
     return tuple(items)
 
 
+def parse_tags(value: Any, name: str = "tags") -> tuple[str, ...]:
+    """Tags such as `trusted`, as a sorted tuple without repeats."""
+    tags = _strings(value, name)
+    for tag in tags:
+        if not TAG_PATTERN.fullmatch(tag):
+            raise ConfigProblem(name, tag, "words of small letters, digits and -, such as trusted or metered")
+    if len(set(tags)) > TAGS_MAX:
+        raise ConfigProblem(name, f"{len(set(tags))} tags", f"at most {TAGS_MAX} tags")
+    return tuple(sorted(set(tags)))
+
+
+def _seconds(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if isinstance(value, bool) or not 0.1 <= number <= 86400.0:
+        raise ConfigProblem(name, value, "a number of seconds from 0.1 to 86400")
+    return number
+
+
 def _device(value: Any, name: str) -> str:
-    if not DEVICES.match(str(value)):
-        raise ConfigProblem(name, value, "cpu, cuda, cuda:N, mps or xpu")
+    if not DEVICES.fullmatch(str(value)):
+        raise ConfigProblem(name, value, "cpu, cuda, cuda:N, mps or xpu, several separated by commas, or all")
     return str(value)
 
 
@@ -196,9 +231,15 @@ _PARSERS: dict[str, Any] = {
     "concurrency": lambda v, n: _integer(v, n, 1, 4096),
     "threads": lambda v, n: _integer(v, n, 1, 1024),
     "name": lambda v, n: _text(v, n)[:63],
+    "region": lambda v, n: _text(v, n)[:63],
+    "tags": parse_tags,
+    "require": parse_tags,
+    "ends_require": parse_tags,
+    "rebalance": _seconds,
     "log_level": lambda v, n: _choice(str(v).lower(), n, LOG_LEVELS),
 }
-_TARGETS = {"memory": "memory_bytes", "disk": "disk_bytes"}
+_TARGETS = {"memory": "memory_bytes", "disk": "disk_bytes", "rebalance": "rebalance_s"}
+_LISTS = ("listen", "models", "api_keys", "tags", "require", "ends_require")
 
 
 def _from_file(path: Path, required: bool) -> dict[str, Any]:
@@ -229,14 +270,14 @@ def load_config(
     """Merge flags over environment over TOML file over defaults. Raises ConfigProblem.
 
     `flags` uses the names of `_PARSERS` (as the TOML does); None values mean "not given". Lists in the environment
-    (`SHOAL_LISTEN`, `SHOAL_MODELS`, `SHOAL_API_KEYS`) are separated by commas.
+    (`SHOAL_LISTEN`, `SHOAL_MODELS`, `SHOAL_TAGS` and the like) are separated by commas.
     """
     env = os.environ if env is None else env
     merged = _from_file(file or default_config_file(env), required=file is not None)
     for name in _PARSERS:
         value = env.get(f"SHOAL_{name.upper()}")
         if value:
-            merged[name] = value.split(",") if name in ("listen", "models", "api_keys") else value
+            merged[name] = value.split(",") if name in _LISTS else value
     merged.update({name: value for name, value in (flags or {}).items() if value not in (None, [], ())})
     unknown = sorted(set(merged) - set(_PARSERS))
     if unknown:

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -154,6 +154,19 @@ class DataDir:
             return dict(json.loads((self.root / "models.json").read_bytes())["offers"])
         except (OSError, ValueError, KeyError, TypeError):
             return {}
+
+    def fences(self, mesh_id: str) -> dict[str, tuple[int, str]]:
+        """By model the epoch and planner of the newest plan that this node held to in a mesh; none where the file
+        cannot be read."""
+        try:
+            document = json.loads((self.root / "plans.json").read_bytes())["fences"][mesh_id]
+            return {str(model): (int(epoch), str(planner)) for model, (epoch, planner) in document.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def remember_fences(self, mesh_id: str, fences: Mapping[str, tuple[int, str]]) -> None:
+        """Keep them for the next start; those of other meshes are not kept."""
+        self._write("plans.json", {"version": 1, "fences": {mesh_id: dict(fences)}})
 
     def announce(self, api: str, peer: str) -> None:
         """Tell the command line where the running daemon is."""

@@ -83,10 +83,16 @@ class Library:
         return None if files is None else files.tokenizer
 
 
-def _build(directory: Path, name: str, identity: Identity, progress: Progress | None) -> Manifest:
+def read_directory(directory: Path) -> tuple[ModelConfig, CheckpointIndex]:
+    """The configuration and the safetensors headers of a model directory, checked. Raises ModelError."""
     config = ModelConfig.from_dir(directory)
     index = CheckpointIndex.open(directory)
     index.check(config)
+    return config, index
+
+
+def _build(directory: Path, name: str, identity: Identity, progress: Progress | None) -> Manifest:
+    _, index = read_directory(directory)
     Tokenizer.from_dir(directory)
     return build_manifest(directory, name, identity, cuts=index.cuts(), progress=progress)
 
@@ -103,7 +109,5 @@ def _small_files(manifest: Manifest) -> dict[str, list[tuple[int, int]]]:
 
 
 def _read(manifest: Manifest, directory: Path) -> ModelFiles:
-    config = ModelConfig.from_dir(directory)
-    index = CheckpointIndex.open(directory)
-    index.check(config)
+    config, index = read_directory(directory)
     return ModelFiles(manifest, directory, config, index, Tokenizer.from_dir(directory))

@@ -7,30 +7,33 @@ the members, adopting and making plans, publishing what this node is. Decisions 
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from dht import Directory, Gossip, GossipConfig, OwnRecordsFull, RecordInvalid, View
-from model_shards import shape_of
 from node import adverts
-from node.adverts import HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert
+from node.adverts import DeviceAdvert, HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert
 from node.atlas import Atlas, read_atlas
 from node.config import NAME_PATTERN, DaemonConfig
 from node.datadir import DataDir, Membership
 from node.errors import ConfigProblem
 from node.hardware import Hardware
 from node.hosting import Host as Hosts
-from node.library import Library, ModelFiles, Progress
+from node.library import Library, Progress, read_directory
 from node.meshjson import mesh_document, model_detail
 from node.metrics import Metrics
+from node.offers import model_advert
 from node.planning import Planning
+from node.preview import preview_document
 from node.serve.gateway import MeshGateway
 from node.serve.returns import Returns
 from node.serve.stage import StageService
@@ -49,7 +52,7 @@ from p2p import (
     RpcConfig,
     open_host,
 )
-from scheduler import SchedulerError
+from scheduler import SchedulerError, device_id, node_of
 
 log = logging.getLogger("shoal.mesh")
 VERSION = "0.1.0"
@@ -58,6 +61,8 @@ SETTLE_S = 1.5
 JOIN_WAIT_S = 8.0
 LINKS_EVERY_S = 10.0
 BYE_S = 0.8
+NO_MANIFEST = "0" * 64
+NAME_OTHER = re.compile(r"[^A-Za-z0-9._:/-]")
 
 
 class MeshNode:
@@ -87,8 +92,11 @@ class MeshNode:
         self._offers: dict[str, bytes] = {}
         self._life = secrets.token_hex(6)
         self.library = Library(identity, self._store, BlobExchange(self.rpc, self._store), self._sources)
-        self.hosts = Hosts(self.library, config.device, hardware.memory_bytes, self._publish_host)
-        self.planning = Planning(self.me)
+        self.hosts = Hosts(self.library, hardware.devices, self._publish_host)
+        self.tags = config.tags
+        self.planning = Planning(
+            self.me, rebalance_s=config.rebalance_s, fences=data.fences(membership.mesh_id)
+        )
         self.suspects = Suspects(grace_s=config.suspect_grace_s)
         returns = Returns(self.rpc)
         self.stages = StageService(self.rpc, self.me, returns, self.hosts.compute)
@@ -99,6 +107,7 @@ class MeshNode:
         self._changed = trio.Event()
         self._settled_s = float("inf")
         self._seqs: dict[PeerId, int] = {}
+        self._fences = self.planning.fences
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -168,26 +177,42 @@ class MeshNode:
                 raise self._taken(name)
             self._publish_model(known)
             return known
-        dtype = self.config.dtype if self.config.dtype != "auto" else natural_dtype(files)
-        shape = shape_of(files.config, files.index, dtype, self.config.quant)
-        context = min(files.config.context_tokens, 1 << 17)
-        advert = ModelAdvert(
+        advert = model_advert(
+            files.config,
+            files.index,
+            self.config,
             name=name,
             manifest_id=files.manifest.id,
             created_s=int(self.gossip.now_s()),
-            dtype=dtype,
-            quant=self.config.quant,
             copies=copies,
-            concurrency=self.config.concurrency,
-            context_tokens=context,
-            **shape,
         )
-        if adverts.read(ModelAdvert, adverts.write(advert)) is None:
-            raise ConfigProblem(
-                "model", str(directory), f"at most {adverts.LAYERS_MAX} layers and sane sizes"
-            )
         self._publish_model(advert)
         return advert
+
+    async def preview(self, model: str, copies: int | None) -> dict[str, Any]:
+        """Where a model would go: one that the mesh knows by its name, or a directory of this computer. Raises
+        ConfigProblem, and ModelError for a directory that no node could host."""
+        known, here = self.atlas().model_named(model), None
+        if known is None:
+            here, directory = self.me, await trio.Path(model).expanduser()
+            if not await directory.is_dir():
+                raise ConfigProblem("model", model, "a model of this mesh or a Hugging Face model directory")
+            files = await trio.to_thread.run_sync(read_directory, Path(directory), abandon_on_cancel=True)
+            known = model_advert(
+                *files, self.config,
+                name=NAME_OTHER.sub("-", (await directory.resolve()).name)[:128].lstrip("-._:/") or "model",
+                manifest_id=NO_MANIFEST, created_s=int(self.gossip.now_s()), copies=copies or self.config.copies,
+            )  # fmt: skip
+        self._plan_once()
+        return await trio.to_thread.run_sync(
+            partial(preview_document, self.planning, self.atlas(), known, copies or known.copies, here=here)
+        )
+
+    def set_tags(self, tags: tuple[str, ...]) -> None:
+        """What this node says of itself from now on."""
+        self.tags = tags
+        self._publish_node()
+        self._wake()
 
     def _taken(self, name: str) -> ConfigProblem:
         return ConfigProblem("name", name, "a name that no other model of this mesh has")
@@ -268,7 +293,7 @@ class MeshNode:
             for record in self.view.records(adverts.MODEL, self.gossip.now_s())
             if (advert := adverts.read(ModelAdvert, record.value)) and advert.manifest_id == manifest_id
         }
-        likely = set(atlas.hosts.get(manifest_id, {})) | offering
+        likely = {node_of(host) for host in atlas.hosts.get(manifest_id, {})} | offering
         connected = [peer for peer in self.host.peers() if peer != self.me]
         return sorted(connected, key=lambda peer: (peer not in likely, peer))
 
@@ -287,14 +312,22 @@ class MeshNode:
             device=self.hardware.device,
             pinned=self.config.layers,
             life=self._life,
+            region=self.config.region,
+            tags=self.tags,
+            devices=tuple(
+                DeviceAdvert(d.device, d.memory_bytes, d.flops_per_s, d.read_bytes_per_s)
+                for d in self.hardware.devices
+            )
+            if len(self.hardware.devices) > 1
+            else (),
         )
         self._say(adverts.NODE, "", advert, self.config.node_ttl_s)
 
-    def _publish_host(self, manifest_id: str, advert: HostAdvert | None) -> None:
+    def _publish_host(self, name: str, advert: HostAdvert | None) -> None:
         if advert is None:
-            self.gossip.withdraw(adverts.HOST, manifest_id)
+            self.gossip.withdraw(adverts.HOST, name)
         else:
-            self._say(adverts.HOST, manifest_id, replace(advert, life=self._life), self.config.node_ttl_s)
+            self._say(adverts.HOST, name, replace(advert, life=self._life), self.config.node_ttl_s)
 
     def _say(self, kind: str, name: str, advert: object, ttl_s: float) -> None:
         """Publish; what does not fit among this node's records is logged, and never ends what wanted to say it."""
@@ -351,16 +384,20 @@ class MeshNode:
         self._note_renewals(now)
         atlas = read_atlas(self.view, self.gossip.now_s(), self.suspects.gone(now))
         self.suspects.forget(atlas.nodes_known)
-        for publish in self.planning.handle(atlas, may_plan=now >= self._settled_s):
+        for publish in self.planning.handle(atlas, may_plan=now >= self._settled_s, now_s=now):
             self._say(adverts.PLAN, publish.manifest_id, publish.advert, self.config.model_ttl_s)
+        if self.planning.fences != self._fences:
+            self._fences = self.planning.fences
+            self._data.remember_fences(self.membership.mesh_id, self._fences)
         if not self.config.serve:
             return
         self.hosts.keep_only({model.manifest_id for model in atlas.models.values()})
         for model in atlas.models.values():
             plan = self.planning.plans.get(model.manifest_id)
-            span = self.planning.span_of(model.manifest_id, self.me)
-            self.hosts.want(model, span, 0 if plan is None else plan.epoch)
-            if model.manifest_id in self.hosts.hostings:
+            for device in range(len(self.hardware.devices)):
+                span = self.planning.span_of(model.manifest_id, device_id(self.me, device))
+                self.hosts.want(model, device, span, 0 if plan is None else plan.epoch)
+            if self.hosts.hosts(model.manifest_id):
                 self._keep_offering(model)
 
     def _note_renewals(self, now: float) -> None:
@@ -379,23 +416,20 @@ class MeshNode:
             self._publish_model(model)
 
     async def _keep_links(self) -> None:
-        """Publish measured round trips when they changed by more than a quarter."""
+        """Publish measured round trips and rates when some changed by more than a quarter."""
         said: dict[str, float] = {}
         while True:
             await trio.sleep(LINKS_EVERY_S)
-            measured = {
-                str(peer): rtt for peer in self.host.peers() if (rtt := self.rpc.rtt_s(peer)) is not None
+            peers = self.host.peers()
+            rtt_s = {str(peer): rtt for peer in peers if (rtt := self.rpc.rtt_s(peer)) is not None}
+            rates = {
+                str(peer): bps / 8 for peer in peers if (bps := self.rpc.bandwidth_bps(peer)) is not None
             }
-            moved = any(abs(rtt - said.get(peer, -1.0)) > 0.25 * rtt for peer, rtt in measured.items())
-            if moved or set(said) != set(measured):
-                said = measured
-                self._say(adverts.LINKS, "", LinksAdvert(measured), self.config.model_ttl_s)
-
-
-def natural_dtype(files: ModelFiles) -> str:
-    """The checkpoint's own precision: float32 stays, everything else computes in bfloat16."""
-    dtypes = {files.index.tensor(name).dtype for name in files.index.names()}
-    return "float32" if dtypes == {"float32"} else "bfloat16"
+            figures = rtt_s | {f"{peer} rate": rate for peer, rate in rates.items()}
+            moved = any(abs(figure - said.get(key, -1.0)) > 0.25 * figure for key, figure in figures.items())
+            if moved or set(said) != set(figures):
+                said = figures
+                self._say(adverts.LINKS, "", LinksAdvert(rtt_s, rates), self.config.model_ttl_s)
 
 
 @asynccontextmanager

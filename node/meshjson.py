@@ -8,6 +8,7 @@ from typing import Any
 from node.adverts import HostAdvert, ModelAdvert
 from node.atlas import Atlas
 from node.planning import Planning
+from scheduler import node_of
 
 
 def mesh_document(
@@ -24,10 +25,9 @@ def mesh_document(
     names = {model.manifest_id: model.name for model in atlas.models.values()}
     spans: dict[str, list[dict[str, Any]]] = {}
     for manifest_id, hosts in atlas.hosts.items():
-        for peer, host in hosts.items():
-            spans.setdefault(peer, []).append(
-                _span(names.get(manifest_id, manifest_id[:12]), manifest_id, host)
-            )
+        for name, host in hosts.items():
+            shown = _span(names.get(manifest_id, manifest_id[:12]), manifest_id, host)
+            spans.setdefault(node_of(name), []).append(shown | {"host": name})
     nodes = []
     for peer, node in sorted(atlas.nodes_known.items(), key=lambda item: (item[1].name, item[0])):
         rtt = rtt_s(peer)
@@ -39,6 +39,9 @@ def mesh_document(
                 "addrs": list(node.addrs),
                 "api": node.api,
                 "device": node.device,
+                "devices": [{"device": d.device, "memory_bytes": d.memory_bytes} for d in node.devices],
+                "region": node.region,
+                "tags": list(node.tags),
                 "serves": node.serves,
                 "memory_bytes": node.memory_bytes,
                 "flops_per_s": node.flops_per_s,
@@ -123,6 +126,8 @@ def _model(atlas: Atlas, planning: Planning, model: ModelAdvert) -> dict[str, An
         "ready": copies_min > 0,
         "copies_min": copies_min,
         "copies_wanted": model.copies,
+        "require": list(model.require),
+        "ends_require": list(model.ends_require),
         "epoch": None if plan is None else plan.epoch,
         "planner": None if plan is None else plan.planner,
         "plan": []

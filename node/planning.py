@@ -1,32 +1,34 @@
-"""Phase 1 as each node runs it: who plans, when, and which plan holds. A pure core around `scheduler`.
+"""Phase 1 as each node runs it: the mesh view in, plans to hold to and to publish out. A thin core over `scheduler`.
 
-For every model the live nodes rank themselves by rendezvous hash; the first one plans and publishes, all adopt by
-epoch. A plan of anyone else is followed only by those whose own plan has lost its planner (or who have none), so that
-no other member can move what the first one placed; where views differed for a while the first one issues its plan anew.
-Nodes whose owner pinned a span (`--layers`) are taken as they are and the rest is planned around them.
+All decisions are `scheduler.MeshPlanner`'s: who plans, which plan holds, what moves. Here the view becomes its events:
+nodes and their devices with tags, regions and how likely they are to stay, models with what is asked of them, hosts
+with their measured times, and the plans that others published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from node.adverts import ModelAdvert, PlanAdvert
-from node.atlas import Atlas
-from scheduler import (
-    Assignment,
-    Links,
-    ModelShape,
-    NodeShape,
-    Plan,
-    Shortage,
-    adopt,
-    make_plan,
-    memory_needed,
-    needs_replan,
-    planner_rank,
+from node.adverts import HostAdvert, ModelAdvert, PlanAdvert
+from node.atlas import Atlas, device_shapes
+from node.demand import Demand
+from node.presence import Presence
+from scheduler import Facts, Link, Links, MeshPlanner, NodeShape, Plan, Wanted
+from scheduler.online import (
+    Event,
+    Joined,
+    Left,
+    ModelAdded,
+    ModelDropped,
+    Observed,
+    PlanSeen,
+    Prospect,
+    ReportShortage,
+    Tick,
 )
+
+REBALANCE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,245 +39,143 @@ class Publish:
     advert: PlanAdvert
 
 
-class Planning:
-    """The plans this node holds to. `handle(atlas)` adopts what others published and says what to publish."""
+@dataclass(slots=True)
+class _Told:
+    """What the planner was told last."""
 
-    def __init__(self, me: str) -> None:
+    nodes: dict[str, NodeShape] = field(default_factory=dict)
+    models: dict[str, Wanted] = field(default_factory=dict)
+
+
+class Planning:
+    """The plans this node holds to. `handle(atlas)` adopts what others published and says what to publish.
+
+    `fences` are by model the epoch and planner of the newest plan held to in an earlier life.
+    """
+
+    def __init__(
+        self,
+        me: str,
+        *,
+        rebalance_s: float = REBALANCE_S,
+        fences: Mapping[str, tuple[int, str]] | None = None,
+    ) -> None:
         self._me = me
+        self._links: Links = lambda _a, _b: Link(0.0, 1e12)
+        self._planner = MeshPlanner(me, self._link, second_thoughts_s=rebalance_s, fences=fences)
+        self._demand = Demand(rebalance_s)
+        self._presence = Presence()
+        self._told = _Told()
         self.plans: dict[str, Plan] = {}
         self.shortages: dict[str, str] = {}
 
-    def handle(self, atlas: Atlas, *, may_plan: bool) -> list[Publish]:
+    @property
+    def fences(self) -> dict[str, tuple[int, str]]:
+        """What a next life must not go back behind."""
+        return self._planner.fences
+
+    @property
+    def first(self) -> str:
+        """Who plans, as far as this node knows."""
+        return self._planner.first
+
+    def handle(self, atlas: Atlas, *, may_plan: bool, now_s: float = 0.0) -> list[Publish]:
         """Adopt, then plan where it is our turn. `may_plan` is False until our view is that of the mesh."""
-        known = {model.manifest_id for model in atlas.models.values()}
-        for gone in (set(self.plans) | set(self.shortages)) - known:
-            self.plans.pop(gone, None)
-            self.shortages.pop(gone, None)
-        out: list[Publish] = []
-        members = set(atlas.nodes) | {self._me}
-        taken: dict[str, int] = {}
-        first = {
-            model.manifest_id: planner_rank(model.manifest_id, members)[0] for model in atlas.models.values()
-        }
-        for model in atlas.models.values():
-            self._adopt(model, atlas, members, first[model.manifest_id])
-        for model in sorted(atlas.models.values(), key=partial(self._precedence, atlas)):
-            if may_plan and first[model.manifest_id] == self._me:
-                out.extend(self._plan(model, atlas, members, taken))
-            for assignment in self._assignments(model.manifest_id):
-                used = memory_needed(model.shape(), assignment.start, assignment.end)
-                taken[assignment.node] = taken.get(assignment.node, 0) + used
+        self._links = atlas.links()
+        said = self._planner.handle_all(self._events(atlas, now_s), now_s, may_plan=may_plan)
+        self.plans = self._planner.held
+        out = []
+        for instruction in said:
+            short = str(instruction.shortage) if isinstance(instruction, ReportShortage) else ""
+            manifest_id = instruction.plan.model
+            self.shortages[manifest_id] = short
+            out.append(Publish(manifest_id, replace(PlanAdvert.of(instruction.plan), shortage=short)))
+        self._note_shortages(atlas)
         return out
 
-    def _precedence(self, atlas: Atlas, model: ModelAdvert) -> tuple[bool, int, int, str]:
-        """Who gets memory first: what is placed already, then what more members offer, then the older."""
-        unplaced = not self._assignments(model.manifest_id)
-        return unplaced, -atlas.offers.get(model.manifest_id, 0), model.created_s, model.manifest_id
-
-    def span_of(self, manifest_id: str, node: str) -> tuple[int, int] | None:
-        """What `node` shall host of a model under the plan we hold to."""
-        for assignment in self._assignments(manifest_id):
-            if assignment.node == node:
-                return assignment.start, assignment.end
-        return None
-
-    def _assignments(self, manifest_id: str) -> Sequence[Assignment]:
+    def span_of(self, manifest_id: str, host: str) -> tuple[int, int] | None:
+        """What `host` (a node, or a further device of one) shall hold of a model under the plan we hold to."""
         plan = self.plans.get(manifest_id)
-        return () if plan is None else plan.assignments
+        return None if plan is None else plan.span(host)
 
-    def _adopt(self, model: ModelAdvert, atlas: Atlas, members: set[str], first: str) -> None:
-        manifest_id = model.manifest_id
-        held = self.plans.get(manifest_id)
-        if held is not None and not is_whole(held, model.layers):
-            del self.plans[manifest_id]
-        for signer, advert in sorted(
-            atlas.plans.get(manifest_id, []), key=lambda item: (item[1].epoch, item[0])
-        ):
-            offered = advert.plan(manifest_id, signer)
-            current = self.plans.get(manifest_id)
-            orphan = current is None or current.planner not in members
-            if (
-                is_whole(offered, model.layers)
-                and (signer == first or orphan)
-                and adopt(current, offered, members)
+    def preview(self, model: ModelAdvert, copies: int) -> Prospect:
+        """What would go where if the model were wanted with so many copies. Raises Shortage."""
+        return self._planner.preview(model.manifest_id, replace(self._wanted(model, 0), copies=copies))
+
+    def shape(self, host: str) -> NodeShape | None:
+        """The figures that a host is planned with."""
+        return self._planner.nodes.get(host)
+
+    def _link(self, a: str, b: str) -> Link:
+        return self._links(a, b)
+
+    def _events(self, atlas: Atlas, now_s: float) -> list[Event]:
+        self._presence.note([*atlas.nodes, self._me], now_s)
+        events: list[Event] = [*self._node_events(atlas), *self._model_events(atlas)]
+        self._demand.keep_only(self._told.models)
+        for model in atlas.models.values():
+            hosts = atlas.live_hosts(model.manifest_id)
+            self._demand.note(model.manifest_id, model.layers, hosts.values(), now_s)
+            most = self._demand.copies_max(model.manifest_id, model.copies)
+            events.append(
+                Observed(model.manifest_id, facts_of(hosts), self._demand.of(model.manifest_id), most)
+            )
+            for signer, advert in sorted(
+                atlas.plans.get(model.manifest_id, []), key=lambda item: (item[1].epoch, item[0])
             ):
-                self.plans[manifest_id] = current = offered
-            if current is not None and (current.planner, current.epoch) == (signer, advert.epoch):
-                self.shortages[manifest_id] = advert.shortage
+                events.append(PlanSeen(advert.plan(model.manifest_id, signer)))
+        return [*events, Tick()]
 
-    def _plan(
-        self, model: ModelAdvert, atlas: Atlas, members: set[str], taken: Mapping[str, int]
-    ) -> list[Publish]:
-        manifest_id, shape = model.manifest_id, model.shape()
-        current = self.plans.get(manifest_id)
-        nodes = free_nodes(atlas, taken)
-        pinned = pinned_spans(atlas, model.layers)
-        reason = plan_reason(current, shape, nodes, pinned, copies=model.copies)
-        if current is not None and current.planner not in members:
-            reason = reason or "its planner is gone"
-        seen = [advert.epoch for _, advert in atlas.plans.get(manifest_id, [])]
-        newest = max([*seen, current.epoch if current else 0])
-        if reason is None and (current is None or current.epoch == newest):
-            return self._settle(manifest_id, "", newest)
-        if reason is None and current is not None:
-            # Someone else published a newer plan meanwhile: ours again, above it, so that all hold to one.
-            return self._issue(replace(current, epoch=newest + 1, planner=self._me))
-        hosts = atlas.live_hosts(manifest_id)
-        held = {peer: [(host.start, host.end)] for peer, host in hosts.items()}
-        ready = {peer for peer, host in hosts.items() if host.state == "ready"}
-        try:
-            plan = plan_around(
-                manifest_id, shape, nodes, pinned, ready, atlas.links(),
-                copies=model.copies, previous=current, epoch=newest + 1, planner=self._me, held=held,
-            )  # fmt: skip
-        except Shortage as short:
-            return self._settle(manifest_id, str(short), newest)
-        settled = current is not None and current.planner in members and current.epoch == newest
-        if settled and current is not None and plan.assignments == current.assignments:
-            return self._settle(manifest_id, "", newest)
-        return self._issue(plan)
+    def _node_events(self, atlas: Atlas) -> list[Event]:
+        told, shapes = self._told.nodes, dict[str, NodeShape]()
+        for peer, node in atlas.nodes.items():
+            reliability = self._presence.reliability(peer)
+            shapes |= {s.id: replace(s, reliability=reliability) for s in device_shapes(peer, node)}
+        gone: list[Event] = [Left(name) for name in sorted(told) if name not in shapes]
+        self._told.nodes = shapes
+        return gone + [Joined(shape) for name, shape in sorted(shapes.items()) if told.get(name) != shape]
 
-    def _issue(self, plan: Plan, shortage: str = "") -> list[Publish]:
-        self.plans[plan.model] = plan
-        self.shortages[plan.model] = shortage
-        return [Publish(plan.model, replace(PlanAdvert.of(plan), shortage=shortage))]
+    def _model_events(self, atlas: Atlas) -> list[Event]:
+        told = self._told.models
+        models = {
+            m.manifest_id: self._wanted(m, atlas.offers.get(m.manifest_id, 0)) for m in atlas.models.values()
+        }
+        gone: list[Event] = [ModelDropped(name) for name in sorted(told) if name not in models]
+        self._told.models = models
+        return gone + [ModelAdded(name, w) for name, w in sorted(models.items()) if told.get(name) != w]
 
-    def _settle(self, manifest_id: str, shortage: str, newest: int) -> list[Publish]:
-        """Nothing to move: say so when the shortage is news."""
-        if self.shortages.get(manifest_id, "") == shortage:
-            return []
-        current = self.plans.get(manifest_id) or Plan(manifest_id, newest, self._me, ())
-        if current.planner != self._me or current.epoch < newest:
-            current = replace(current, epoch=newest + 1, planner=self._me)
-        return self._issue(current, shortage)
-
-
-def is_whole(plan: Plan, layers: int) -> bool:
-    """Whether a plan is one that an honest planner publishes: every layer has a host, or nothing is placed yet."""
-    if any(not 0 <= a.start < a.end <= layers for a in plan.assignments):
-        return False
-    return not plan.assignments or min(plan.coverage(layers)) > 0
-
-
-def free_nodes(atlas: Atlas, taken: Mapping[str, int]) -> list[NodeShape]:
-    """Serving, unpinned nodes with the memory that other models leave them."""
-    return [
-        NodeShape(
-            id=peer,
-            memory_bytes=max(0, node.memory_bytes - taken.get(peer, 0)),
-            flops_per_s=node.flops_per_s,
-            read_bytes_per_s=node.read_bytes_per_s,
+    def _wanted(self, model: ModelAdvert, offers: int) -> Wanted:
+        """Of those that wait for a place the one that more members offer comes first, then the older."""
+        return Wanted(
+            shape=model.shape(),
+            demand=self._demand.of(model.manifest_id),
+            copies=model.copies,
+            copies_max=self._demand.copies_max(model.manifest_id, model.copies),
+            policy=model.policy(),
+            order=(-offers, model.created_s),
         )
-        for peer, node in sorted(atlas.nodes.items())
-        if node.serves and node.pinned is None
-    ]
+
+    def _note_shortages(self, atlas: Atlas) -> None:
+        """The words of whoever made the plans we hold to."""
+        known = {model.manifest_id for model in atlas.models.values()}
+        for gone in set(self.shortages) - known:
+            del self.shortages[gone]
+        for manifest_id, plan in self.plans.items():
+            for signer, advert in atlas.plans.get(manifest_id, []):
+                if signer != self._me and (signer, advert.epoch) == (plan.planner, plan.epoch):
+                    self.shortages[manifest_id] = advert.shortage
 
 
-def pinned_spans(atlas: Atlas, layers: int) -> tuple[Assignment, ...]:
-    """Spans fixed by their owners, cut to the model."""
-    found = []
-    for peer, node in sorted(atlas.nodes.items()):
-        if node.serves and node.pinned is not None and len(node.pinned) == 2:
-            start, end = node.pinned[0], min(node.pinned[1], layers)
-            if 0 <= start < end:
-                found.append(Assignment(peer, start, end))
-    return tuple(found)
-
-
-def uncovered(fixed: Sequence[Assignment], layers: int, copies: int) -> list[tuple[int, int, int]]:
-    """Runs (start, end, lacking) of layers that `fixed` covers `lacking` times fewer than `copies`."""
-    lacking = [max(0, copies - sum(a.start <= layer < a.end for a in fixed)) for layer in range(layers)]
-    runs: list[tuple[int, int, int]] = []
-    for layer, lack in enumerate(lacking):
-        if lack and runs and runs[-1][1:] == (layer, lack):
-            runs[-1] = (runs[-1][0], layer + 1, lack)
-        elif lack:
-            runs.append((layer, layer + 1, lack))
-    return runs
-
-
-def plan_reason(
-    plan: Plan | None,
-    shape: ModelShape,
-    nodes: Sequence[NodeShape],
-    pinned: Sequence[Assignment],
-    *,
-    copies: int,
-) -> str | None:
-    """Why a new plan is due, or None."""
-    if not pinned:
-        return needs_replan(plan, shape, nodes, copies=copies)
-    if plan is None:
-        return "there is no plan yet"
-    held = {(a.node, a.start, a.end) for a in plan.assignments}
-    if not {(a.node, a.start, a.end) for a in pinned} <= held:
-        return "a pinned node came or changed"
-    live = {node.id for node in nodes} | {a.node for a in pinned}
-    if any(a.node not in live for a in plan.assignments):
-        return "a node of the plan is gone"
-    return None
-
-
-def plan_around(
-    manifest_id: str,
-    shape: ModelShape,
-    nodes: Sequence[NodeShape],
-    pinned: Sequence[Assignment],
-    ready: Collection[str],
-    links: Links,
-    *,
-    copies: int,
-    previous: Plan | None,
-    epoch: int,
-    planner: str,
-    held: Mapping[str, Sequence[tuple[int, int]]],
-) -> Plan:
-    """A plan that keeps the pinned spans and places the layers they leave short. Raises Shortage.
-
-    Where others serve already, a pinned node that is not in `ready` yet relieves nobody: it may never be.
-    """
-    if not pinned:
-        return make_plan(
-            manifest_id, shape, nodes, links,
-            copies=copies, previous=previous, epoch=epoch, planner=planner, held=held,
-        )  # fmt: skip
-    keep = () if previous is None else previous.assignments
-    relied_on = [a for a in pinned if a.node in ready] if any(a not in pinned for a in keep) else pinned
-    try:
-        rest = _fill(manifest_id, shape, nodes, relied_on, keep, links, copies)
-    except Shortage:
-        rest = _fill(manifest_id, shape, nodes, pinned, keep, links, copies)
-    spans = sorted([*pinned, *rest], key=lambda a: (a.start, a.end, a.node))
-    return Plan(model=manifest_id, epoch=epoch, planner=planner, assignments=tuple(spans))
-
-
-def _fill(
-    manifest_id: str,
-    shape: ModelShape,
-    nodes: Sequence[NodeShape],
-    fixed: Sequence[Assignment],
-    keep: Sequence[Assignment],
-    links: Links,
-    copies: int,
-) -> list[Assignment]:
-    """Spans on `nodes` for the layers that `fixed` leaves short, moving those of `keep` as little as may be."""
-    room = {node.id: node for node in nodes}
-    found: list[Assignment] = []
-    for start, end, lacking in uncovered(fixed, shape.layers, copies):
-        part = replace(
-            shape,
-            layers=end - start,
-            embed_bytes=shape.embed_bytes if start == 0 else 0,
-            head_bytes=(shape.head_bytes or shape.embed_bytes) if end == shape.layers else 0,
-            tied=shape.tied and start == 0 and end == shape.layers,
-        )
-        inside = [a for a in keep if a.node in room and start <= a.start and a.end <= end]
-        before = tuple(Assignment(a.node, a.start - start, a.end - start) for a in inside)
-        plan = make_plan(
-            manifest_id, part, list(room.values()), links,
-            copies=lacking, previous=Plan(manifest_id, 0, "", before) if before else None, epoch=1, planner="",
-        )  # fmt: skip
-        for assignment in plan.assignments:
-            room.pop(assignment.node, None)
-            found.append(Assignment(assignment.node, assignment.start + start, assignment.end + start))
-    return found
+def facts_of(hosts: Mapping[str, HostAdvert]) -> Facts:
+    """What the planner wants to know of a model's hosts."""
+    return Facts(
+        held={name: [(h.start, h.end)] for name, h in hosts.items()},
+        sessions={name: h.sessions for name, h in hosts.items() if h.sessions},
+        ready=frozenset(name for name, h in hosts.items() if h.state == "ready"),
+        decode_s={n: h.plan_s_per_layer for n, h in hosts.items() if h.plan_s_per_layer > 0},
+        prefill_s={
+            n: h.prefill_s_per_token_per_layer
+            for n, h in hosts.items()
+            if h.prefill_s_per_token_per_layer > 0
+        },
+    )

@@ -7,6 +7,7 @@ them, in `online` and `admission`; the simulator is `scheduler.sim`.
 
 from scheduler.admission import Admission, AdmissionConfig, Ticket
 from scheduler.bench import bench_plan
+from scheduler.board import Facts
 from scheduler.corrections import Corrections, LinkEstimates, Observation
 from scheduler.document import preview
 from scheduler.errors import (
@@ -25,10 +26,21 @@ from scheduler.health import Health, HealthConfig, Standing
 from scheduler.online import MeshPlanner
 from scheduler.placement import make_plan, needs_replan
 from scheduler.planner import adopt, planner_rank
-from scheduler.policy import Policy
+from scheduler.policy import Policy, slowdown
 from scheduler.routing import Chain, ChainRequest, Hosted, Router, Split, Stage, choose_chain
-from scheduler.shapes import Assignment, Device, Link, Links, ModelShape, NodeShape, Plan, memory_needed
-from scheduler.sharing import Shares, Wanted, share
+from scheduler.shapes import (
+    Assignment,
+    Device,
+    Link,
+    Links,
+    ModelShape,
+    NodeShape,
+    Plan,
+    device_id,
+    memory_needed,
+    node_of,
+)
+from scheduler.sharing import Wanted
 
 __all__ = [
     "Admission",
@@ -38,6 +50,7 @@ __all__ = [
     "ChainRequest",
     "Corrections",
     "Device",
+    "Facts",
     "Health",
     "HealthConfig",
     "Hosted",
@@ -60,7 +73,6 @@ __all__ = [
     "ResourceLimit",
     "Router",
     "SchedulerError",
-    "Shares",
     "Shortage",
     "Split",
     "Stage",
@@ -70,10 +82,12 @@ __all__ = [
     "adopt",
     "bench_plan",
     "choose_chain",
+    "device_id",
     "make_plan",
     "memory_needed",
     "needs_replan",
+    "node_of",
     "planner_rank",
     "preview",
-    "share",
+    "slowdown",
 ]

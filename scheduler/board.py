@@ -7,15 +7,16 @@ It changes nothing but what it is told; which questions to ask and what to make 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scheduler.corrections import calibrated
+from scheduler.judge import Judge, SideBySide
 from scheduler.mend import Mender
 from scheduler.pins import pinned_spans, plan_around, still_pinned
 from scheduler.pipeline import Seat
 from scheduler.placement import make_plan, still_valid
 from scheduler.policy import fetch_factor
-from scheduler.seating import seat_of
+from scheduler.seating import hops_between, seat_of
 from scheduler.shapes import Assignment, Links, NodeShape, Plan, coverage
 from scheduler.sharing import Wanted, left_over
 
@@ -114,6 +115,17 @@ class Board:
             held=facts.held, sessions=facts.sessions, policy=wanted.policy,
         ).assignments  # fmt: skip
 
+    def chains(self, model: str, spans: Spans, instead: Mapping[str, Spans]) -> list[SideBySide]:
+        """The chains that the spans of a model can run side by side, with those of others as `instead` says."""
+        shape, nodes = self.models[model].shape, self.free(model, instead)
+        seats = [_unpinned(self.models[model], node) for node in nodes]
+        hop = hops_between(shape, [node.id for node in nodes], self.links)
+        return Judge(seats, shape.layers, hop, max(1, len(spans))).chains(spans)
+
     def is_pinned(self) -> bool:
         """Whether any owner fixed a span."""
         return any(node.pinned is not None for node in self.nodes.values())
+
+
+def _unpinned(wanted: Wanted, node: NodeShape) -> Seat:
+    return seat_of(wanted.shape, replace(node, pinned=None), 1, wanted.policy)

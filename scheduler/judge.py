@@ -7,11 +7,23 @@ and goes on, which is what requests would find. It changes nothing and knows not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from scheduler.pipeline import Seat
 from scheduler.pool import objective
 from scheduler.shapes import Assignment
 from scheduler.walk import Ground, Walk, shortest_walk
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """A chain of stages: seconds a token, and tokens a second for one request and with the pipeline full, both by the
+    chance that all its nodes are there."""
+
+    stages: tuple[Assignment, ...]
+    single_s: float
+    token_rate: float
+    full_rate: float
 
 
 class Judge:
@@ -34,6 +46,11 @@ class Judge:
 
     def score(self, assignments: Sequence[Assignment]) -> float:
         """sqrt(S * P) of the chains that these assignments can run at once; 0 when they cover no chain."""
+        chains = self.chains(assignments)
+        return objective(sum(c.token_rate for c in chains), sum(c.full_rate for c in chains), "balanced")
+
+    def chains(self, assignments: Sequence[Assignment]) -> list[SideBySide]:
+        """The chains that these assignments can run at once, no node in two of them, the quickest first."""
         spans = sorted(a for a in assignments if a.node in self._seats)
         seats = [self._seats[a.node] for a in spans]
         ground = Ground(
@@ -49,17 +66,16 @@ class Judge:
             ),
         )
         free = list(range(len(spans)))
-        token_rates = full_rates = 0.0
+        found: list[SideBySide] = []
         for _ in range(self._chains_max):
             walk = shortest_walk(ground, free)
             if walk is None:
                 break
-            single, full = self._rates(walk, seats)
-            token_rates += single
-            full_rates += full
+            stages = tuple(Assignment(spans[v].node, start, end) for v, start, end in walk.stages)
+            found.append(SideBySide(stages, walk.cost_s, *self._rates(walk, seats)))
             used = {v for v, _, _ in walk.stages}
             free = [v for v in free if v not in used]
-        return objective(token_rates, full_rates, "balanced")
+        return found
 
     def _rates(self, walk: Walk, seats: Sequence[Seat]) -> tuple[float, float]:
         reliability, slowest = 1.0, 0.0

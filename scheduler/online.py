@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from scheduler.balance import Changes, in_order, make_room, share_out
 from scheduler.board import Board, Facts, Spans
 from scheduler.errors import LocalFault, Shortage
+from scheduler.judge import SideBySide
 from scheduler.placement import SECOND_THOUGHTS_NODES_MAX
 from scheduler.planner import MESH, adopt, planner_rank
 from scheduler.relief import relieve
@@ -102,6 +103,15 @@ class ReportShortage:
 Instruction = Publish | ReportShortage
 
 
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """Where a model would go, the chains that could run there side by side, and the models that would move for it."""
+
+    spans: tuple[Assignment, ...]
+    chains: tuple[SideBySide, ...]
+    moved: Mapping[str, tuple[Assignment, ...]]
+
+
 @dataclass(slots=True)
 class _State:
     short: dict[str, str] = field(default_factory=dict)
@@ -109,6 +119,7 @@ class _State:
     fences: dict[str, tuple[int, str]] = field(default_factory=dict)
     rivals: set[str] = field(default_factory=set)
     weighed_s: dict[str, float] = field(default_factory=dict)
+    answered_s: dict[str, float] = field(default_factory=dict)
     proposals: dict[str, int] = field(default_factory=dict)
     shared_s: float | None = None
     stale: bool = True
@@ -180,16 +191,17 @@ class MeshPlanner:
             out += self._second_thoughts(now_s)
         return out
 
-    def preview(self, model: str, wanted: Wanted) -> Plan:
+    def preview(self, model: str, wanted: Wanted) -> Prospect:
         """What would go where if the model were wanted now, beside all that is placed. Raises Shortage.
 
         A model that is placed keeps its spans with whatever additions it lacks. Nothing is changed.
         """
         board = self._board
         trial = Board(
-            board.links, board.nodes, board.models | {model: wanted}, dict(board.plans), dict(board.broken),
-            board.facts, board.copies | {model: wanted.copies},
+            board.links, dict(board.nodes), board.models | {model: wanted}, dict(board.plans), dict(board.broken),
+            dict(board.facts), board.copies | {model: wanted.copies},
         )  # fmt: skip
+        changes: Changes | None = None
         try:
             spans = trial.place(model, trial.free(model), trial.spans(model), wanted.copies)
         except Shortage:
@@ -197,7 +209,8 @@ class MeshPlanner:
             if changes is None:
                 raise
             spans = changes[model]
-        return Plan(model, 0, self._me, tuple(spans))
+        others = {m: tuple(s) for m, s in (changes or {}).items() if m != model}
+        return Prospect(tuple(sorted(spans)), tuple(trial.chains(model, spans, others)), others)
 
     # -- what happened ---------------------------------------------------------------------------------------------
 
@@ -248,7 +261,8 @@ class MeshPlanner:
 
     def _forget(self, model: str) -> None:
         for table in (self._board.plans, self._board.broken, self._board.copies, self._board.facts,
-                      self._state.short, self._state.weighed_s, self._state.proposals):  # fmt: skip
+                      self._state.short, self._state.weighed_s, self._state.proposals,
+                      self._state.answered_s):  # fmt: skip
             table.pop(model, None)
         self._state.rivals.discard(model)
 
@@ -276,10 +290,16 @@ class MeshPlanner:
             self._hold(plan)
             state.weighed_s[plan.model] = now_s
             return True
-        if plan.planner in members and current is not None and plan.epoch >= current.epoch:
-            state.rivals.add(plan.model)
-            return True
-        return False
+        if current is None or plan.epoch < current.epoch:
+            return False
+        if plan.planner not in members:
+            # Whoever adopted it before its planner went must be led away from it. Where that planner is not gone but
+            # only out of our sight it would answer in kind, so not at once again.
+            if now_s < state.answered_s.get(plan.model, now_s):
+                return False
+            state.answered_s[plan.model] = now_s + self._every_s
+        state.rivals.add(plan.model)
+        return True
 
     def _hold(self, plan: Plan) -> None:
         """Hold to a plan: it is the newest that this member ever held to."""

@@ -8,7 +8,7 @@ stages' work and the ring of hops. KV room is a hard bound. Loads are those it i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from scheduler.errors import NoChain, NoRoom, Rejected
@@ -24,6 +24,8 @@ SPREAD = 0.25
 """With a seed, nodes are seen up to this much slower than they are, each by chance: equal ones share the requests."""
 CHOICES = 3
 """With a seed, chains among which one is drawn."""
+FIRSTS_SEEDED_MAX = 1
+"""With a seed, other first nodes tried for a shorter way back: what the seed blurs need not be exact."""
 COSTLIER_SCALE = 0.25
 COSTLIER_MAX = 1.9
 """A chain that costs this many times the best is never drawn; one e times as unlikely costs COSTLIER_SCALE more."""
@@ -59,7 +61,8 @@ class ChainRequest:
 
     `prefix_nodes` hold the first `prefix_tokens` of the prompt in their caches (0: nearly all of it). A request of
     `priority` k waits for work of classes up to k. With `deadline_s`, a chain that takes longer is refused. A seed of 0
-    asks for the plain shortest path; gateways pass different ones so as not to pick alike.
+    asks for the plain shortest path; gateways pass different ones so as not to pick alike. `queued_s` are queues by
+    node that the gateway heard of since its view, in place of the view's.
     """
 
     layers: int
@@ -74,6 +77,7 @@ class ChainRequest:
     priority: int = 0
     deadline_s: float | None = None
     kv_bytes_per_token_per_layer: int = 0
+    queued_s: Mapping[str, float] | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -253,6 +257,9 @@ class Router:
             enter_s, k = list(enter_s), request.priority + 1
             for v, classes in self._by_class.items():
                 enter_s[v] = sum(classes[:k])
+        if request.queued_s:
+            heard = request.queued_s
+            enter_s = [heard.get(name, queue_s) for name, queue_s in zip(self._names, enter_s, strict=True)]
         return _Costs(enter_s, layer_s)
 
     def _chains(
@@ -333,6 +340,7 @@ class Router:
             found = known.get((u, v)) or self._link(u, v)
             return crossings * found[0] + size * found[1]
 
+        firsts_max = (FIRSTS_SEEDED_MAX if trip.request.seed else EXACT_SPANS_MAX) if whole else 0
         return Ground(
             layers=trip.request.layers,
             starts=self._starts,
@@ -343,7 +351,7 @@ class Router:
             hop_s=hop_s,
             back_s=lambda u, v: hop_s(u, v) if u != v else 0.0,
             width=EXACT_SPANS_MAX if whole else SHORTLIST_WIDTH,
-            firsts_max=EXACT_SPANS_MAX if whole else 0,
+            firsts_max=firsts_max,
         )
 
     def _priced(self, trip: _Trip, walk: Walk) -> Chain:

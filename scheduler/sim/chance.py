@@ -6,7 +6,7 @@ A joiner covers a layer that nobody has if there is one, so that the mesh serves
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scheduler.errors import NoChain
 from scheduler.routing import Hosted, Stage
@@ -22,6 +22,7 @@ class AtRandom:
     """Windows at random (over a layer that nobody has, if there is one) and chains at random."""
 
     mends = True
+    by_client = False
     gossips = False
     tick_s = 1.0
 
@@ -58,6 +59,9 @@ class AtRandom:
     def choose(self, fleet: Fleet, request: Request) -> list[Stage]:
         _, hosts = fleet.view(request.gateway)
         return self._any(hosts, (0, fleet.model.layers), frozenset(request.excluded))
+
+    def confirm(self, fleet: Fleet, request: Request, queues: Mapping[str, float]) -> bool:
+        return True
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         _, hosts = fleet.view(request.gateway)

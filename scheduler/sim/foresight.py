@@ -7,7 +7,7 @@ the loads. It keeps one view's play; it sends nothing and probes nobody.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from scheduler.errors import NoChain, NoRoom, Rejected
@@ -91,12 +91,37 @@ class State:
             found = self._routers[wait_weight] = Router(seen, self._links)
         return found
 
-    def first_token_s(self, stages: Sequence[Stage], request: ChainRequest) -> float:
-        """Seconds until the chain would give its first token: queues, the prompt's work, and a hop to each stage."""
-        total, at = 0.0, request.gateway
-        for stage in stages:
+    def first_token_s(
+        self, stages: Sequence[Stage], request: ChainRequest, chunk_tokens: int, queued_s: Mapping[str, float]
+    ) -> float:
+        """Seconds until the chain would give its first token, its stages working on chunks one behind another.
+
+        `queued_s` are queues heard of since the view. Queues empty while the stages before them work.
+        """
+        tokens, at, link_of = request.prompt_tokens, request.gateway, self._links
+        chunk = min(chunk_tokens, tokens)
+        first = link_of(at, stages[0].node)
+        here_s, last_s = first.latency_s, first.latency_s
+        for k, stage in enumerate(stages):
             h = self.hosts[stage.node]
-            work_s = request.prompt_tokens * (stage.end - stage.start) * h.prefill_s_per_token_per_layer
-            total += h.queue_s + work_s + self._links(at, stage.node).latency_s
-            at = stage.node
-        return total + self._links(at, request.gateway).latency_s
+            start_s = max(here_s, queued_s.get(stage.node, h.queue_s))
+            work_s = tokens * (stage.end - stage.start) * h.prefill_s_per_token_per_layer
+            chunk_s = work_s * chunk / tokens
+            end_s = max(start_s + work_s, last_s + chunk_s)
+            link = link_of(stage.node, stages[k + 1].node if k + 1 < len(stages) else at)
+            if k + 1 == len(stages):
+                return end_s + link.latency_s
+            hop_s = link.seconds(chunk * request.hidden_bytes)
+            here_s = start_s + chunk_s + hop_s
+            last_s = max(end_s + hop_s, start_s + chunk_s + link.seconds(tokens * request.hidden_bytes))
+        return last_s
+
+    def token_s(self, stages: Sequence[Stage], request: ChainRequest) -> float:
+        """Seconds for each further token, at the loads of the view."""
+        total = 0.0
+        for k, stage in enumerate(stages):
+            total += self.hosts[stage.node].s_per_layer * (stage.end - stage.start)
+            if len(stages) > 1:
+                link = self._links(stage.node, stages[(k + 1) % len(stages)].node)
+                total += link.seconds(request.hidden_bytes)
+        return total

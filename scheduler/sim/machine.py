@@ -22,7 +22,8 @@ Span = tuple[int, int]
 
 @dataclass(slots=True, eq=False)
 class Machine:
-    """A node that is, or was, up. `rate` is tokens a second asked of it by decoding requests, weighted once each."""
+    """A node that is, or was, up. `rate` is tokens a second asked of it by decoding requests, weighted once each;
+    `promised_s` the work of prompts whose sessions are open here and that have not arrived yet."""
 
     shape: NodeShape
     model: ModelShape
@@ -38,6 +39,7 @@ class Machine:
     kv_free_bytes: int = 0
     set_aside_bytes: int = 0
     free_at_s: float = 0.0
+    promised_s: float = 0.0
     rate: float = 0.0
     streams: int = 0
     change: int = 0
@@ -92,8 +94,12 @@ class Machine:
         return max(0, self.kv_free_bytes) // max(1, each)
 
     def backlog_s(self, now_s: float) -> float:
-        """Prompt work in line."""
-        return max(0.0, self.free_at_s - now_s)
+        """Prompt work in line and on its way."""
+        return max(0.0, self.free_at_s - now_s) + self.promised_s
+
+    def prompt_work_s(self, tokens: int, layers: int) -> float:
+        """Seconds that a prompt takes here beside the decode of this moment."""
+        return tokens * layers * self.prompt_s / self.prompt_share()
 
     def visit_s(self, layers: int, last: bool, now_s: float) -> float:
         """Seconds for one token to be served here, waiting included, at the load of this moment.
@@ -129,7 +135,7 @@ class Machine:
 
     def take_prompt(self, tokens: int, layers: int, now_s: float) -> tuple[float, float]:
         """Put a prompt in line; returns when it starts and how long it takes."""
-        seconds = tokens * layers * self.prompt_s / self.prompt_share()
+        seconds = self.prompt_work_s(tokens, layers)
         start_s = max(now_s, self.free_at_s)
         self.free_at_s = start_s + seconds
         return start_s, seconds

@@ -8,7 +8,7 @@ nodes as soon as some suffice, and a broken request starts again on another pipe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scheduler.errors import NoChain
 from scheduler.pool import Pool
@@ -27,6 +27,7 @@ Pipeline = tuple[Stage, ...]
 class Parallax:
     """Pipelines and their turn."""
 
+    by_client = False
     gossips = False
     tick_s = 2.0
 
@@ -88,6 +89,9 @@ class Parallax:
             if ready and not any(stage.node in request.excluded for stage in pipeline):
                 return list(pipeline)
         raise NoChain(range(fleet.model.layers))
+
+    def confirm(self, fleet: Fleet, request: Request, queues: Mapping[str, float]) -> bool:
+        return True
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         raise NoChain(range(*lost))

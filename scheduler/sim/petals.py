@@ -9,7 +9,7 @@ regard to queues. Kinder than life: its loads are as fresh as ours, and a broken
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scheduler.errors import NoChain
 from scheduler.routing import Hosted, Stage
@@ -46,6 +46,7 @@ class Petals:
     """Greedy joiners, the rebalance rule, and the client's fastest path."""
 
     mends = True
+    by_client = True
     gossips = True
     tick_s = 1.0
 
@@ -144,6 +145,9 @@ class Petals:
     def choose(self, fleet: Fleet, request: Request) -> list[Stage]:
         _, hosts = fleet.view(request.gateway)
         return self._path(fleet, request, hosts, (0, fleet.model.layers), frozenset(request.excluded))
+
+    def confirm(self, fleet: Fleet, request: Request, queues: Mapping[str, float]) -> bool:
+        return True
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         _, hosts = fleet.view(request.gateway)

@@ -29,13 +29,19 @@ MODEL = "simulated"
 COPIES_MAX = 64
 USUAL_S = 30.0
 HURRY_WEIGHT = 64.0
+MARGIN = 0.95
+"""What is foreseen has to stay within this share of a target."""
+TRIES_MAX = 3
+"""Chains that are asked for one request because the queues of those before were longer than foreseen."""
 
 
 class Policy(Protocol):
-    """`mends`: whether a request that loses a stage goes on elsewhere; `gossips`: whether loads are announced."""
+    """`mends`: whether a request that loses a stage goes on elsewhere; `gossips`: whether loads are announced;
+    `by_client`: whether every token goes by way of the client on its way from the last stage to the first."""
 
     mends: bool
     gossips: bool
+    by_client: bool
     tick_s: float
     replans: int
 
@@ -47,6 +53,9 @@ class Policy(Protocol):
 
     def choose(self, fleet: Fleet, request: Request) -> list[Stage]:
         """A chain. Raises NoChain or NoRoom; Rejected when it is not worth waiting for."""
+
+    def confirm(self, fleet: Fleet, request: Request, queues: Mapping[str, float]) -> bool:
+        """Whether to go on, now that every stage of the chain has said how much work it had when it was asked."""
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         """Stages for the lost layers alone. Raises NoChain or NoRoom."""
@@ -81,6 +90,7 @@ class Shoal:
 
     mends = True
     gossips = True
+    by_client = False
 
     def __init__(self, config: SimConfig) -> None:
         self.tick_s = config.plan_every_s
@@ -91,6 +101,7 @@ class Shoal:
         self._seen = -1
         self._copies = 1
         self._foresight: dict[str, tuple[tuple[float, int], Foresight]] = {}
+        self._said: dict[str, dict[str, tuple[float, float]]] = {}
         self._asked: deque[tuple[float, int, int]] = deque()
 
     def start(self, fleet: Fleet) -> Orders:
@@ -137,22 +148,85 @@ class Shoal:
         return {name: spans.get(name) for name in fleet.members}
 
     def choose(self, fleet: Fleet, request: Request) -> list[Stage]:
+        """The least costly of a few chains that promise to keep both targets.
+
+        A prompt that no chain would serve in time is refused at once where `early_rejection` says so, and served as
+        well as can be where not.
+        """
         asked = wish(fleet, request, frozenset(request.excluded), self._seed())
-        left_s = self._config.targets.ttft_s - (fleet.clock.now_s - request.ask.at_s)
+        now_s = fleet.clock.now_s
+        left_s = self._config.targets.ttft_s - (now_s - request.ask.at_s)
         urgent = self._config.early_rejection and request.first_s is None
         if urgent and left_s < 0:
             raise Rejected("its target passed while it waited")
         state = self._state(fleet, asked)
-        stages = state.router(self._config.wait_weight).choose(asked, alternates=0).stages
-        if urgent and state.first_token_s(stages, asked) > left_s:
-            stages = state.router(HURRY_WEIGHT).choose(asked, alternates=0).stages
-            first_s = state.first_token_s(stages, asked)
-            if first_s > left_s * self._config.rejection_slack:
-                raise Rejected(f"its first token would take {first_s:.1f} s, {left_s:.1f} s are left")
+        queued_s = self._heard(fleet, request.gateway)
+        best: tuple[float, float, float, tuple[Stage, ...]] | None = None
+        for weight in (self._config.wait_weight, HURRY_WEIGHT):
+            weighted = {name: weight * queue_s for name, queue_s in queued_s.items()}
+            found = state.router(weight).choose(replace(asked, queued_s=weighted), alternates=2)
+            for chain in (found, *found.alternates):
+                offer = self._weighed(state, chain.stages, asked, left_s, queued_s)
+                best = offer if best is None or offer[:2] < best[:2] else best
+            if best is not None and best[0] <= 0:
+                break
+        if urgent and request.tries > TRIES_MAX:
+            raise Rejected(f"{request.tries} chains were asked and none would answer in time")
+        if best is None or (urgent and best[2] > left_s * self._config.rejection_slack):
+            raise Rejected(f"its first token would come too late: {left_s:.1f} s are left")
         if not request.counted:
             request.counted = True
-            self._asked.append((fleet.clock.now_s, request.ask.prompt_tokens, request.tokens))
-        return list(stages)
+            self._asked.append((now_s, request.ask.prompt_tokens, request.tokens))
+        request.asked_s = now_s
+        return list(best[3])
+
+    def _weighed(
+        self,
+        state: State,
+        stages: tuple[Stage, ...],
+        asked: ChainRequest,
+        left_s: float,
+        queued_s: Mapping[str, float],
+    ) -> tuple[float, float, float, tuple[Stage, ...]]:
+        """By how much a chain misses the targets (0: not at all), its cost, its seconds to the first token."""
+        first_s = state.first_token_s(stages, asked, self._config.chunk_tokens, queued_s)
+        token_s = state.token_s(stages, asked)
+        late = max(0.0, first_s / max(1e-3, left_s * MARGIN) - 1.0)
+        slow = max(0.0, token_s / (self._config.targets.tpot_s * MARGIN) - 1.0)
+        cost_s = self._config.wait_weight * first_s + asked.new_tokens * token_s
+        return late + slow, cost_s, first_s, stages
+
+    def confirm(self, fleet: Fleet, request: Request, queues: Mapping[str, float]) -> bool:
+        """Stages say with their yes how much work they had. If the first token would come too late with that, another
+        chain is asked, TRIES_MAX times at most; what was said is kept in mind."""
+        now_s = fleet.clock.now_s
+        heard = self._said.setdefault(request.gateway, {})
+        heard.update({name: (request.asked_s, queue_s) for name, queue_s in queues.items()})
+        if request.first_s is not None:
+            return True
+        asked = wish(fleet, request, frozenset())
+        state = self._state(fleet, asked)
+        if any(stage.node not in state.hosts for stage in request.stages):
+            return True
+        queued_s = self._heard(fleet, request.gateway)
+        left_s = self._config.targets.ttft_s - (now_s - request.ask.at_s)
+        first_s = state.first_token_s(request.stages, asked, self._config.chunk_tokens, queued_s)
+        if first_s > left_s * MARGIN:
+            request.tries += 1
+            return request.tries > TRIES_MAX and not self._config.early_rejection
+        for stage in request.stages:
+            work_s = request.promises.get(request.stages.index(stage), 0.0)
+            if stage.node in heard:
+                heard[stage.node] = (heard[stage.node][0], heard[stage.node][1] + work_s)
+        return True
+
+    def _heard(self, fleet: Fleet, gateway: str) -> dict[str, float]:
+        """Queues as their nodes told the gateway after what its view says of them, less the time since."""
+        view_s, now_s = fleet.view(gateway)[0], fleet.clock.now_s
+        said = self._said.get(gateway, {})
+        for name in [name for name, (at_s, _) in said.items() if at_s <= view_s]:
+            del said[name]
+        return {name: max(0.0, queue_s - (now_s - at_s)) for name, (at_s, queue_s) in said.items()}
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         _, hosts = fleet.view(request.gateway)

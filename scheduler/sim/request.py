@@ -12,12 +12,15 @@ from scheduler.routing import Stage
 from scheduler.sim.machine import Machine
 from scheduler.sim.trace import Ask
 
-State = Literal["waiting", "prompt", "decode", "broken", "done", "lost", "refused"]
+State = Literal["waiting", "opening", "prompt", "decode", "broken", "done", "lost", "refused"]
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """`tokens_done` counts answer tokens; `began_s` and `step_s` are of the decode round under way."""
+    """`tokens_done` counts answer tokens; `began_s` and `step_s` are of the decode round under way.
+
+    `promises` are seconds of prompt announced, by stage, to those that it has not reached.
+    """
 
     number: int
     ask: Ask
@@ -38,6 +41,10 @@ class Request:
     breaks: int = 0
     had_alternate: bool = False
     counted: bool = False
+    fed: bool = False
+    asked_s: float = 0.0
+    tries: int = 0
+    promises: dict[int, float] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -51,6 +58,8 @@ class Request:
 
     def hold(self, stages: list[Stage], machines: list[Machine]) -> None:
         """Reserve cache at stages that are new to it, and give up those it no longer uses."""
+        for index in list(self.promises):
+            self.fulfil(index)
         # A machine that was unloaded since has forgotten the session, and its cache room with it.
         held = [
             (stage, machine)
@@ -63,6 +72,20 @@ class Request:
             machine.kv_free_bytes -= machine.kv_bytes(self.tokens, stage.end - stage.start)
             machine.sessions[self.number] = self
         self.stages, self.machines = stages, machines
+
+    def promise(self, first: int, end: int) -> None:
+        """Tell the stages from `first` to before `end` that a prompt will come."""
+        for index in range(first, end):
+            stage, machine = self.stages[index], self.machines[index]
+            self.promises[index] = machine.prompt_work_s(self.context, stage.end - stage.start)
+            machine.promised_s += self.promises[index]
+
+    def fulfil(self, index: int) -> None:
+        """The prompt reached that stage, or never will."""
+        promised_s = self.promises.pop(index, 0.0)
+        if promised_s:
+            machine = self.machines[index]
+            machine.promised_s = max(0.0, machine.promised_s - promised_s)
 
     def flow(self, rate: float) -> None:
         """Ask `rate` tokens a second of every stage from now on; 0 stops."""

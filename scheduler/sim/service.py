@@ -62,10 +62,27 @@ class Service:
         machines = self._admit(request, stages, [])
         if machines is None:
             return
+        queues = {m.name: m.backlog_s(self.clock.now_s) for m in machines}
         request.hold(stages, machines)
+        request.promise(0, len(stages))
+        request.state = "opening"
+        there_s = max(self.world.link(request.gateway, stage.node).latency_s for stage in stages)
+        self.clock.at(self.clock.now_s + 2 * there_s, self._opened, request, request.turn, queues)
+
+    def _opened(self, request: Request, turn: int, queues: dict[str, float]) -> None:
+        """Every stage has said yes, and how much work it had; the gateway may think again."""
+        if request.turn != turn:
+            return
+        if not self.policy.confirm(self.fleet, request, queues):
+            self.messages += len(request.stages)
+            self.retries += 1
+            request.hold([], [])
+            request.state = "waiting"
+            self._open(request, turn)
+            return
         request.waits = 0
-        self.chains.append((self.clock.now_s, request.gateway, tuple(s.node for s in stages)))
-        self._feed(request, 0, len(stages))
+        self.chains.append((self.clock.now_s, request.gateway, tuple(s.node for s in request.stages)))
+        self._feed(request, 0, len(request.stages))
 
     def _again(self, request: Request, after_s: float) -> None:
         """Ask once more: soon where one node said no, at growing distances where the whole mesh had no room."""
@@ -104,6 +121,10 @@ class Service:
         """Send the stages from `first` to before `end` what they have to read; decode goes on after that."""
         request.turn += 1
         request.state = "prompt"
+        request.fed = True
+        for index in range(first, end):
+            request.fulfil(index)
+        request.promise(first, end)
         origin = request.stages[first - 1].node if first else request.gateway
         size = self._chunk(request) * (self.config.model.hidden_bytes if first else 4)
         arrives_s = self.clock.now_s + self.world.link(origin, request.stages[first].node).seconds(size)
@@ -117,6 +138,7 @@ class Service:
         if request.turn != turn:
             return
         stage, machine = request.stages[index], request.machines[index]
+        request.fulfil(index)
         tokens = request.context
         start_s, seconds = machine.take_prompt(tokens, stage.end - stage.start, self.clock.now_s)
         chunk_s = seconds * self._chunk(request) / tokens
@@ -167,9 +189,16 @@ class Service:
         total = 0.0
         for k, (stage, machine) in enumerate(zip(stages, request.machines, strict=True)):
             total += machine.visit_s(stage.end - stage.start, stage.end == layers, now_s)
-            if len(stages) > 1:
-                total += self.world.link(stage.node, stages[(k + 1) % len(stages)].node).seconds(hidden)
-        return total
+            if k + 1 < len(stages):
+                total += self.world.link(stage.node, stages[k + 1].node).seconds(hidden)
+        return total + self._back_s(request, hidden)
+
+    def _back_s(self, request: Request, hidden: int) -> float:
+        """From the last stage to the first: straight, or by way of the client where that is who keeps the session."""
+        link, first, last = self.world.link, request.stages[0].node, request.stages[-1].node
+        if self.policy.by_client:
+            return link(last, request.gateway).seconds(hidden) + link(request.gateway, first).seconds(hidden)
+        return link(last, first).seconds(hidden) if len(request.stages) > 1 else 0.0
 
     # -- losing a stage
 
@@ -194,6 +223,9 @@ class Service:
         if not self.policy.mends or waited_s > self.config.patience_s:
             request.had_alternate = self.fleet.covered()
             self._end(request, "lost")
+            return
+        if not request.fed:
+            self._restart(request)
             return
         lost = [k for k, lives in enumerate(alive) if not lives]
         first, last = lost[0], lost[-1]

@@ -16,6 +16,7 @@ from node.meshjson import mesh_document
 from node.planning import Planning
 from p2p import PeerId, pack_value
 from scheduler import planner_rank
+from scheduler.planner import MESH
 
 NOW = 1_790_000_000.0
 ID = "ab" * 32
@@ -266,7 +267,7 @@ def test_nothing_that_peers_publish_stops_the_planning_or_the_view(values):
         ):
             said.say("Z" + "abcdefghijkm"[i], kind, name, value)
     atlas = said.atlas()
-    core = Planning(planner_rank(ID, ["A", "B"])[0])
+    core = Planning(planner_rank(MESH, ["A", "B"])[0])
     core.handle(atlas, may_plan=True)
     document = mesh_document(atlas, core, mesh_id="m", me="A", connected=(), rtt_s=lambda peer: None)
     assert document["models"][0]["name"] == "toy"

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from node.adverts import HostAdvert, ModelAdvert, NodeAdvert, PlanAdvert, PlanSpan
 from node.atlas import Atlas
-from node.planning import Planning, Publish, uncovered
+from node.planning import Planning, Publish
 from scheduler import Assignment, memory_needed, planner_rank
+from scheduler.pins import uncovered
+from scheduler.planner import MESH
 
 MIB = 1 << 20
 MODEL_ID = "ab" * 32
@@ -77,7 +79,7 @@ class Mesh:
             self.gone.setdefault(other, set()).add(name)
 
     def first(self, *without):
-        return next(name for name in planner_rank(MODEL_ID, self.cards) if name not in without)
+        return next(name for name in planner_rank(MESH, self.cards) if name not in without)
 
     def serve(self):
         """All hosts are as the plan of the first core wishes."""
@@ -125,7 +127,7 @@ def test_the_next_ranked_takes_over_and_its_epoch_is_greater():
 def test_a_plan_seen_by_one_only_before_its_planner_died_is_overruled():
     """The planner published and died; one member adopted, the others never will: the next planner goes above it."""
     mesh = Mesh("a", "b", "c", "d", memory_bytes=9 * MIB)
-    first, second = planner_rank(MODEL_ID, mesh.cards)[:2]
+    first, second = planner_rank(MESH, mesh.cards)[:2]
     quick = next(name for name in mesh.cores if name not in (first, second))
     mesh.gone = {name: {first} for name in mesh.cores if name != first}
     old = [mesh.tick(second), mesh.tick()][0][0][1].advert
@@ -145,7 +147,7 @@ def test_a_plan_seen_by_one_only_before_its_planner_died_is_overruled():
 def test_a_plan_of_a_lower_ranked_member_moves_nobody():
     mesh = Mesh("a", "b", "c", "d")
     plan = mesh.settle()
-    last = planner_rank(MODEL_ID, mesh.cards)[-1]
+    last = planner_rank(MESH, mesh.cards)[-1]
     mesh.say(last, Publish(MODEL_ID, PlanAdvert(plan.epoch + 7, (PlanSpan(last, 0, 8),))))
     mesh.cores.pop(last)
     after = mesh.settle()

@@ -15,7 +15,6 @@ from scheduler import (
     Plan,
     Shortage,
     make_plan,
-    memory_needed,
     planner_rank,
 )
 from scheduler.board import Facts
@@ -34,7 +33,8 @@ from scheduler.online import (
 from scheduler.pipeline import Seat
 from scheduler.planner import MESH
 from scheduler.relief import trim
-from scheduler.sharing import Wanted, left_over, share
+from scheduler.shapes import coverage
+from scheduler.sharing import Wanted, left_over
 
 MIB = 1 << 20
 
@@ -140,24 +140,20 @@ def test_open_sessions_make_a_move_dearer():
 
 
 def test_models_share_by_demand_within_memory():
-    nodes = [node(f"n{k}", 6) for k in range(8)]
+    planner = MeshPlanner(ME, link)
+    for k in range(8):
+        planner.handle(Joined(node(f"n{k}", 6)), 0.0)
     wanted = {
         "a-hot": Wanted(shape(), demand=9.0, copies_max=6),
         "b-cold": Wanted(shape(), demand=1.0, copies_max=6),
         "huge": Wanted(shape(layers=4, layer=50 * MIB), demand=5.0),
     }
-    shares = share(wanted, nodes, link, epoch=1, planner="n0")
-    assert set(shares.plans) == {"a-hot", "b-cold"}
-    assert isinstance(shares.shortages["huge"], Shortage)
-    hot, cold = (min(shares.plans[m].coverage(8)) for m in ("a-hot", "b-cold"))
+    said = [i for m, w in wanted.items() for i in planner.handle(ModelAdded(m, w), 0.0)]
+    assert [i.model for i in said if isinstance(i, ReportShortage)] == ["huge"]
+    planner.handle(ModelDropped("huge"), 1.0)
+    at_leisure(planner, 10)
+    hot, cold = copies_of(planner, "a-hot"), copies_of(planner, "b-cold")
     assert hot > cold >= 1
-    for n in left_over(nodes, shares.plans, wanted, "nothing"):
-        assert n.memory_bytes >= 0
-    used = dict.fromkeys((n.id for n in nodes), 0)
-    for model, plan in shares.plans.items():
-        for a in plan.assignments:
-            used[a.node] += memory_needed(wanted[model].shape, a.start, a.end)
-    assert all(used[n.id] <= n.memory_bytes for n in nodes)
 
 
 def test_a_dropped_models_memory_goes_to_who_is_short():
@@ -367,12 +363,15 @@ def test_measured_times_move_work_to_who_is_really_quicker():
 def test_what_would_go_where_is_said_without_doing_it():
     planner = full_mesh()
     before = planner.plans
-    plan = planner.preview("new", Wanted(shape()))
-    assert min(plan.coverage(8)) == 1
+    prospect = planner.preview("new", Wanted(shape()))
+    assert min(coverage(prospect.spans, 8)) == 1
+    assert [a.node for a in prospect.moved["a"]] != [a.node for a in before["a"].assignments]
+    (chain,) = prospect.chains
+    assert (chain.stages, chain.single_s > 0) == (prospect.spans, True)
     assert planner.plans == before
     with pytest.raises(Shortage):
         planner.preview("huge", Wanted(shape(8, 50 * MIB)))
-    assert planner.preview("a", Wanted(shape())).assignments == before["a"].assignments
+    assert set(planner.preview("a", Wanted(shape())).spans) == set(before["a"].assignments)
 
 
 def test_pinned_hosts_keep_their_span_and_their_loss_is_mended():

@@ -84,19 +84,23 @@ class Gossip(RuleBasedStateMachine):
         self.now += 100.0
         self.tell(name, Tick())
 
-    @rule()
-    def all_meet(self):
-        """Once all see all and every newest plan, all hold to one plan of each model."""
-        for name in NAMES:
-            self.tell(name, *(Joined(node(other)) for other in NAMES))
-            self.sees[name] = set(NAMES)
-        for _ in range(4):
-            for name in NAMES:
+    @rule(dead=st.sampled_from([None, *NAMES]))
+    def settle(self, dead):
+        """Once all who live see each other and every newest plan, all hold to one plan of each model."""
+        living = [name for name in NAMES if name != dead]
+        for name in living:
+            self.sees[name] = set(living)
+            self.tell(name, *(Joined(node(other)) for other in living), *([Left(dead)] if dead else []))
+        for _ in range(5):
+            self.now += 100.0
+            for name in living:
                 self.tell(name, *(PlanSeen(plans[-1]) for plans in self.published.values()))
                 self.watch()
-        assert {planner.first for planner in self.planners.values()} == {planner_rank(MESH, NAMES)[0]}
+        assert {self.planners[name].first for name in living} == {planner_rank(MESH, living)[0]}
         for model in MODELS:
-            assert len({str(planner.held.get(model)) for planner in self.planners.values()}) == 1
+            held = {self.planners[name].held.get(model) for name in living}
+            assert len(held) == 1
+            assert dead is None or dead not in {a.node for plan in held for a in plan.assignments}
 
     @invariant()
     def watch(self):

@@ -2,4 +2,56 @@
 
 A round is a transaction: one declared membership, reduce, vote, commit by majority. It imports only p2p's face and
 torch, and does not know what is trained.
+
+    async with open_run(host, rpc, links, identity, "my-run", founders=peers, journal_dir=directory) as run:
+        async with run.round() as r:
+            out = await r.reduce(tensors, weight=tokens)    # out.tensors, out.members, out.weight, out.epoch, ...
+        await run.publish(state)                            # joiners and latecomers: await run.fetch_state()
 """
+
+from collectives.config import RunConfig
+from collectives.errors import (
+    BadContribution,
+    Behind,
+    CollectiveError,
+    Diverged,
+    Excluded,
+    JournalError,
+    LocalFault,
+    NonFinite,
+    NoQuorum,
+    RemoteFault,
+    ResourceLimit,
+    RoundExpired,
+    RoundFailed,
+    Superseded,
+)
+from collectives.round import Reduced, Round
+from collectives.run import Run, open_run
+from collectives.service import Collectives
+from collectives.state import Snapshot, StateEntry
+
+__all__ = [
+    "BadContribution",
+    "Behind",
+    "CollectiveError",
+    "Collectives",
+    "Diverged",
+    "Excluded",
+    "JournalError",
+    "LocalFault",
+    "NoQuorum",
+    "NonFinite",
+    "Reduced",
+    "RemoteFault",
+    "ResourceLimit",
+    "Round",
+    "RoundExpired",
+    "RoundFailed",
+    "Run",
+    "RunConfig",
+    "Snapshot",
+    "StateEntry",
+    "Superseded",
+    "open_run",
+]

@@ -73,7 +73,7 @@ class Journal:
         """The last value put, durable or about to be."""
         return self._values.get(key)
 
-    def keys(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
         return tuple(self._values)
 
     async def put(self, key: str, value: bytes) -> None:

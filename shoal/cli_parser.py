@@ -365,6 +365,37 @@ def _bench_commands(commands: Any) -> None:
         "--nodes", metavar="N", type=count, default=10_000, help="leave out larger meshes (default: 10000)"
     )
     _json(plan, "the figures")
+    allreduce = _add(
+        what,
+        "allreduce",
+        "shoal.bench_allreduce:allreduce",
+        "the mean of tensors over separate processes, encrypted, on loopback",
+        "Start N processes on this machine that average tensors through real, encrypted links, and print how\n"
+        "long a round takes (agreement and votes included), how exact it is and what it costs.",
+        "  shoal bench allreduce --peers 4 --mib 64\n"
+        "  shoal bench allreduce --peers 4 --codec int8 --rate-mbit 100 --json",
+    )
+    allreduce.add_argument("--peers", metavar="N", type=count, default=2, help="processes (default: 2)")
+    allreduce.add_argument(
+        "--mib",
+        metavar="M",
+        type=positive,
+        default=64.0,
+        help="fp32 tensors of each peer, in MiB (default: 64)",
+    )
+    allreduce.add_argument(
+        "--codec", metavar="C", default="fp32", help="fp32, bf16, int8, int4 or topk (default: fp32)"
+    )
+    allreduce.add_argument(
+        "--rounds", metavar="R", type=count, default=7, help="rounds measured (default: 7)"
+    )
+    allreduce.add_argument(
+        "--rate-mbit",
+        metavar="X",
+        type=positive,
+        help="let each peer send X Mbit/s at most (default: no limit)",
+    )
+    _json(allreduce, "the figures")
 
 
 def _testnet_commands(commands: Any) -> None:

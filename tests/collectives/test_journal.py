@@ -123,4 +123,4 @@ async def test_what_no_record_holds_is_refused(tmp_path):
         await journal.put("a", bytes(VALUE_BYTES_MAX + 1))
     await journal.put("a", b"1")
     assert journal.get("a") == b"1"
-    assert journal.keys() == ("a",)
+    assert journal.names() == ("a",)

@@ -1,0 +1,48 @@
+"""Every limit and choice of a run, in one frozen value that is checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+from collectives.agreement import Settings
+from collectives.errors import LocalFault
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Times are in seconds. `codec` must be the same for all members of a round, and `audit_chunks` and `aggregator`
+    for all of a run.
+
+    `group` names the LAN this node is on ("" for none): members of one group reduce among themselves first.
+    `dialable` False says that peers cannot open connections to this node; it then owns no part. `gossip` allows
+    pairwise averaging while there is no quorum. `uplink_bps` is what this node may send, in bits a second, over all
+    links of the run; 0 is no limit.
+    """
+
+    codec: str = "fp32"
+    group: str = ""
+    dialable: bool = True
+    gossip: bool = False
+    uplink_bps: float = 0.0
+    round_deadline_s: float = 120.0
+    heartbeat_s: float = 0.2
+    tags_max: int = 64
+    letters_waiting_max: int = 4096
+    letter_bytes_max: int = 256 << 10
+    resend_link_s: float = 0.2
+    link_silence_s: float = 5.0
+    states_kept_max: int = 3
+    state_lease_s: float = 20.0
+    missed_kept_max: int = 4
+    agreement: Settings = field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not math.isfinite(value) or value < 0 or (value == 0 and one.name != "uplink_bps"):
+                raise LocalFault(f"RunConfig.{one.name} must be positive, got {value!r}")
+        if len(self.group) > 100:
+            raise LocalFault(f"RunConfig.group must have at most 100 characters, got {len(self.group)}")

@@ -1,0 +1,448 @@
+"""The bytes of one tag: an exchange at a time, its frames over data links, and the results that must stay servable.
+
+One writer and one reader a link; a frame says which epoch it is of, so that what is early waits and what is late is
+dropped. It does what the chain orders and tells it what came of it; it decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import trio
+
+from collectives.agreement import Ballot, Declaration, Event, Held, Reduced, Stuck, Value
+from collectives.config import RunConfig
+from collectives.data_links import SERVICE, Purpose, introduce
+from collectives.errors import CollectiveError, LocalFault, NonFinite, RemoteFault
+from collectives.reduce import Exchange, ExchangeSettings, FrameRefused, Layout, Result
+from collectives.values import RETRY_S, fetch_value
+from p2p import Link, P2pError
+
+if TYPE_CHECKING:
+    from collectives.run import Run
+    from collectives.service import Collectives
+
+log = logging.getLogger("shoal.collectives")
+
+_EPOCH = struct.Struct("!Q")
+_KEY_AT = 16
+_LOOK_S = 0.25
+_EARLY_WAIT_S = 1.0
+_OPEN_WITHIN_S = 5.0
+UNSOLICITED_BYTES_MAX = 8 << 20
+STALL_MIN_S = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A result that is here in full."""
+
+    result: Result
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    def tensors(self) -> list[torch.Tensor]:
+        return self.result.tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What the caller gave for one attempt."""
+
+    nonce: int
+    tensors: Sequence[torch.Tensor]
+    weight: float
+    layout: Layout
+
+
+class _Line:
+    """What is kept of one peer: its link, if there is one, and when its frames came."""
+
+    def __init__(self) -> None:
+        self.link: Link | None = None
+        self.scope: trio.CancelScope | None = None
+        self.kick = trio.Event()
+        self.keeper = False
+        self.marks = (0, 0)
+        self.moved_s = -math.inf
+        self.gap_s = 0.0
+
+    def wake(self) -> None:
+        self.kick.set()
+
+
+class Plane:
+    """One tag's. `run` must be running; `tell` takes events for the chain."""
+
+    def __init__(self, service: Collectives, run: Run, tag: str) -> None:
+        self.tell: Callable[[Event], None] = lambda event: None
+        self.own_fault: Callable[[int, CollectiveError], None] = lambda nonce, error: None
+        self._service = service
+        self._config: RunConfig = run.config
+        self._me = run.me
+        self._run_id = run.run_id
+        self._tag = tag
+        self._uplink = run.uplink
+        self._input: Input | None = None
+        self._exchange: Exchange | None = None
+        self._epoch = 0
+        self._ballot: Ballot | None = None
+        self._reported = False
+        self._began_s = 0.0
+        self._bytes_before = (0, 0)
+        self._wholes: dict[bytes, Whole] = {}
+        self._fetches: dict[bytes, trio.CancelScope] = {}
+        self._lines: dict[str, _Line] = {}
+        self._linked: set[str] = set()
+        self._changed = trio.Event()
+        self._gated = False
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await self._look_for_stalls()
+
+    # ---- what the caller gives
+
+    def open_attempt(self, nonce: int, tensors: Sequence[torch.Tensor], weight: float) -> Layout:
+        """Tensors for the attempt `nonce`; only read. Raises LocalFault for what cannot be averaged."""
+        if not (math.isfinite(weight) and weight >= 0):
+            raise LocalFault(f"a weight must be finite and not negative, got {weight!r}")
+        layout = Layout.of(tensors)
+        if layout.elements == 0:
+            raise LocalFault("there is nothing to reduce: the tensors have no elements")
+        self._input = Input(nonce, tensors, weight, layout)
+        return layout
+
+    def close_attempt(self, nonce: int) -> None:
+        """The attempt is over: its tensors are the caller's again. An exchange that others may still need for a
+        moment goes on only with what it has already made."""
+        if self._input is not None and self._input.nonce == nonce:
+            self._input = None
+        if self._exchange is not None and (not self._exchange.done or self._exchange.drained):
+            self._close_exchange()
+
+    def bandwidth_bps(self) -> float:
+        """What this node can send, by its limit or by what traffic showed; to the power of two, so that noise does
+        not move shares about; 0 where nothing is known."""
+        if self._config.uplink_bps:
+            return self._config.uplink_bps
+        seen = [r.bandwidth_bps for r in self._service.links.report() if r.bandwidth_bps]
+        return 0.0 if not seen else float(2 ** round(math.log2(max(seen))))
+
+    # ---- orders of the chain
+
+    def reduce(self, declaration: Declaration) -> None:
+        """Start, or rebase."""
+        given = self._input
+        member = declaration.member(self._me)
+        if given is None or member is None or member.nonce != given.nonce:
+            return
+        old = self._exchange
+        self._ballot = declaration.ballot
+        try:
+            if (
+                old is not None
+                and self._epoch == declaration.epoch
+                and not old.done
+                and self._goes_on(old, declaration)
+            ):
+                old.rebase(declaration)
+            else:
+                self._close_exchange()
+                settings = ExchangeSettings()
+                self._exchange = Exchange(self._me, given.tensors, declaration, settings, layout=given.layout)
+                self._linked.clear()
+        except NonFinite as error:
+            self.own_fault(given.nonce, error)
+            return
+        self._epoch = declaration.epoch
+        self._reported = False
+        self._began_s = trio.current_time()
+        for peer in declaration.peers:
+            if peer != self._me:
+                self._need(peer)
+        self._after()
+        self._tell_changed()
+
+    def _goes_on(self, exchange: Exchange, declaration: Declaration) -> bool:
+        mine, new = exchange.declaration.member(self._me), declaration.member(self._me)
+        return (
+            mine is not None
+            and new is not None
+            and mine.nonce == new.nonce
+            and exchange.codec.name == declaration.codec
+        )
+
+    def abandon(self, ballot: Ballot) -> None:
+        """Stop reducing; a result that was reported stays."""
+        if self._ballot == ballot:
+            self._ballot = None
+            if self._exchange is not None and not self._exchange.done:
+                self._close_exchange()
+
+    def fetch(self, value: Value, holders: tuple[str, ...]) -> None:
+        """Get these bytes from any of the holders; goes on until they are here or released."""
+        digest, epoch = value.digest, value.declaration.epoch
+        if digest in self._wholes:
+            self.tell(Held(epoch, digest))
+            return
+        if self._nursery is None:
+            return
+        old = self._fetches.pop(digest, None)
+        if old is not None:
+            old.cancel()
+        scope = self._fetches[digest] = trio.CancelScope()
+        self._nursery.start_soon(self._fetch, value, holders, scope)
+
+    async def _fetch(self, value: Value, holders: tuple[str, ...], scope: trio.CancelScope) -> None:
+        digest, declaration = value.digest, value.declaration
+        like = None if self._input is None else self._input.tensors
+        with scope:
+            while True:
+                try:
+                    result = await fetch_value(
+                        self._service.rpc, self._run_id, self._tag, digest, declaration.layout, holders, like
+                    )
+                except RemoteFault as problem:
+                    log.info("epoch %d: %s; trying on", declaration.epoch, problem)
+                    await trio.sleep(RETRY_S)
+                    continue
+                self._wholes[digest] = Whole(result, 0, declaration_bytes(result))
+                self.tell(Held(declaration.epoch, digest))
+                break
+        if self._fetches.get(digest) is scope:
+            del self._fetches[digest]
+
+    def release(self, digest: bytes) -> None:
+        """These bytes need not be kept, nor fetched."""
+        self._wholes.pop(digest, None)
+        scope = self._fetches.pop(digest, None)
+        if scope is not None:
+            scope.cancel()
+
+    def whole(self, digest: bytes) -> Whole | None:
+        """The result with this digest, if it is here."""
+        return self._wholes.get(digest)
+
+    def on_health(self, peer: str, trusted: bool) -> None:
+        """The failure detector changed its mind."""
+        line = self._lines.get(peer)
+        if line is not None and not trusted and line.scope is not None:
+            line.wake()
+
+    def _close_exchange(self) -> None:
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
+
+    def _tell_changed(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    # ---- what came of it
+
+    def _after(self) -> None:
+        """Whatever the exchange did last may have woken writers, finished it, or shown that it cannot finish."""
+        exchange = self._exchange
+        if exchange is None:
+            return
+        for peer in exchange.woken():
+            line = self._lines.get(peer)
+            if line is not None:
+                line.wake()
+        if self._gated:
+            self._gated = False
+            self._tell_changed()
+        if self._reported or self._ballot is None:
+            return
+        if exchange.done:
+            self._reported = True
+            digest = exchange.digest
+            self._wholes[digest] = Whole(exchange.result, exchange.bytes_sent, exchange.bytes_received)
+            self.tell(Reduced(self._ballot, digest))
+        elif exchange.refused:
+            self._reported = True
+            for why in sorted(set(exchange.refused.values())):
+                culprits = frozenset(peer for peer, one in exchange.refused.items() if one == why)
+                self.tell(Stuck(self._ballot, culprits, why))
+
+    async def _look_for_stalls(self) -> None:
+        """Whoever owes a contribution and sends nothing for much longer than it ever took is reported."""
+        while True:
+            await trio.sleep(_LOOK_S)
+            exchange, ballot = self._exchange, self._ballot
+            if exchange is None or ballot is None or exchange.done or self._reported:
+                continue
+            now_s = trio.current_time()
+            for peer in exchange.peers:
+                line = self._need(peer)
+                marks = exchange.progress(peer)
+                if marks != line.marks:
+                    line.marks, line.moved_s = marks, now_s
+            silent = frozenset(
+                peer
+                for peer in exchange.waiting_for()
+                if now_s - max(self._lines[peer].moved_s, self._began_s) > self._stall_s(exchange, peer)
+            )
+            if silent:
+                self._began_s = now_s  # once a while is enough
+                log.info("epoch %d waits for %s", self._epoch, sorted(silent))
+                self.tell(Stuck(ballot, silent, "silent"))
+
+    def _stall_s(self, exchange: Exchange, peer: str) -> float:
+        learnt = max(STALL_MIN_S, 8 * self._lines[peer].gap_s)
+        # Results are late when their owner waits itself: it will say for whom.
+        return min(learnt, self._config.link_silence_s) * (1 if exchange.lacks_inputs else 3)
+
+    # ---- links
+
+    def _need(self, peer: str) -> _Line:
+        line = self._lines.get(peer)
+        if line is None:
+            line = self._lines[peer] = _Line()
+        if not line.keeper and self._me < peer and self._nursery is not None:
+            line.keeper = True
+            self._nursery.start_soon(self._keep_link, peer, line)
+        return line
+
+    async def _keep_link(self, peer: str, line: _Line) -> None:
+        """Open a link, and another one whenever it breaks, while the peer is needed."""
+        try:
+            while self._exchange is not None and peer in self._exchange.peers:
+                try:
+                    async with self._service.links.open(peer, SERVICE, deadline_s=_OPEN_WITHIN_S) as link:
+                        await introduce(link, Purpose(self._run_id, self._tag))
+                        await self.use(peer, link)
+                except P2pError as problem:
+                    log.debug("no data link to %s: %s", peer, problem)
+                    await trio.sleep(self._config.resend_link_s)
+        finally:
+            line.keeper = False
+
+    async def use(self, peer: str, link: Link) -> None:
+        """Carry frames over `link` until it ends; a newer link to the same peer takes its place."""
+        line = self._lines.setdefault(peer, _Line())
+        if line.scope is not None:
+            line.scope.cancel()
+        with trio.CancelScope() as scope:
+            line.scope, line.link = scope, link
+            exchange = self._exchange
+            if exchange is not None and peer in exchange.peers and peer in self._linked:
+                exchange.relinked(peer)
+                self._after()
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write, peer, line, link)
+                    await self._read(peer, line, link)
+                    nursery.cancel_scope.cancel()
+            except* P2pError as problems:
+                log.debug("the data link to %s ended: %s", peer, problems.exceptions[0])
+            finally:
+                if line.scope is scope:
+                    line.scope = line.link = None
+                if self._exchange is not None:
+                    self._exchange.dropped(peer)
+
+    async def _write(self, peer: str, line: _Line, link: Link) -> None:
+        while True:
+            line.kick = trio.Event()
+            exchange = self._exchange
+            if exchange is not None and peer in exchange.peers:
+                self._linked.add(peer)
+                frame = exchange.next_frame(peer)
+                if frame is not None:
+                    await self._uplink.take(len(frame.header) + _EPOCH.size + frame.payload_bytes)
+                    await link.send(_EPOCH.pack(self._epoch) + frame.header, frame.payload)
+                    continue
+                if exchange.done and self._input is None and exchange.drained:
+                    self._close_exchange()
+            await line.kick.wait()
+
+    async def _read(self, peer: str, line: _Line, link: Link) -> None:
+        def sink(header: bytes, payload_bytes: int) -> memoryview | None:
+            exchange = self._current(peer, header)
+            if exchange is not None:
+                return exchange.buffer_for(peer, memoryview(header)[_EPOCH.size :], payload_bytes)
+            if payload_bytes > UNSOLICITED_BYTES_MAX:
+                raise FrameRefused(peer, "size", f"{payload_bytes} bytes that nobody asked for")
+            return None
+
+        try:
+            while True:
+                while not self._may_read(peer) and link.failure is None:
+                    self._gated = True
+                    await self._wait(link)
+                header, payload = await link.receive(sink)
+                await self._early(peer, header, link)
+                exchange = self._current(peer, header)
+                if exchange is None:
+                    continue
+                now_s = trio.current_time()
+                if line.moved_s > self._began_s:
+                    line.gap_s = max(0.98 * line.gap_s, now_s - line.moved_s)
+                line.moved_s = now_s
+                exchange.arrived(peer, memoryview(header)[_EPOCH.size :], payload)
+                self._after()
+        except FrameRefused as fault:
+            log.warning("the data link is closed: %s", fault)
+            if self._ballot is not None and self._exchange is not None and peer in self._exchange.peers:
+                self.tell(Stuck(self._ballot, frozenset((peer,)), "mismatch"))
+        except NonFinite as error:
+            if self._input is not None:
+                self.own_fault(self._input.nonce, error)
+
+    def _may_read(self, peer: str) -> bool:
+        exchange = self._exchange
+        return exchange is None or peer not in exchange.peers or exchange.wants_frames(peer)
+
+    def _current(self, peer: str, header: bytes) -> Exchange | None:
+        """The exchange that this frame is for, if it is the present one."""
+        if len(header) <= _EPOCH.size:
+            raise FrameRefused(peer, "malformed", f"a header of {len(header)} bytes")
+        exchange = self._exchange
+        if exchange is None or _EPOCH.unpack_from(header)[0] != self._epoch or peer not in exchange.peers:
+            return None
+        return exchange
+
+    async def _early(self, peer: str, header: bytes, link: Link) -> None:
+        """A frame of an epoch that has not begun here waits; one of a declaration that is not known yet waits a
+        moment, because the order to rebase is on its way."""
+        until_s = trio.current_time() + _EARLY_WAIT_S
+        while link.failure is None:
+            epoch = _EPOCH.unpack_from(header)[0] if len(header) > _EPOCH.size else 0
+            if epoch < self._epoch:
+                return
+            exchange = self._exchange
+            if epoch == self._epoch:
+                if exchange is None or peer in exchange.peers or trio.current_time() >= until_s:
+                    return
+                with trio.move_on_at(until_s):
+                    await self._wait(link)
+            else:
+                await self._wait(link)
+
+    async def _wait(self, link: Link) -> None:
+        """Until something changed here, or the link ended."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_then_cancel, link.gone, nursery.cancel_scope)
+            await self._changed.wait()
+            nursery.cancel_scope.cancel()
+
+
+async def _then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+def declaration_bytes(result: Result) -> int:
+    """Bytes of a result as it travels when it is fetched."""
+    return result.layout.tensor_bytes

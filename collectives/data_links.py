@@ -1,0 +1,75 @@
+"""The data links of all runs of a node: who opens them, to which run and tag a new one belongs, how fast they may go.
+
+Of two members the one with the smaller peer id opens; the first message says what for. It knows nothing of frames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import trio
+
+from p2p import Link, Links, P2pError, pack_value, unpack_value
+
+SERVICE = "collectives/1"
+HELLO_WITHIN_S = 10.0
+
+Accept = Callable[["Purpose", Link], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Purpose:
+    """The first message of a link. `pair` names a pairwise average; empty for rounds."""
+
+    run: str
+    tag: str
+    pair: str = ""
+
+
+class LinkDesk:
+    """Takes the links that peers open and hands them on."""
+
+    def __init__(self, links: Links, accept: Accept) -> None:
+        self._accept = accept
+        links.serve(SERVICE, self._serve)
+
+    async def _serve(self, link: Link) -> None:
+        purpose: Purpose | None = None
+        with trio.move_on_after(HELLO_WITHIN_S), contextlib.suppress(P2pError):
+            header, _ = await link.receive()
+            purpose = unpack_value(Purpose, header)
+        if purpose is not None:
+            await self._accept(purpose, link)
+
+
+async def introduce(link: Link, purpose: Purpose) -> None:
+    """Say what a link that was opened here is for."""
+    await link.send(pack_value(purpose))
+
+
+class Uplink:
+    """A bucket of bytes that fills at `rate_bps` bits a second and holds `burst_bytes`; 0 is no limit.
+
+    It may be overdrawn by one message, which the next ones wait for: the average is exact, whatever their size.
+    """
+
+    def __init__(self, rate_bps: float, burst_bytes: float = 64 << 10) -> None:
+        self._bytes_per_s = rate_bps / 8
+        self._burst_bytes = burst_bytes
+        self._tokens = burst_bytes
+        self._filled_s = 0.0
+        self._turn = trio.StrictFIFOLock()
+
+    async def take(self, count: int) -> None:
+        """Wait until `count` bytes may go."""
+        if self._bytes_per_s == 0:
+            return
+        async with self._turn:
+            now_s = trio.current_time()
+            gained = (now_s - self._filled_s) * self._bytes_per_s
+            self._tokens = min(self._burst_bytes, self._tokens + gained) - count
+            self._filled_s = now_s
+            if self._tokens < 0:
+                await trio.sleep(-self._tokens / self._bytes_per_s)

@@ -1,0 +1,147 @@
+"""One peer of `shoal bench allreduce`, in a process of its own: reads orders from stdin, answers on stdout.
+
+It averages normally distributed tensors that it can also compute for every other peer, so that the result can be
+checked against the exact mean. It knows nothing of other processes but their addresses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import trio
+
+from collectives import Reduced, Run, RunConfig, open_run
+from p2p import HostConfig, Identity, Links, Rpc, open_host
+
+MESH = "bench"
+KEY = bytes(range(32))
+CHECK_ELEMENTS = 1 << 20
+
+
+def tensors_of(index: int, mib: float) -> list[torch.Tensor]:
+    """Four tensors of uneven sizes, `mib` in all, fp32; the same for whoever asks for `index`."""
+    elements = int(mib * (1 << 18))
+    cuts = [0, elements // 2, elements // 2 + elements // 3, elements - elements // 16, elements]
+    whole = torch.randn(elements, generator=torch.Generator().manual_seed(1000 + index))
+    return [whole[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+def error_of(result: Sequence[torch.Tensor], peers: int, mib: float) -> float:
+    """Relative L2 error against the mean in double precision."""
+    inputs = [torch.cat(tensors_of(index, mib)) for index in range(peers)]
+    flat = torch.cat([tensor.reshape(-1) for tensor in result])
+    wrong = right = 0.0
+    for start in range(0, len(flat), CHECK_ELEMENTS):
+        end = start + CHECK_ELEMENTS
+        mean = torch.stack([one[start:end] for one in inputs]).double().mean(0)
+        wrong += float((flat[start:end].double() - mean).square().sum())
+        right += float(mean.square().sum())
+    return (wrong / right) ** 0.5 if right else 0.0
+
+
+class Memory:
+    """The most that was resident since `start`, beyond what was at that moment; since the process began, off Linux."""
+
+    def start(self) -> None:
+        self._can_reset = Path("/proc/self/clear_refs").exists()
+        if self._can_reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        self.base = self.peak()
+
+    def peak(self) -> int:
+        if self._can_reset:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+    def beyond(self) -> int:
+        return self.peak() - self.base
+
+
+async def say(**what: object) -> None:
+    print(json.dumps(what), flush=True)
+    await trio.lowlevel.checkpoint()
+
+
+async def hear() -> dict[str, Any] | None:
+    line = await trio.to_thread.run_sync(sys.stdin.readline)
+    found: dict[str, Any] | None = json.loads(line) if line else None
+    return found
+
+
+async def take_part(settings: dict[str, Any]) -> None:
+    """The whole life of the peer."""
+    torch.set_num_threads(1)
+    identity = Identity.generate()
+    async with open_host(identity, MESH, KEY, HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))) as host:
+        rpc = Rpc(host)
+        links = Links(host, rpc, identity)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(rpc.run)
+            await nursery.start(links.run)
+            await say(peer=host.peer_id, addrs=host.addrs())
+            order = await hear()
+            if order is not None:
+                for addrs in order["addrs"][: settings["index"]]:
+                    await host.connect(addrs)
+                while len(host.peers()) < settings["peers"] - 1:  # noqa: ASYNC110 - the host counts, nobody tells
+                    await trio.sleep(0.01)
+                rate = settings["rate_mbit"]
+                config = RunConfig(codec=settings["codec"], uplink_bps=0.0 if rate is None else rate * 1e6)
+                async with open_run(
+                    host, rpc, links, identity, "bench", config, founders=order["peers"]
+                ) as run:
+                    await rounds(run, links, settings)
+            nursery.cancel_scope.cancel()
+
+
+async def rounds(run: Run, links: Links, settings: dict[str, Any]) -> None:
+    """Until stdin ends."""
+    tensors = tensors_of(settings["index"], settings["mib"])
+    tensor_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    memory = Memory()
+    memory.start()
+    result: Reduced | None = None
+    await say(ready=True)
+    while (order := await hear()) is not None:
+        if "check" in order and result is not None:
+            await say(
+                memory_ratio=memory.beyond() / tensor_bytes,
+                rel_l2_error=error_of(result.tensors, settings["peers"], settings["mib"]),
+                paths=[report.path for report in links.report()],
+            )
+            continue
+        result = None
+        began_s = time.perf_counter()
+        async with run.round() as r:
+            result = await r.reduce(tensors)
+        took_s = time.perf_counter() - began_s
+        await say(
+            took_s=took_s,
+            digest=result.digest.hex(),
+            members=len(result.members),
+            bytes_sent=result.bytes_sent,
+            bytes_received=result.bytes_received,
+        )
+
+
+def main() -> None:
+    """`python -m shoal.bench_allreduce_peer SETTINGS`."""
+    try:
+        trio.run(take_part, json.loads(sys.argv[1]))
+    except* (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Members of a run that are killed and stopped at random instants: nobody forks, nobody lies, everybody comes back."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+PEER = Path(__file__).with_name("rounds_peer.py")
+ROOT = PEER.parents[2]
+POLL_S = 0.01
+
+
+def pause(seconds=POLL_S):
+    """Leave the processor to the members; every use is a poll with a deadline, or chaos keeping its own time."""
+    threading.Event().wait(seconds)
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+class Member:
+    """A member's processes, one after another, and all that they logged."""
+
+    def __init__(self, index, directory):
+        self.index = index
+        self.key = str(directory / f"key-{index}")
+        self.log_path = directory / f"log-{index}"
+        self.journal = str(directory / f"journal-{index}")
+        self.pid = None
+        self.stopped = False
+        self.due_s = None
+        self.entries = []
+        self._read = 0
+
+    @property
+    def epoch(self):
+        return max((one["epoch"] for one in self.entries if one["what"] in ("commit", "fetched")), default=0)
+
+    def look(self):
+        """Read what is new in the log; a line torn by a kill is skipped."""
+        if not self.log_path.exists():
+            return
+        with self.log_path.open("rb") as file:
+            file.seek(self._read)
+            data = file.read()
+        whole = data.rfind(b"\n") + 1
+        self._read += whole
+        for line in data[:whole].splitlines():
+            with contextlib.suppress(ValueError):
+                self.entries.append(json.loads(line))
+
+
+class Oracle:
+    """A run of `count` members over `rounds` epochs, and the chaos that befalls it."""
+
+    def __init__(self, directory, count, rounds, *, deadline_s=20.0, seed=1, level="WARNING"):
+        self.rng = random.Random(seed)
+        self.rounds = rounds
+        self.deadline_s = deadline_s
+        self.level = level
+        self.members = [Member(index, directory) for index in range(count)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.zygote = subprocess.Popen(
+            [sys.executable, str(PEER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            env=environment, cwd=directory,
+        )  # fmt: skip
+        self.hear()
+        self.peers = self.order(peer_of=[member.key for member in self.members])["peers"]
+        self.ports = dict(zip(self.peers, free_ports(count), strict=True))
+        self.faults = defaultdict(int)
+        self.coordinators_hit = 0
+
+    def hear(self):
+        line = self.zygote.stdout.readline()
+        assert line, "the zygote ended"
+        return json.loads(line)
+
+    def order(self, **what):
+        self.zygote.stdin.write(json.dumps(what) + "\n")
+        return self.hear()
+
+    def spawn(self, member, rejoin=False):
+        member.pid = self.order(
+            log=str(member.log_path), key=member.key, journal=member.journal, port=self.ports[self.peers[member.index]],
+            ports=self.ports, founders=self.peers, rounds=self.rounds, deadline_s=self.deadline_s, rejoin=rejoin,
+            peers_min=1 if rejoin else len(self.members) - 1, linger_s=3600.0, level=self.level,
+        )["pid"]  # fmt: skip
+
+    def signal(self, member, number):
+        os.kill(member.pid, number)
+
+    def kill(self, member):
+        self.signal(member, signal.SIGKILL)
+        self.order(reap=member.pid)
+        member.pid = None
+        member.stopped = False
+
+    def run(self, fault_share, wait_s):
+        """Until every member has all epochs; chaos in `fault_share` of them."""
+        for member in self.members:
+            self.spawn(member)
+        end_s = time.monotonic() + wait_s
+        before, began_s, typical_s = 0, time.monotonic(), 0.5
+        pending = None
+        while True:
+            for member in self.members:
+                member.look()
+            epoch = max(member.epoch for member in self.members)
+            now_s = time.monotonic()
+            if epoch > before:
+                typical_s += 0.2 * (min(now_s - began_s, 1.0) / (epoch - before) - typical_s)
+                before, began_s = epoch, now_s
+                if 0 < epoch < self.rounds - 2 and self.rng.random() < fault_share:
+                    pending = now_s + self.rng.uniform(0, typical_s)
+            if pending is not None and now_s >= pending:
+                pending = None
+                self.strike(now_s)
+            self.revive(now_s, everybody=epoch >= self.rounds)
+            if all(
+                member.pid and not member.stopped and member.epoch >= self.rounds for member in self.members
+            ):
+                return
+            if now_s > end_s:
+                pytest.fail(
+                    f"after {wait_s:g} s: epochs {[member.epoch for member in self.members]}\n{self.tails()}"
+                )
+            pause()
+
+    def strike(self, now_s):
+        up = [member for member in self.members if member.pid and not member.stopped]
+        if len(up) <= len(self.members) // 2 + 1:
+            return
+        newest = max(
+            (one for m in self.members for one in m.entries if one["what"] == "commit"),
+            key=lambda c: c["epoch"],
+        )
+        first = self.members[self.peers.index(newest["first"])]
+        victim = first if first in up and self.rng.random() < 0.4 else self.rng.choice(up)
+        self.coordinators_hit += victim is first
+        if self.rng.random() < 0.5:
+            self.kill(victim)
+            self.faults["kill"] += 1
+            victim.due_s = now_s + self.rng.uniform(0.05, 0.8)
+        else:
+            self.signal(victim, signal.SIGSTOP)
+            victim.stopped = True
+            self.faults["stop"] += 1
+            victim.due_s = now_s + self.rng.choice([self.rng.uniform(0.05, 0.5), self.rng.uniform(1.0, 4.0)])
+
+    def revive(self, now_s, everybody):
+        for member in self.members:
+            if member.due_s is not None and (now_s >= member.due_s or everybody):
+                member.due_s = None
+                if member.stopped:
+                    self.signal(member, signal.SIGCONT)
+                    member.stopped = False
+                else:
+                    self.spawn(member, rejoin=True)
+
+    def tails(self):
+        lines = []
+        for member in self.members:
+            lines.append(
+                f"-- {member.index} {self.peers[member.index]} pid {member.pid} stopped {member.stopped}"
+            )
+            lines += [str(one) for one in member.entries[-4:]]
+            error = Path(str(member.log_path) + ".err")
+            if error.exists():
+                lines += error.read_text()[-1500:].splitlines()
+        return "\n".join(lines)
+
+    def close(self):
+        for member in self.members:
+            if member.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    self.signal(member, signal.SIGCONT)
+                self.kill(member)
+        self.zygote.stdin.close()
+        self.zygote.wait(10)
+        self.zygote.stdout.close()
+
+    # What must hold.
+
+    def check(self):
+        """Figures of the run, after everything was found to be true."""
+        by_epoch = defaultdict(list)
+        for member in self.members:
+            for one in member.entries:
+                if one["what"] == "commit":
+                    by_epoch[one["epoch"]].append((self.peers[member.index], one))
+        assert set(by_epoch) == set(range(1, self.rounds + 1)), "an epoch that nobody saw"
+        for epoch, seen in by_epoch.items():
+            for key in ("digest", "state", "members"):
+                assert len({json.dumps(one[key]) for _, one in seen}) == 1, f"epoch {epoch} forked: {key}"
+            assert all(one["exact"] for _, one in seen), f"epoch {epoch} is not the mean of its members"
+            assert {peer for peer, one in seen if one["own"]} <= set(seen[0][1]["members"]), epoch
+        states = {epoch: seen[0][1]["state"] for epoch, seen in by_epoch.items()}
+        fetched = [one for member in self.members for one in member.entries if one["what"] == "fetched"]
+        for one in fetched:
+            assert one["epoch"] == 0 or one["state"] == states[one["epoch"]], (
+                "a state that was never committed"
+            )
+        for member in self.members:
+            last = [one for one in member.entries if one["what"] in ("commit", "fetched")][-1]
+            assert (last["epoch"], last["state"]) == (self.rounds, states[self.rounds]), (
+                "not the same at the end"
+            )
+        return {
+            "faults": dict(self.faults),
+            "coordinators_hit": self.coordinators_hit,
+            "failed_attempts": sum(
+                one["what"] == "failed" for member in self.members for one in member.entries
+            ),
+            "rejoins": len(fetched),
+            "longest_attempt_s": self.longest(),
+            "members": sorted(len(seen[0][1]["members"]) for seen in by_epoch.values()),
+        }
+
+    def longest(self):
+        """The longest attempt, in seconds, of members that were never stopped in it."""
+        times = [
+            one["took_s"]
+            for member in self.members
+            for one in member.entries
+            if one["what"] in ("commit", "failed")
+        ]
+        return max(times)
+
+
+@pytest.fixture
+def oracle(tmp_path):
+    made = []
+
+    def make(*args, **more):
+        made.append(Oracle(tmp_path, *args, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_members_that_are_killed_and_stopped_never_fork_a_run(oracle):
+    run = oracle(4, 30, deadline_s=15.0, seed=3)
+    run.run(fault_share=0.35, wait_s=90)
+    found = run.check()
+    assert sum(found["faults"].values()) >= 3
+    # A stopped member's clock goes on: what it was in when it was stopped may end that much later.
+    assert found["longest_attempt_s"] < 15.0 + 5.0
+
+
+@pytest.mark.slow
+def test_five_hundred_rounds_of_eight_members_under_fire(oracle):
+    run = oracle(8, int(os.environ.get("SHOAL_ORACLE_ROUNDS", "500")), deadline_s=30.0, seed=7)
+    run.run(fault_share=0.34, wait_s=3600)
+    found = run.check()
+    print(json.dumps(found))
+    assert found["longest_attempt_s"] < 30.0 + 5.0

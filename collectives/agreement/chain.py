@@ -196,7 +196,7 @@ class Chain(Leading):
         resignation = self.ledger.resign()
         self.lead = None
         self.persist()
-        if config is not None and decided is not None and self.ledger.seated:
+        if config is not None and decided is not None:
             self.send_all((*config.peers, *self.contacts), Resign(resignation, decided))
         self.out.append(Left())
 
@@ -223,10 +223,10 @@ class Chain(Leading):
             return
         if self.entered:
             self._in_round(now_s)
-        elif self.gather is not None and self.gather.offers and not self.declined:
-            self._decline_if_late(now_s)
         if self.lead is not None:
             self.drive(now_s)
+        if not self.entered:
+            self._decline_if_late(now_s)
 
     def _in_round(self, now_s: float) -> None:
         if self.gather is not None and self.me not in self.gather.offers:
@@ -273,7 +273,7 @@ class Chain(Leading):
         attempt = self.round
         if attempt is not None:
             times.append(attempt.deadline_s)
-            if self.lonely_at is not None:
+            if self.lonely_at is not None and self.entered:
                 times.append(self.lonely_at + self.settings.no_quorum_s)
         if self.ledger.decided is None:
             if self.contacts:

@@ -206,6 +206,7 @@ class Core:
         for digest in sorted(gone):
             self.out.append(Release(before + 1, digest))
         self.awaiting = None
+        self.lonely_at = None
         self.zero_free = True
         self._new_epoch()
         self.word_at = now_s

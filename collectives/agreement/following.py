@@ -6,8 +6,9 @@ Every rule that says no is here or in the ledger. It never proposes anything: `l
 from __future__ import annotations
 
 from collectives.agreement.core import Core
-from collectives.agreement.events import Reduce
+from collectives.agreement.events import Reduce, Release
 from collectives.agreement.messages import (
+    HELD_MAX,
     Accept,
     Decline,
     Gone,
@@ -37,8 +38,13 @@ class Following(Core):
         """Whoever promised a ballot counts no votes for lower ones any more: a value that all who voted for it have
         lost is passed over on the strength of this."""
         self.see(ballot)
+        self.drop_stale()
         if self.lead is not None and self.lead.ballot < self.ledger.promised:
             self.step_down()
+
+    def drop_stale(self) -> None:
+        if self.pending is not None and self.pending.ballot < self.ledger.promised:
+            self.pending = None
 
     def promise_of(self, ballot: Ballot) -> Promise:
         vote = self.ledger.vote
@@ -48,9 +54,9 @@ class Following(Core):
             ballot,
             self.ledger.incarnation,
             vote,
-            vote is not None and vote.value.digest in self.ledger.held,
+            tuple(sorted(self.ledger.held)[:HELD_MAX]),
             offer,
-            tuple(self.ledger.resigned.values()),
+            self.ledger.notes(),
         )
 
     def on_prepare(self, sender: str, message: Prepare) -> None:
@@ -99,6 +105,9 @@ class Following(Core):
             self.start_reducing(declaration)
 
     def start_reducing(self, declaration: Declaration) -> None:
+        """A ballot that declares anew found nothing voted for, so earlier results of mine are of no use."""
+        for digest in self.ledger.useless(self.pending.value.digest if self.pending is not None else b""):
+            self.out.append(Release(self.epoch + 1, digest))
         self.declaration = declaration
         self.last_declared = declaration
         self.done = None
@@ -140,11 +149,9 @@ class Following(Core):
         self.fetch(value, message.holders)
 
     def vote_if_held(self) -> bool:
+        self.drop_stale()
         pending = self.pending
         if pending is None or pending.value.digest not in self.ledger.held:
-            return False
-        if pending.ballot < self.ledger.promised:
-            self.pending = None
             return False
         self.pending = None
         self.fetching = None
@@ -192,19 +199,12 @@ class Following(Core):
         raise RuntimeError("a follower was asked to lead")
 
     def on_held(self, epoch: int, digest: bytes) -> None:
-        vote, pending, awaiting = self.ledger.vote, self.pending, self.awaiting
         decided = self.ledger.decided
         if decided is not None and decided.value is not None and decided.value.digest == digest:
             self.ledger.held.add(digest)
-            if awaiting is not None:
-                self.deliver(awaiting)
-            return
-        if epoch != self.epoch + 1:
-            return
-        wanted = {
-            one.digest for one in (vote.value if vote else None, pending.value if pending else None) if one
-        }
-        if digest in wanted:
+            if self.awaiting is not None:
+                self.deliver(self.awaiting)
+        elif epoch == self.epoch + 1 and len(self.ledger.held) < HELD_MAX:
             self.ledger.held.add(digest)
             self.vote_if_held()
 
@@ -256,7 +256,7 @@ class Following(Core):
             return
         self.poke_at = now_s + self.settings.resend_s
         seen = self.last_declared.ballot if self.last_declared is not None else NO_BALLOT
-        resigned = tuple(self.ledger.resigned.values())
+        resigned = self.ledger.notes()
         done = self.done is not None
         ready = Ready(self.epoch + 1, self.ledger.incarnation, self.round.offer, seen, done, resigned)
         self.send(target, ready)

@@ -82,11 +82,7 @@ class Lead:
         return FREE
 
     def _holders(self, value: Value, ledger: Ledger) -> tuple[str, ...]:
-        found = [
-            peer
-            for peer, one in self.promises.items()
-            if one.held and one.vote is not None and one.vote.value.digest == value.digest
-        ]
+        found = [peer for peer, one in self.promises.items() if value.digest in one.held]
         if value.digest in ledger.held and ledger.me not in found:
             found.append(ledger.me)
         return tuple(sorted(found))

@@ -169,6 +169,7 @@ class Leading(Following):
         self.ledger.promise(ballot)
         self.persist()
         self.see(ballot)
+        self.drop_stale()
         lead = self.lead = Lead(ballot, now_s, declaration=declaration)
         lead.promises[self.me] = self.promise_of(ballot)
         lead.resend_at = now_s

@@ -21,6 +21,8 @@ from collectives.agreement.types import (
     Vote,
 )
 
+DEPARTED_MAX = 256
+
 
 class Ledger:
     """`epoch` is that of the last decision known here, -1 if none is; acceptors vote on `epoch + 1`."""
@@ -33,7 +35,10 @@ class Ledger:
         self.vote: Vote | None = None
         self.left = False
         self.held: set[bytes] = set()  # digests whose bytes are here
-        self.resigned: dict[str, Resignation] = {}
+        self.resigned: dict[str, Resignation] = {}  # of seats of this epoch
+        self.departed: dict[
+            str, Resignation
+        ] = {}  # of others: they may be members, and so hold the next seats
         if saved is not None:
             self.decided = saved.decided
             if not saved.left:
@@ -80,6 +85,17 @@ class Ledger:
         self.promised = ballot
         self.vote = Vote(ballot, value)
 
+    def useless(self, wanted: bytes) -> list[bytes]:
+        """Forgets what is held and neither decided, voted for nor `wanted`."""
+        keep = {wanted}
+        if self.vote is not None:
+            keep.add(self.vote.value.digest)
+        if self.decided is not None and self.decided.value is not None:
+            keep.add(self.decided.value.digest)
+        gone = sorted(self.held - keep)
+        self.held &= keep
+        return gone
+
     def decide(self, decided: Decided) -> set[bytes]:
         """Moves on to the next epoch; gives the digests that nobody needs any more."""
         keep = decided.value.digest if decided.value is not None else b""
@@ -88,11 +104,11 @@ class Ledger:
         self.decided = decided
         self.promised = NO_BALLOT
         self.vote = None
+        resigned = self.departed | self.resigned
         self.resigned = {
-            peer: one
-            for peer, one in self.resigned.items()
-            if self.has_seat(peer, one.seat.incarnation) and one.epoch <= self.epoch + 1
+            peer: one for peer, one in resigned.items() if self.has_seat(peer, one.seat.incarnation)
         }
+        self.departed = {}
         return gone
 
     # Resignations. One for an earlier epoch says that its acceptor never did anything in this one.
@@ -103,14 +119,26 @@ class Ledger:
         return Resignation(Seat(self.me, self.incarnation), self.epoch + 1, self.promised, self.vote)
 
     def note(self, resignation: Resignation) -> bool:
-        """True if it was not known and concerns a seat of this epoch."""
+        """True if it was not known and matters in this epoch."""
         peer = resignation.seat.peer
         if peer in self.resigned or resignation.epoch > self.epoch + 1 or peer == self.me:
             return False
-        if not self.has_seat(peer, resignation.seat.incarnation):
+        if self.has_seat(peer, resignation.seat.incarnation):
+            self.resigned[peer] = resignation
+            return True
+        known = self.departed.get(peer)
+        if known == resignation or (known is None and len(self.departed) >= DEPARTED_MAX):
             return False
-        self.resigned[peer] = resignation
+        self.departed[peer] = resignation
         return True
+
+    def notes(self) -> tuple[Resignation, ...]:
+        """What others should know of."""
+        return (*self.resigned.values(), *self.departed.values())
+
+    def has_resigned(self, peer: str, incarnation: int) -> bool:
+        one = self.resigned.get(peer) or self.departed.get(peer)
+        return one is not None and one.seat.incarnation == incarnation
 
     def frozen(self, peer: str) -> tuple[Ballot, Vote | None]:
         one = self.resigned[peer]
@@ -132,18 +160,18 @@ class Ledger:
         configuration (`members`), so that whoever decides the next epoch includes somebody who holds this one's bytes.
         `voters`: peer -> incarnation."""
         acceptors = [peer for peer, number in voters.items() if self.has_seat(peer, number)]
+        if not self.config.is_quorum(acceptors, self.abstaining(ballot)):
+            return False
         holders = [seat.peer for seat in members.seats if voters.get(seat.peer) == seat.incarnation]
-        return self.config.is_quorum(acceptors, self.abstaining(ballot)) and members.is_quorum(holders)
+        gone = [seat.peer for seat in members.seats if self.has_resigned(seat.peer, seat.incarnation)]
+        return members.is_quorum(holders, gone)
 
     def certifies(self, decided: Decided) -> bool:
         """Whether the certificate of the next epoch holds, as far as can be told from here."""
         value, certificate = decided.value, decided.certificate
         if value is None or certificate is None:
             return False
-        members = value.declaration.config()
-        return self.config.is_quorum(certificate.voters, certificate.resigned) and members.is_quorum(
-            certificate.voters
-        )
+        return self.config.is_quorum(certificate.voters, certificate.resigned)
 
     def certificate(self, ballot: Ballot, voters: Collection[str]) -> Certificate:
         return Certificate(ballot, tuple(sorted(voters)), self.abstaining(ballot))

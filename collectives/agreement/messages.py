@@ -26,6 +26,7 @@ from p2p import ProtocolViolation, pack_value, unpack_value
 
 EPOCH_MAX = 1 << 53
 NUMBER_MAX = 1 << 31
+HELD_MAX = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +75,13 @@ class Prepare:
 @dataclass(frozen=True, slots=True)
 class Promise:
     """The answer to Prepare, and to a Declare of a new ballot: nothing below `ballot` will have my vote.
-    `vote`: my last one; `held`: I hold its bytes; `offer`: what I contribute if I am in a round."""
+    `vote`: my last one; `held`: the digests whose bytes I have; `offer`: what I contribute if I am in a round."""
 
     epoch: int
     ballot: Ballot
     incarnation: int
     vote: Vote | None
-    held: bool
+    held: tuple[bytes, ...]
     offer: Offer | None
     resigned: tuple[Resignation, ...] = ()
 
@@ -222,8 +223,11 @@ def check(message: Message, members_max: int) -> None:
             _offer(offer)
             _ballot(seen, lowest=-1)
             _resignations(resigned, members_max)
-        case Promise(epoch, ballot, _, vote, _, given, resigned):
+        case Promise(epoch, ballot, _, vote, held, given, resigned):
             _epoch(epoch)
+            _count(len(held), HELD_MAX)
+            for digest in held:
+                _hash(digest)
             _ballot(ballot)
             _vote(vote, members_max)
             if given is not None:

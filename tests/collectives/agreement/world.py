@@ -173,7 +173,9 @@ class World:
         for node in self.nodes.values():
             vote = None if node.gone else node.chain.ledger.vote
             if vote is not None and node.chain.epoch == top:
-                unheld = unheld or not any(vote.value.digest in one.results for one in self.nodes.values())
+                unheld = unheld or not any(
+                    vote.value.digest in one.results for one in self.nodes.values() if not one.gone
+                )
                 owners = vote.value.declaration.config()
                 alive = {
                     one.name
@@ -207,7 +209,7 @@ class World:
         node.chain = self.chain_type(
             node.name, RUN, TAG, config, self.settings, incarnation=node.incarnation, saved=node.disk
         )
-        if node.disk is None and not node.founder:
+        if node.chain.config is None:
             others = tuple(name for name in self.nodes if name != node.name)
             self.tell(node, ev.Met(others))
         if node.disk is not None:
@@ -289,6 +291,7 @@ class World:
         inbox, node.inbox = node.inbox, []
         for event in inbox:
             self.tell(node, event)
+        self.tell(node, ev.Tick())
 
     def sprung(self, node, kind):
         """Whether the trap kills this node here."""

@@ -4,7 +4,7 @@
         RemoteFault                 another node's doing
             StageLost               a stage of a running request vanished or failed (also a GatewayError)
         ResourceLimit               shed load; `retry_after_s` says when to come back
-            Overloaded              no room for another request now (also a GatewayError)
+            Overloaded              no room for another request now, or not in time (also a GatewayError)
         LocalFault                  this node's doing: its files, its ports, its configuration
             ConfigProblem           a field of the configuration: its name, the value, and what would be right
             DataDirProblem          the data directory or a file in it cannot be used
@@ -13,6 +13,7 @@
             UnknownModel            the mesh has no model of that name
             ModelNotReady           the mesh has it, but not every layer is served now
             ContextTooLong          prompt and answer do not fit the model's context
+            DeadlinePassed          the time that the client gave it is over
         ControlProblem              an order of the owner (invite, add, join) that cannot be carried out
 
 Every message is one line that a person can act on. It imports nothing, so that the command line can use
@@ -111,11 +112,21 @@ class StageLost(GatewayError, RemoteFault):
         self.detail = detail
 
 
-class Overloaded(GatewayError, ResourceLimit):
-    """No room for another request now; come back after `retry_after_s` seconds."""
+class DeadlinePassed(GatewayError):
+    """The request took longer than its client gave it."""
 
-    def __init__(self, retry_after_s: float = 1.0) -> None:
-        super().__init__("the mesh has no room for another request now", retry_after_s)
+    def __init__(self, deadline_s: float) -> None:
+        super().__init__(f"the request's deadline of {deadline_s:g} s passed")
+        self.deadline_s = deadline_s
+
+
+class Overloaded(GatewayError, ResourceLimit):
+    """No room for another request now, or not before its `reason`; come back after `retry_after_s` seconds."""
+
+    def __init__(self, retry_after_s: float = 1.0, reason: str = "") -> None:
+        message = "the mesh has no room for another request now" + (f": {reason}" if reason else "")
+        super().__init__(message, retry_after_s)
+        self.reason = reason
 
 
 class ControlProblem(NodeError):

@@ -7,7 +7,7 @@ is what only the owner of the node may do.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from node.errors import (
     ContextTooLong,
     ControlProblem,
+    DeadlinePassed,
     GatewayError,
     ModelNotReady,
     Overloaded,
@@ -30,6 +31,7 @@ __all__ = [
     "ContextTooLong",
     "Control",
     "ControlProblem",
+    "DeadlinePassed",
     "Gateway",
     "GatewayError",
     "GenerateRequest",
@@ -57,7 +59,12 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One continuation of `prompt` (token ids). temperature 0: greedy; top_k 0, deadline_s None: no limit."""
+    """One continuation of `prompt` (token ids). temperature 0: greedy; top_k 0, deadline_s None: no limit.
+
+    `client` is whom fairness counts it for. It is refused at once where it cannot be done within `deadline_s`, or not
+    begin to answer within `first_token_s`. Background work runs where nobody else wants anything. `likely_tokens` of
+    `max_tokens` are probably made (0: all).
+    """
 
     request_id: str
     model: str
@@ -69,6 +76,10 @@ class GenerateRequest:
     seed: int
     ignore_eos: bool
     deadline_s: float | None
+    client: str = ""
+    priority: Literal["high", "normal", "background"] = "normal"
+    first_token_s: float | None = None
+    likely_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +106,8 @@ class Gateway(Protocol):
     def generate(self, request: GenerateRequest) -> AbstractAsyncContextManager[AsyncIterator[TokenEvent]]:
         """Run `request`; leaving the block cancels it on every stage.
 
-        Entering or iterating raises UnknownModel, ModelNotReady, ContextTooLong, StageLost or Overloaded.
+        It is entered when the request's turn has come. Entering or iterating raises UnknownModel, ModelNotReady,
+        ContextTooLong, StageLost, DeadlinePassed or Overloaded.
         """
         ...
 
@@ -111,8 +123,23 @@ class Control(Protocol):
         """An invite to this mesh, as text."""
         ...
 
-    def add(self, directory: Path, name: str, copies: int) -> AsyncIterator[dict[str, Any]]:
-        """Publish a model directory; yields JSON-able progress."""
+    def add(
+        self,
+        directory: Path,
+        name: str,
+        copies: int,
+        require: Collection[str] = (),
+        ends_require: Collection[str] = (),
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Publish a model directory, for hosts with these tags; yields JSON-able progress."""
+        ...
+
+    async def plan(self, model: str, copies: int | None) -> dict[str, Any]:
+        """Where a model of the mesh, or of a directory, would go, or what is missing; nothing is loaded."""
+        ...
+
+    async def tags(self, add: Collection[str], remove: Collection[str]) -> tuple[str, ...]:
+        """Change what this node says of itself; its tags from now on."""
         ...
 
     async def join(self, invite: str) -> None:

@@ -40,6 +40,7 @@ class Answer:
     created_s: int
     model: str
     include_usage: bool = False
+    service_tier: str | None = None
 
     def whole(self, texts: Mapping[int, str], finishes: Mapping[int, str], usage: Usage) -> dict[str, Any]:
         """The answer to a request without `stream`; texts and finish reasons by choice index."""
@@ -86,13 +87,14 @@ class Answer:
         return document | {"usage": None} if self.include_usage else document
 
     def _document(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
+        document = {
             "id": self.id,
             "object": name,
             "created": self.created_s,
             "model": self.model,
             "choices": choices,
         }
+        return document | {"service_tier": self.service_tier} if self.service_tier else document
 
 
 def dump(document: Any) -> bytes:

@@ -137,6 +137,8 @@ def build_app(
             Route("/shoal/invite", orders.invite, methods=["POST"]),
             Route("/shoal/join", orders.join, methods=["POST"]),
             Route("/shoal/models", orders.add, methods=["POST"]),
+            Route("/shoal/plan", orders.plan, methods=["POST"]),
+            Route("/shoal/tags", orders.tags, methods=["POST"]),
             Route("/shoal/stop", orders.stop, methods=["POST"]),
         ],
         middleware=[Middleware(Guard, config=config, stopping=stopping)],

@@ -10,7 +10,9 @@ class ApiConfig:
     """Every limit of the HTTP side. Sizes in bytes or characters, times in seconds.
 
     With `api_keys` every client must present one of them (`Authorization: Bearer KEY`); without, only
-    clients on this computer are answered. `hosts` are further names that a Host header may carry.
+    clients on this computer are answered. `hosts` are further names that a Host header may carry. Requests that would
+    not be done within `request_deadline_s`, or not begin within `first_token_s`, are refused, or cut off; an answer
+    whose length the client leaves open is expected to take `likely_tokens`.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -27,6 +29,8 @@ class ApiConfig:
     first_byte_s: float = 1.0
     keepalive_s: float = 5.0
     request_deadline_s: float | None = None
+    first_token_s: float | None = None
+    likely_tokens: int = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ PATH_CHARS_MAX = 4096
 NAME_CHARS_MAX = 128
 TTL_S_MAX = 10 * 365 * 86400.0
 COPIES_MAX = 64
+TAGS_MAX = 64
 
 
 class ControlApi:
@@ -48,6 +49,18 @@ class ControlApi:
         await self._orders().join(fields.text("invite", chars_max=INVITE_CHARS_MAX))
         return _json({"joined": True})
 
+    async def plan(self, request: Request) -> Response:
+        """POST /shoal/plan {"model": a name or a directory's absolute path, "copies": n or null} -> where it would go."""
+        fields = await self._fields(request)
+        copies = fields.integer("copies", None, 1, COPIES_MAX)
+        return _json(await self._orders().plan(fields.text("model", chars_max=PATH_CHARS_MAX), copies))
+
+    async def tags(self, request: Request) -> Response:
+        """POST /shoal/tags {"add": [tags], "remove": [tags]} -> {"tags": [tags]}."""
+        fields = await self._fields(request)
+        tags = await self._orders().tags(_texts(fields, "add"), _texts(fields, "remove"))
+        return _json({"tags": list(tags)})
+
     async def stop(self, request: Request) -> Response:
         """POST /shoal/stop {} -> {"stopping": true}."""
         await self._fields(request)
@@ -55,7 +68,7 @@ class ControlApi:
         return _json({"stopping": True})
 
     async def add(self, request: Request) -> Response:
-        """POST /shoal/models {"directory", "name", "copies"} -> progress, one JSON object a line.
+        """POST /shoal/models {"directory", "name", "copies", "require", "ends_require"} -> progress, one JSON object a line.
 
         The last line is `{"done": true}` or, where it fails after the first line, `{"error": {...}}`.
         """
@@ -65,7 +78,8 @@ class ControlApi:
             raise invalid("directory", str(directory), "an absolute path on this computer, or embedded")
         name = fields.text("name", chars_max=NAME_CHARS_MAX)
         copies = fields.integer("copies", 1, 1, COPIES_MAX) or 1
-        return _Progress(self._orders().add(directory, name, copies))
+        require, ends_require = _texts(fields, "require"), _texts(fields, "ends_require")
+        return _Progress(self._orders().add(directory, name, copies, require, ends_require))
 
     async def _fields(self, request: Request) -> Fields:
         return Fields(parse_json(await request.body() or b"{}", self._config.json_depth_max))
@@ -74,6 +88,18 @@ class ControlApi:
         if self._control is None:
             raise ApiProblem(404, "this process takes no orders", code="no_control")
         return self._control
+
+
+def _texts(fields: Fields, field: str) -> tuple[str, ...]:
+    """A list of short texts, empty when absent."""
+    value = fields.raw(field)
+    value = [] if value is None else value
+    if not isinstance(value, list) or len(value) > TAGS_MAX:
+        raise invalid(fields.name(field), value, f"a list of at most {TAGS_MAX} texts")
+    return tuple(
+        fields.text(f"{field}[{k}]", "" if item is None else item, chars_max=NAME_CHARS_MAX)
+        for k, item in enumerate(value)
+    )
 
 
 def _json(document: dict[str, Any]) -> Response:

@@ -27,6 +27,7 @@ from node.api.fanout import Choice, Fanout, open_fanout
 from node.api.fields import parse_json
 from node.api.problems import ApiProblem, from_error, internal_problem, invalid
 from node.api.requests import SEED_BITS, Options, parse_chat, parse_completion
+from node.api.terms import Terms, terms_of
 from node.errors import ContextTooLong, GatewayError, ModelNotReady, UnknownModel
 from node.gateway import Gateway, GenerateRequest, ModelInfo
 from node.metrics import Metrics
@@ -72,21 +73,28 @@ class Generation:
                 message = f"'messages' cannot be put into this model's chat template: {problem}"
                 raise ApiProblem(400, message, param="messages", code="invalid_value") from None
 
+        terms = self._terms(request, parsed.options)
         prompt = await self._tokenized(tokenize, size)
-        return await self._respond(self._prepare("chat", info, tokenizer, parsed.options, [prompt]))
+        return await self._respond(self._prepare("chat", info, tokenizer, parsed.options, [prompt], terms))
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""
         body = parse_json(await request.body(), self._config.json_depth_max)
         parsed = parse_completion(body, self._config)
         info, tokenizer = await self._model(parsed.options.model)
+        terms = self._terms(request, parsed.options)
         prompts = []
         for given in parsed.prompts:
             if isinstance(given, str):
                 prompts.append(await self._tokenized(partial(tokenizer.encode, given), len(given)))
             else:
                 prompts.append(_known_tokens(given, tokenizer.vocab_size))
-        return await self._respond(self._prepare("completion", info, tokenizer, parsed.options, prompts))
+        prepared = self._prepare("completion", info, tokenizer, parsed.options, prompts, terms)
+        return await self._respond(prepared)
+
+    def _terms(self, request: Request, options: Options) -> Terms:
+        address = request.client.host if request.client else ""
+        return terms_of(request.headers, address, options, self._config)
 
     async def _model(self, name: str) -> tuple[ModelInfo, Tokenizer]:
         for info in self._gateway.models():
@@ -111,6 +119,7 @@ class Generation:
         tokenizer: Tokenizer,
         options: Options,
         prompts: Sequence[tuple[int, ...]],
+        terms: Terms,
     ) -> Prepared:
         param = "messages" if kind == "chat" else "prompt"
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
@@ -131,7 +140,11 @@ class Generation:
                     top_k=options.top_k,
                     seed=(seed + index) % (1 << SEED_BITS),
                     ignore_eos=options.ignore_eos,
-                    deadline_s=self._config.request_deadline_s,
+                    deadline_s=terms.deadline_s,
+                    client=terms.client,
+                    priority=terms.priority,
+                    first_token_s=terms.first_token_s,
+                    likely_tokens=self._config.likely_tokens if options.max_tokens is None else 0,
                 )
                 choices.append(Choice(index, asked, TextStream(tokenizer, options.stops, max_tokens, prompt)))
         answer = Answer(
@@ -140,6 +153,7 @@ class Generation:
             created_s=int(time.time()),
             model=info.name,
             include_usage=options.include_usage,
+            service_tier=terms.tier,
         )
         return Prepared(answer, tuple(choices), sum(map(len, prompts)), options.stream)
 

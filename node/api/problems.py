@@ -13,6 +13,7 @@ from typing import Any
 from node.errors import (
     ContextTooLong,
     ControlProblem,
+    DeadlinePassed,
     GatewayError,
     ModelNotReady,
     NodeError,
@@ -99,6 +100,8 @@ def from_error(error: NodeError) -> ApiProblem:
         )
     if isinstance(error, ModelNotReady):
         return ApiProblem(503, message, kind="server_error", code="model_not_ready", retry_after_s=2.0)
+    if isinstance(error, DeadlinePassed):
+        return ApiProblem(504, message, kind="server_error", code="deadline_exceeded")
     if isinstance(error, StageLost):
         return ApiProblem(502, message, kind="server_error", code="node_lost", retry_after_s=1.0)
     code = "generation_failed" if isinstance(error, GatewayError) else "node_error"

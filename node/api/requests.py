@@ -17,6 +17,8 @@ from node.api.problems import invalid, unsupported
 TOKENS_MAX = 1 << 24
 SEED_BITS = 63
 MODEL_CHARS_MAX = 256
+USER_CHARS_MAX = 512
+SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -35,6 +37,8 @@ class Options:
     ignore_eos: bool
     stream: bool
     include_usage: bool
+    user: str | None = None
+    service_tier: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,8 @@ def _options(fields: Fields, config: ApiConfig) -> Options:
         ignore_eos=fields.flag("ignore_eos", False),
         stream=stream,
         include_usage=_include_usage(fields, stream),
+        user=_user(fields),
+        service_tier=fields.choice("service_tier", "", SERVICE_TIERS) or None,
     )
 
 
@@ -136,6 +142,13 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     if not stream:
         raise invalid("stream_options", value, "stream to be true beside it")
     return wanted
+
+
+def _user(fields: Fields) -> str | None:
+    for name in ("user", "safety_identifier"):
+        if fields.raw(name) is not None:
+            return fields.text(name, chars_max=USER_CHARS_MAX) or None
+    return None
 
 
 def _stops(fields: Fields, config: ApiConfig) -> tuple[str, ...]:

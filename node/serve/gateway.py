@@ -1,43 +1,48 @@
 """The gateway: turns a request into a chain of stages, feeds the prompt in and hands the tokens out.
 
-Any node is one. It chooses the chain with phase 2 from its own view, opens the session at the first stage and listens
-for the last stage's tokens. A lost stage becomes one clear StageLost; before the first token another chain is tried.
+Any node is one. A request waits for its turn in the intake, gets a chain from the selector and runs there; the last
+stage's tokens come straight here. A lost stage becomes one clear StageLost; before the first token another chain is
+tried. A background request whose room others need goes on later from where it was.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 import trio
 
-from model_shards import Tokenizer, tensor_to_bytes
+from model_shards import Tokenizer
 from node.adverts import ModelAdvert
 from node.atlas import Atlas
-from node.errors import ContextTooLong, GatewayError, ModelNotReady, Overloaded, StageLost, UnknownModel
+from node.errors import (
+    ContextTooLong,
+    DeadlinePassed,
+    GatewayError,
+    ModelNotReady,
+    Overloaded,
+    StageLost,
+    UnknownModel,
+)
 from node.gateway import GenerateRequest, ModelInfo, TokenEvent
 from node.metrics import Metrics
-from node.serve.faults import raise_as_gateway_error, raise_single
-from node.serve.protocol import (
-    CHUNK_TOKENS_MAX,
-    SESSION,
-    Prompt,
-    SamplingSpec,
-    SessionInput,
-    SessionNote,
-    SessionOpen,
-    StageRef,
-    TokenOut,
-)
+from node.serve.faults import raise_single
+from node.serve.forecast import Pace, seats
+from node.serve.intake import Intake, Place
+from node.serve.prefixes import marks_of
+from node.serve.protocol import BACKGROUND, HIGH, NORMAL, Priority, SamplingSpec, SessionOpen, StageRef
 from node.serve.returns import Returns
-from p2p import Channel, EndOfChannel, P2pError, PeerLost, RemoteFault, Rpc, Tensor
-from scheduler import Chain, ChainRequest, NoChain, NoRoom, choose_chain
+from node.serve.selection import Choice, Selector, Wish
+from node.serve.session import CacheStale, Session, open_session
+from p2p import P2pError, Rpc
+from scheduler import Admission, AdmissionConfig, Health, HealthConfig, NoChain, NoRoom, Standing, Ticket
+from scheduler.admission import Capacity
 
 if TYPE_CHECKING:
     from node.library import Library
@@ -46,6 +51,20 @@ log = logging.getLogger("shoal.gateway")
 TRIES_MAX = 3
 EVENTS_BUFFERED = 64
 CHAIN_WAIT_S = 1.0
+BUSY_WAIT_S = 0.2
+PRIORITIES: dict[str, Priority] = {"high": HIGH, "normal": NORMAL, "background": BACKGROUND}
+PARALLEL_PRIOR = 4
+"""Requests that are supposed not to slow one another down, until it was measured."""
+UNKNOWN_TOKENS_PER_S = 50.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """How this gateway admits and judges. `wait_s` bounds the wait of requests that name no target of their own."""
+
+    wait_s: float = 60.0
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
 
 @dataclass(slots=True)
@@ -57,6 +76,8 @@ class LiveRequest:
     chain: tuple[StageRef, ...]
     began_s: float
     tokens: int = 0
+    reused: int = 0
+    priority: str = "normal"
 
 
 @dataclass(slots=True)
@@ -64,6 +85,27 @@ class _Outcome:
     """How a stream ended, when it did not end by its last token."""
 
     problem: GatewayError | None = None
+
+
+@dataclass(slots=True)
+class _Work:
+    """A request on its way: what of it is done, and what it knows of chains."""
+
+    request: GenerateRequest
+    model: ModelAdvert
+    priority: Priority
+    give_up_s: float
+    made: list[int] = field(default_factory=list)
+    excluded: set[str] = field(default_factory=set)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt and what was made of the answer so far."""
+        return (*self.request.prompt, *self.made) if self.made else self.request.prompt
+
+    @property
+    def tokens_left(self) -> int:
+        return self.request.max_tokens - len(self.made)
 
 
 class MeshGateway:
@@ -79,7 +121,9 @@ class MeshGateway:
         detail: Callable[[ModelAdvert], str],
         mesh_json: Callable[[], dict[str, Any]],
         metrics: Metrics,
+        config: ServeConfig | None = None,
     ) -> None:
+        self._config = config or ServeConfig()
         self._rpc = rpc
         self._me = me
         self._returns = returns
@@ -88,6 +132,11 @@ class MeshGateway:
         self._detail = detail
         self._mesh_json = mesh_json
         self._metrics = metrics
+        self._selector = Selector(me, Health(self._config.health))
+        self._paces: dict[str, Pace] = {}
+        self._priors: dict[str, float] = {}
+        self._numbers = itertools.count()
+        self.intake = Intake(self._config.admission, self._capacity)
         self.live: dict[str, LiveRequest] = {}
 
     def models(self) -> list[ModelInfo]:
@@ -110,129 +159,263 @@ class MeshGateway:
         """This node's view of the mesh, JSON-able."""
         return self._mesh_json()
 
+    def standings(self) -> dict[str, Standing]:
+        """What this gateway thinks of the nodes whose work it saw."""
+        return self._selector.health.standings(trio.current_time())
+
+    def lost(self, peer: str) -> None:
+        """The connection to a node that serves broke."""
+        self._selector.health.failed(peer, trio.current_time())
+
+    def queues(self) -> dict[str, tuple[int, int]]:
+        """(running, waiting) requests of this gateway by the models' manifest ids."""
+        return self.intake.counts()
+
     @contextlib.asynccontextmanager
     async def generate(self, request: GenerateRequest) -> AsyncIterator[AsyncIterator[TokenEvent]]:
-        """Run `request`; leaving the block cancels it on every stage."""
+        """Run `request` when its turn comes; leaving the block cancels it on every stage."""
         model = self._named(request.model)
         needed = len(request.prompt) + request.max_tokens
         if needed > model.context_tokens:
             raise ContextTooLong(model.context_tokens, needed)
-        send, receive = trio.open_memory_channel[TokenEvent](EVENTS_BUFFERED)
-        outcome = _Outcome()
-        try:
-            async with trio.open_nursery() as nursery, receive:
-                nursery.start_soon(self._run, request, model, send, outcome)
-                yield _Stream(receive, outcome)
-                nursery.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise_single(group)
+        arrived_s = trio.current_time()
+        end_s = arrived_s + (float("inf") if request.deadline_s is None else request.deadline_s)
+        async with contextlib.AsyncExitStack() as stack:
+            with trio.move_on_at(end_s) as overall:
+                ticket = self._ticket(request, model)
+                place = await stack.enter_async_context(self.intake.place(model.manifest_id, ticket))
+            if overall.cancelled_caught:
+                raise DeadlinePassed(request.deadline_s or 0.0)
+            patience_s = max(CHAIN_WAIT_S, arrived_s + (ticket.target_s or 0.0) - trio.current_time())
+            work = _Work(request, model, PRIORITIES[request.priority], trio.current_time() + patience_s)
+            send, receive = trio.open_memory_channel[TokenEvent](EVENTS_BUFFERED)
+            outcome = _Outcome()
+            try:
+                async with trio.open_nursery() as nursery, receive:
+                    nursery.start_soon(self._run, work, place, end_s, send, outcome)
+                    yield _Stream(receive, outcome)
+                    nursery.cancel_scope.cancel()
+            except BaseExceptionGroup as group:
+                raise_single(group)
+
+    def _ticket(self, request: GenerateRequest, model: ModelAdvert) -> Ticket:
+        """What the intake must know. Raises Overloaded where even an idle queue would be too slow."""
+        now_s, atlas = trio.current_time(), self._atlas()
+        background = request.priority == "background"
+        target_s = None if background else self._config.wait_s
+        marks = marks_of(request.prompt)
+        wish = self._wish(request, request.prompt, request.max_tokens, marks)
+        cached = 0
+        with contextlib.suppress(NoChain):
+            choice = self._selector.choose(atlas, model, wish, now_s, boundless=True)
+            cached = choice.reuse
+            tokens = len(request.prompt) + request.max_tokens
+            self._priors[model.manifest_id] = tokens / max(1e-6, choice.cost_s) * PARALLEL_PRIOR
+            target_s = _wait_that_helps(request, choice, target_s)
+        return Ticket(
+            request=f"{request.request_id}/{next(self._numbers)}",
+            client=request.client,
+            prompt_tokens=len(request.prompt),
+            new_tokens=request.max_tokens,
+            cached_tokens=cached,
+            kind="background" if background else "interactive",
+            target_s=target_s,
+            urgent=request.priority == "high",
+        )
+
+    def _capacity(self, manifest_id: str, admission: Admission) -> Capacity:
+        """What the mesh can take for a model: room besides what this gateway's requests hold, and at what pace."""
+        atlas, now_s = self._atlas(), trio.current_time()
+        model = next((m for m in atlas.models.values() if m.manifest_id == manifest_id), None)
+        copies = [] if model is None else atlas.copies(model)
+        if model is None or min(copies, default=0) == 0:
+            return Capacity(1 << 50, UNKNOWN_TOKENS_PER_S)  # let them come and be told what is missing
+        pace = self._paces.setdefault(manifest_id, Pace())
+        pace.waits(admission.waiting() > 0, now_s)
+        rate = pace.tokens_per_s(self._priors.get(manifest_id, UNKNOWN_TOKENS_PER_S), now_s)
+        room = self._selector.room(atlas, model, now_s)
+        return Capacity(admission.tokens_running() + room, rate, seats(copies, model.concurrency))
 
     async def _run(
         self,
-        request: GenerateRequest,
-        model: ModelAdvert,
+        work: _Work,
+        place: Place,
+        end_s: float,
         send: trio.MemorySendChannel[TokenEvent],
         outcome: _Outcome,
     ) -> None:
         """Fill the request's stream; whatever ends it early becomes its outcome."""
-        deadline_s = float("inf") if request.deadline_s is None else request.deadline_s
         async with send:
-            with trio.move_on_after(deadline_s) as overall:
+            with trio.move_on_at(end_s) as overall:
                 try:
-                    await self._attempts(request, model, send)
+                    await self._turns(work, place, send)
                 except GatewayError as problem:
                     outcome.problem = problem
             if overall.cancelled_caught:
-                outcome.problem = ModelNotReady(f"the request's deadline of {deadline_s:g} s passed")
+                outcome.problem = DeadlinePassed(work.request.deadline_s or 0.0)
 
-    async def _attempts(
-        self, request: GenerateRequest, model: ModelAdvert, send: trio.MemorySendChannel[TokenEvent]
-    ) -> None:
-        """Tokens from one chain; another chain is tried while nothing has been shown yet."""
-        excluded: set[str] = set()
-        shown = False
-        for attempt in range(1, TRIES_MAX + 1):
-            chain = await self._chain(request, model, excluded)
-            try:
-                async with self._session(request, model, chain) as (tokens, live):
-                    async for token in tokens:
-                        shown = True
-                        live.tokens += 1
-                        await send.send(TokenEvent(token.token, token.index, token.logprob, token.finish))
-                        if token.finish is not None:
-                            return
-            except StageLost as lost:
-                log.warning("request %s: %s", request.request_id, lost)
-                if shown or attempt == TRIES_MAX:
-                    raise
-                excluded.add(lost.peer)
-            except Overloaded:
-                if attempt == TRIES_MAX:
-                    raise
-                await trio.sleep(0.2 * attempt)
-
-    async def _chain(self, request: GenerateRequest, model: ModelAdvert, excluded: set[str]) -> Chain:
-        """Phase 2. Right after a loss the view may lag, so an uncovered model is asked about again for a moment."""
-        wish = ChainRequest(
-            layers=model.layers,
-            tokens=len(request.prompt) + request.max_tokens,
-            prompt_tokens=len(request.prompt),
-            hidden_bytes=model.hidden_bytes,
-            gateway=self._me,
-            exclude=frozenset(excluded),
-            seed=secrets.randbits(32),
-        )
-        give_up_s = trio.current_time() + CHAIN_WAIT_S
+    async def _turns(self, work: _Work, place: Place, send: trio.MemorySendChannel[TokenEvent]) -> None:
+        """Work in turns: background requests give their room away whenever others need it."""
         while True:
-            atlas = self._atlas()
+            busy: Overloaded | None = None
+            with place.turn() as turn:
+                try:
+                    await self._attempts(work, send)
+                except Overloaded as full:
+                    if work.priority != BACKGROUND:
+                        raise
+                    busy = full
+            if busy is not None:
+                await self.intake.elsewhere(place, work.model.manifest_id, busy.retry_after_s)
+            elif turn.cancelled_caught:
+                log.info("request %s gives way", work.request.request_id)
+                await place.again()
+            else:
+                return
+
+    async def _attempts(self, work: _Work, send: trio.MemorySendChannel[TokenEvent]) -> None:
+        """Tokens from one chain; another chain is tried while nothing has been shown yet."""
+        spare: list[Choice] = []
+        attempt = 1
+        while True:
+            choice = spare.pop(0) if spare else await self._choose(work)
+            shown = len(work.made)
             try:
-                return choose_chain(atlas.hosted(model), atlas.links(), wish)
+                await self._through(work, choice, send)
+                return
+            except CacheStale as stale:
+                self._selector.finder.gone(choice.stages)
+                spare = [replace(choice, reuse=max(0, stale.tokens)), *spare]
+                continue
+            except StageLost as lost:
+                log.warning("request %s: %s", work.request.request_id, lost)
+                self._selector.health.failed(lost.peer, trio.current_time())
+                if len(work.made) > shown or attempt == TRIES_MAX:
+                    raise
+                work.excluded.add(lost.peer)
+                spare = [c for c in choice.alternates if all(s.peer not in work.excluded for s in c.stages)]
+            except Overloaded:
+                if work.priority == BACKGROUND or attempt == TRIES_MAX or len(work.made) > shown:
+                    raise
+                await trio.sleep(BUSY_WAIT_S * attempt)
+            attempt += 1
+
+    async def _through(self, work: _Work, choice: Choice, send: trio.MemorySendChannel[TokenEvent]) -> None:
+        """Tokens through one chain."""
+        request, prompt = work.request, work.prompt
+        before, pace = len(work.made), self._paces.setdefault(work.model.manifest_id, Pace())
+        async with self._session(work, choice, prompt) as (tokens, live):
+            async for token in tokens:
+                index = before + token.index
+                if token.index == 0:
+                    self._metrics.count_prefix(request.model, len(prompt), choice.reuse)
+                    pace.worked(len(prompt), trio.current_time())
+                    self._selector.finder.sent(choice.stages, marks_of(prompt))
+                live.tokens = index + 1
+                await send.send(TokenEvent(token.token, index, token.logprob, token.finish))
+                work.made.append(token.token)
+                pace.worked(1, trio.current_time())
+                if token.finish is not None:
+                    pace.worked(request.max_tokens - len(work.made), trio.current_time())
+                    return
+
+    async def _choose(self, work: _Work) -> Choice:
+        """Phase 2. Right after a loss the view may lag, so an uncovered model is asked about again for a moment; for
+        room one waits as long as the request may."""
+        marks = marks_of(work.prompt)
+        began_s = trio.current_time()
+        while True:
+            now_s, atlas = trio.current_time(), self._atlas()
+            wish = self._wish(work.request, work.prompt, work.tokens_left, marks, frozenset(work.excluded))
+            try:
+                return self._selector.choose(atlas, work.model, wish, now_s)
             except NoRoom as full:
-                problem: GatewayError = Overloaded(getattr(full, "retry_after_s", 1.0))
+                if now_s >= work.give_up_s:
+                    raise Overloaded(full.retry_after_s, str(full)) from None
             except NoChain:
-                if excluded and trio.current_time() >= give_up_s - CHAIN_WAIT_S / 2:
+                if work.excluded and now_s >= began_s + CHAIN_WAIT_S / 2:
                     # Nobody else has these layers: whoever failed may have come back meanwhile.
-                    excluded.clear()
-                    wish = replace(wish, exclude=frozenset())
-                problem = ModelNotReady(
-                    self._info(atlas, model).detail or f"{model.name} is not served completely now"
-                )
-            if trio.current_time() >= give_up_s:
-                raise problem
+                    work.excluded.clear()
+                if now_s >= began_s + CHAIN_WAIT_S:
+                    detail = self._info(atlas, work.model).detail
+                    raise ModelNotReady(detail or f"{work.model.name} is not served completely now") from None
             await trio.sleep(0.05)
+
+    def _wish(
+        self,
+        request: GenerateRequest,
+        prompt: tuple[int, ...],
+        new_tokens: int,
+        marks: tuple[bytes, ...],
+        exclude: frozenset[str] = frozenset(),
+    ) -> Wish:
+        return Wish(
+            prompt_tokens=len(prompt),
+            new_tokens=new_tokens,
+            marks=marks,
+            priority=PRIORITIES[request.priority],
+            exclude=exclude,
+            seed=secrets.randbits(32) | 1,
+            likely_tokens=request.likely_tokens,
+        )
 
     @contextlib.asynccontextmanager
     async def _session(
-        self, request: GenerateRequest, model: ModelAdvert, chain: Chain
-    ) -> AsyncIterator[tuple[trio.MemoryReceiveChannel[TokenOut], LiveRequest]]:
-        """One session over one chain, as its stream of tokens. Raises StageLost or Overloaded."""
-        session = secrets.token_hex(12)
-        stages = tuple(StageRef(s.node, s.start, s.end) for s in chain.stages)
+        self, work: _Work, choice: Choice, prompt: tuple[int, ...]
+    ) -> AsyncIterator[tuple[Session, LiveRequest]]:
+        """One session over one chain, as its stream of tokens. Raises StageLost, Overloaded or CacheStale."""
+        request, name = work.request, secrets.token_hex(12)
         opening = SessionOpen(
-            session=session,
-            manifest_id=model.manifest_id,
-            stages=stages,
+            session=name,
+            manifest_id=work.model.manifest_id,
+            stages=choice.stages,
             index=0,
             gateway=self._me,
-            prompt_tokens=len(request.prompt),
-            new_tokens_max=request.max_tokens,
+            prompt_tokens=len(prompt),
+            new_tokens_max=work.tokens_left,
             ignore_eos=request.ignore_eos,
             sampling=SamplingSpec(request.temperature, request.top_p, request.top_k, request.seed),
+            marks=marks_of(prompt),
+            reuse=choice.reuse,
+            priority=work.priority,
         )
-        live = LiveRequest(request.request_id, model.name, stages, time.time())
-        self.live[session] = live
-        first = stages[0].peer
+
+        def observe(stage: int, tokens: int, seconds: float) -> None:
+            self._selector.observe(choice, stage, tokens, seconds, trio.current_time())
+
+        live = LiveRequest(
+            request.request_id,
+            request.model,
+            choice.stages,
+            time.time(),
+            reused=choice.reuse,
+            priority=request.priority,
+        )
+        self.live[name] = live
+        with self._booked(name, work, choice):
+            try:
+                async with open_session(self._rpc, self._returns, opening, prompt, observe) as session:
+                    yield session, live
+            finally:
+                del self.live[name]
+
+    @contextlib.contextmanager
+    def _booked(self, name: str, work: _Work, choice: Choice) -> Iterator[None]:
+        """The session's room and work count for this gateway's own choices before the mesh hears of them."""
+        prompt_tokens, ledger = len(work.prompt), self._selector.ledger
+        ledger.opened(
+            name,
+            work.model.manifest_id,
+            choice.stages,
+            tokens=prompt_tokens + work.tokens_left,
+            prompt_tokens=prompt_tokens - choice.reuse,
+            priority=work.priority,
+            now_s=trio.current_time(),
+        )
         try:
-            with self._returns.expect(session, "gateway", stages[-1].peer) as tokens:
-                async with self._rpc.open(first, SESSION, opening) as channel, trio.open_nursery() as nursery:
-                    nursery.start_soon(_feed, channel, request.prompt)
-                    nursery.start_soon(_watch, channel, first)
-                    yield tokens, live
-                    nursery.cancel_scope.cancel()
-        except (BaseExceptionGroup, RemoteFault) as problem:
-            raise_as_gateway_error(problem, first)
+            yield
         finally:
-            del self.live[session]
+            ledger.closed(name, trio.current_time())
 
     def _named(self, name: str) -> ModelAdvert:
         model = self._atlas().model_named(name)
@@ -253,19 +436,18 @@ class MeshGateway:
         )
 
 
-async def _feed(channel: Channel[SessionNote, SessionInput], prompt: tuple[int, ...]) -> None:
-    """The prompt into the first stage, a chunk at a time."""
-    for position in range(0, len(prompt), CHUNK_TOKENS_MAX):
-        ids = torch.tensor(prompt[position : position + CHUNK_TOKENS_MAX], dtype=torch.int32)
-        await channel.send(SessionInput(prompt=Prompt(position, Tensor(*tensor_to_bytes(ids)))))
-
-
-async def _watch(channel: Channel[SessionNote, SessionInput], peer: str) -> None:
-    """The chain says nothing while it works; an end before the gateway leaves is a fault."""
-    with contextlib.suppress(EndOfChannel):
-        while True:
-            await channel.receive()
-    raise PeerLost(peer, f"the first stage, {peer}, left the session")
+def _wait_that_helps(request: GenerateRequest, choice: Choice, wait_s: float | None) -> float | None:
+    """The longest wait after which the request could still keep its times. Raises Overloaded where there is none."""
+    limits = [] if wait_s is None else [wait_s]
+    if request.first_token_s is not None:
+        limits.append(request.first_token_s - choice.first_s)
+    if request.deadline_s is not None:
+        limits.append(request.deadline_s - choice.whole_s)
+    least = min(limits, default=None)
+    if least is not None and least < 0:
+        late = f"even served at once it would take {-least:.1f} s longer than it may"
+        raise Overloaded(min(60.0, max(1.0, -least)), late)
+    return least
 
 
 class _Stream:

@@ -8,13 +8,22 @@ Leaving the gateway's block cancels the first channel and, through the nesting, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from p2p import Method, Tensor
 
 Finish = Literal["stop", "length"]
 Role = Literal["gateway", "stage"]
 CHUNK_TOKENS_MAX = 512
+PIECE_TOKENS = 128
+"""A prompt goes through a chain in pieces of so many tokens, counted from its beginning."""
+MARK_BYTES = 8
+Priority = Literal[0, 1, 2]
+HIGH: Final = 0
+NORMAL: Final = 1
+BACKGROUND: Final = 2
+TELL_EVERY_TOKENS = 16
+"""Every so many new tokens the stages tell how long they took."""
 STAGES_MAX = 512
 ID_CHARS_MAX = 128
 PROMPT_WAIT_S = 30.0
@@ -45,7 +54,11 @@ class SamplingSpec:
 
 @dataclass(frozen=True, slots=True)
 class SessionOpen:
-    """Opens stage `index` of `stages`; that stage opens the next one with `index + 1`."""
+    """Opens stage `index` of `stages`; that stage opens the next one with `index + 1`.
+
+    `marks` name the whole pieces of the prompt; every stage takes the first `reuse` positions from its cache. Work of a
+    lower `priority` waits for that of a higher one, and background sessions give their room to others.
+    """
 
     session: str
     manifest_id: str
@@ -56,6 +69,9 @@ class SessionOpen:
     new_tokens_max: int
     ignore_eos: bool
     sampling: SamplingSpec
+    marks: tuple[bytes, ...] = ()
+    reuse: int = 0
+    priority: Priority = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +84,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Hidden states [n, hidden] of positions [position, position + n); `sample` asks the last stage for a token."""
+    """Hidden states [n, hidden] of positions [position, position + n); `sample` asks the last stage for a token, `tell`
+    every stage for a note when it is done."""
 
     position: int
     hidden: Tensor
     sample: bool
+    tell: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +103,15 @@ class SessionInput:
 
 @dataclass(frozen=True, slots=True)
 class SessionNote:
-    """What a stage may say back up the chain while it works (nothing yet but that it is alive)."""
+    """What is said back up the chain: stage number `stage` is done with the `tokens` positions from `position` on.
+
+    Its predecessor fills in the `seconds` it took as seen from outside and says it on.
+    """
 
     stage: int
+    position: int = 0
+    tokens: int = 0
+    seconds: float = -1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """A stage of a session on this node: takes activations in, hands activations or tokens on.
 
 It owns no routing: the chain comes with the request. Whatever ends the session (the gateway leaving, a neighbour
-dying, a bad message) frees its KV room here and cancels the stages behind it.
+dying, a bad message, other work that needs the room of a background session) frees its KV room here and cancels the
+stages behind it. It times the stage behind it and says up the chain what it saw.
 """
 
 from __future__ import annotations
@@ -9,22 +10,28 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 import trio
 
 from model_shards import ModelError, NoRoom, Sampling, Step, StepResult, tensor_from_bytes, tensor_to_bytes
-from node.serve.compute import Abandoned, Compute
+from node.serve.compute import Abandoned, Compute, Stale
 from node.serve.faults import leaves
+from node.serve.prefixes import next_mark, scope_of, stand_ins, told_mark
 from node.serve.protocol import (
+    BACKGROUND,
     CHUNK_TOKENS_MAX,
     ID_CHARS_MAX,
     IDLE_S_MAX,
+    MARK_BYTES,
+    PIECE_TOKENS,
     PROMPT_WAIT_S,
     RETURN,
     SESSION,
     STAGES_MAX,
+    TELL_EVERY_TOKENS,
     TOKENS_MAX,
     Activations,
     Finish,
@@ -38,12 +45,23 @@ from node.serve.protocol import (
     TokenOut,
 )
 from node.serve.returns import Returns
+from node.serve.timing import Stopwatch
 from p2p import Call, CallFailed, Channel, EndOfChannel, PeerLost, RemoteFault, Rpc, RpcRefusal, Tensor
 
 log = logging.getLogger("shoal.serve")
+YIELDED_RETRY_S = 1.0
 InputChannel: TypeAlias = Channel[SessionInput, SessionNote]
 OnwardChannel: TypeAlias = Channel[SessionNote, SessionInput]
 Lookup = Callable[[str, int, int], Compute]
+
+
+@dataclass(slots=True)
+class _Guest:
+    """A background session: whoever needs its room cancels `scope` and waits until it `left`."""
+
+    compute: Compute
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    left: trio.Event = field(default_factory=trio.Event)
 
 
 class StageService:
@@ -54,22 +72,25 @@ class StageService:
         self._me = me
         self._returns = returns
         self._lookup = lookup
+        self._guests: list[_Guest] = []
         self.sessions = 0
         rpc.serve_channel(SESSION, self._serve)
 
     async def _serve(self, call: Call, request: SessionOpen, channel: InputChannel) -> None:
-        stage = _check(request, self._me)
+        stage = _check(request, self._me, call.peer)
         compute = self._lookup(request.manifest_id, stage.start, stage.end)
-        tokens_max = request.prompt_tokens + request.new_tokens_max
-        try:
-            await compute.open(request.session, stage.start, stage.end, tokens_max)
-        except NoRoom as full:
-            raise RpcRefusal("busy", str(full), retry_after_s=full.retry_after_s) from None
-        except ModelError as problem:
-            raise RpcRefusal("invalid", str(problem)) from None
+        prompt = await _whole_prompt(request, channel) if request.reuse and request.index == 0 else ()
+        plan = _Plan.of(request, compute)
+        await self._open(compute, request, plan, prompt)
         self.sessions += 1
+        guest = _Guest(compute)
+        if request.priority == BACKGROUND:
+            self._guests.append(guest)
         try:
-            await self._run(request, compute, channel)
+            with guest.scope:
+                await self._run(request, compute, plan, channel, prompt)
+            if guest.scope.cancelled_caught:
+                raise RpcRefusal("busy", "background work gave its room to other work", YIELDED_RETRY_S)
         except (BaseExceptionGroup, RemoteFault, ModelError, Abandoned) as problem:
             refusal = _refusal(problem)
             if refusal is None:
@@ -77,10 +98,62 @@ class StageService:
             raise refusal from None
         finally:
             self.sessions -= 1
-            await compute.close(request.session)
+            # Only positions that came in whole pieces stay: whoever takes them over computes as if it were alone.
+            await compute.close(request.session, plan.keep)
+            guest.left.set()
+            if guest in self._guests:
+                self._guests.remove(guest)
 
-    async def _run(self, request: SessionOpen, compute: Compute, channel: InputChannel) -> None:
+    async def _open(
+        self, compute: Compute, request: SessionOpen, plan: _Plan, prompt: tuple[int, ...]
+    ) -> None:
+        """Reserve the session's room, that of background sessions if need be. Raises RpcRefusal."""
+        stage = request.stages[request.index]
+        while True:
+            try:
+                await compute.open(
+                    request.session,
+                    stage.start,
+                    stage.end,
+                    request.prompt_tokens + request.new_tokens_max,
+                    priority=request.priority,
+                    prompt_tokens=request.prompt_tokens,
+                    prompt=prompt or plan.stand_ins,
+                    reuse=request.reuse,
+                    scope=plan.scope,
+                )
+                compute.held.use(plan.told[: request.reuse // PIECE_TOKENS])
+                return
+            except NoRoom as full:
+                if request.priority == BACKGROUND or not await self._send_away(compute):
+                    raise RpcRefusal("busy", str(full), retry_after_s=full.retry_after_s) from None
+            except Stale as stale:
+                pieces = stale.tokens // PIECE_TOKENS
+                compute.held.drop(plan.told[pieces:])
+                detail = {"reuse": str(pieces * PIECE_TOKENS)}
+                raise RpcRefusal("unavailable", str(stale), detail=detail) from None
+            except ModelError as problem:
+                raise RpcRefusal("invalid", str(problem)) from None
+
+    async def _send_away(self, compute: Compute) -> bool:
+        """End the latest background session; whether there was one."""
+        for guest in reversed(self._guests):
+            if guest.compute is compute and not guest.left.is_set():
+                guest.scope.cancel()
+                await guest.left.wait()
+                return True
+        return False
+
+    async def _run(
+        self,
+        request: SessionOpen,
+        compute: Compute,
+        plan: _Plan,
+        channel: InputChannel,
+        prompt: tuple[int, ...],
+    ) -> None:
         last = request.index == len(request.stages) - 1
+        above = _Above(channel)
         async with contextlib.AsyncExitStack() as stack:
             # Waiting starts before the chain behind is opened: its last stage may answer at once.
             tokens = (
@@ -91,53 +164,100 @@ class StageService:
             if last:
                 onward: _Onward = await stack.enter_async_context(_Tail.open(self._rpc, request, compute))
             else:
-                onward = await stack.enter_async_context(_Relay.open(self._rpc, request))
-            stage = _Stage(request, compute, onward)
+                onward = await stack.enter_async_context(_Relay.open(self._rpc, request, above))
+            stage = _Stage(request, compute, plan, onward, above)
             if tokens is not None:
-                await stage.lead(channel, tokens)
+                await stage.lead(channel, tokens, prompt)
             else:
                 await stage.follow(channel)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a session's prompt is to this stage's cache: `told` marks of its whole pieces and the ids that stand for
+    them, the scope, how many positions to `keep` at the end (None: whatever is cached)."""
+
+    scope: str
+    told: tuple[bytes, ...]
+    stand_ins: tuple[int, ...]
+    keep: int | None
+
+    @classmethod
+    def of(cls, request: SessionOpen, compute: Compute) -> _Plan:
+        scope, marks = scope_of(request.stages, request.index), request.marks
+        if not compute.engine.shares_prefixes:
+            return cls(scope, (), (), None)
+        stage = request.stages[request.index]
+        told = tuple(told_mark(scope, stage.start, stage.end, mark) for mark in marks)
+        if request.index == 0:
+            return cls(scope, told, (), len(marks) * PIECE_TOKENS)
+        return cls(scope, told, stand_ins(marks, compute.engine.span.config.vocab), None)
+
+
+class _Above:
+    """The way back up the chain. Several tasks speak, one at a time."""
+
+    def __init__(self, channel: InputChannel) -> None:
+        self._channel = channel
+        self._turn = trio.Lock()
+
+    async def say(self, note: SessionNote) -> None:
+        async with self._turn:
+            with contextlib.suppress(EndOfChannel):
+                await self._channel.send(note)
 
 
 class _Onward:
     """Where a stage's results go."""
 
-    async def put(self, position: int, result: StepResult, sample: bool) -> None:
+    async def put(self, position: int, result: StepResult, sample: bool, tell: bool) -> None:
         raise LookupError("an abstract onward path was used")
 
 
 class _Relay(_Onward):
-    """To the next stage of the chain, watching that it stays alive."""
+    """To the next stage of the chain, watching that it stays alive and how long it takes."""
 
-    def __init__(self, channel: OnwardChannel) -> None:
+    def __init__(self, channel: OnwardChannel, follower: StageRef, index: int, above: _Above) -> None:
         self._channel = channel
+        self._follower = follower
+        self._index = index
+        self._above = above
+        self._watch = Stopwatch()
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(cls, rpc: Rpc, request: SessionOpen) -> AsyncIterator[_Relay]:
-        follower = request.stages[request.index + 1].peer
-        onward = SessionOpen(
-            session=request.session,
-            manifest_id=request.manifest_id,
-            stages=request.stages,
-            index=request.index + 1,
-            gateway=request.gateway,
-            prompt_tokens=request.prompt_tokens,
-            new_tokens_max=request.new_tokens_max,
-            ignore_eos=request.ignore_eos,
-            sampling=request.sampling,
-        )
-        async with rpc.open(follower, SESSION, onward) as channel, trio.open_nursery() as nursery:
-            nursery.start_soon(_watch, channel, follower)
-            yield cls(channel)
+    async def open(cls, rpc: Rpc, request: SessionOpen, above: _Above) -> AsyncIterator[_Relay]:
+        index = request.index + 1
+        follower = request.stages[index]
+        onward = replace(request, index=index)
+        async with rpc.open(follower.peer, SESSION, onward) as channel, trio.open_nursery() as nursery:
+            relay = cls(channel, follower, index, above)
+            nursery.start_soon(relay.listen)
+            yield relay
             nursery.cancel_scope.cancel()
 
-    async def put(self, position: int, result: StepResult, sample: bool) -> None:
+    async def put(self, position: int, result: StepResult, sample: bool, tell: bool) -> None:
         if result.hidden is None:
             raise RpcRefusal("internal", "the engine gave no activations for the next stage")
         dtype, shape, data = tensor_to_bytes(result.hidden)
-        message = Activations(position, Tensor(dtype, shape, data), sample)
+        message = Activations(position, Tensor(dtype, shape, data), sample, tell)
+        if tell:
+            self._watch.sent(position, trio.current_time())
         await self._channel.send(SessionInput(activations=message))
+
+    async def listen(self) -> None:
+        """Pass on what is said from below. A stage that ends before its session does is a fault, even when it says
+        goodbye politely."""
+        with contextlib.suppress(EndOfChannel):
+            while True:
+                note = await self._channel.receive()
+                if note.stage == self._index:
+                    seconds = self._watch.told(note.position, trio.current_time())
+                    if seconds is None:
+                        continue
+                    note = replace(note, seconds=seconds)
+                await self._above.say(note)
+        raise PeerLost(self._follower.peer, f"stage on {self._follower.peer} left the session")
 
 
 class _Tail(_Onward):
@@ -166,7 +286,7 @@ class _Tail(_Onward):
                 outs.append(await stack.enter_async_context(rpc.open(peer, RETURN, opening)))
             yield cls(request, eos_ids, outs)
 
-    async def put(self, position: int, result: StepResult, sample: bool) -> None:
+    async def put(self, position: int, result: StepResult, sample: bool, tell: bool) -> None:
         if not sample:
             return
         if result.token is None:
@@ -185,33 +305,56 @@ class _Tail(_Onward):
 class _Stage:
     """One session's work at one stage."""
 
-    def __init__(self, request: SessionOpen, compute: Compute, onward: _Onward) -> None:
+    def __init__(
+        self, request: SessionOpen, compute: Compute, plan: _Plan, onward: _Onward, above: _Above
+    ) -> None:
         self._request = request
         self._compute = compute
+        self._plan = plan
         self._onward = onward
+        self._above = above
         sampling = request.sampling
         self._sampling = Sampling(
             temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed
         )
         self._last = request.index == len(request.stages) - 1
 
-    async def lead(self, channel: InputChannel, returned: trio.MemoryReceiveChannel[TokenOut]) -> None:
+    async def lead(
+        self,
+        channel: InputChannel,
+        returned: trio.MemoryReceiveChannel[TokenOut],
+        prompt: tuple[int, ...],
+    ) -> None:
         """The first stage: the prompt from the gateway, then each token as the last stage returns it."""
-        position = 0
-        while position < self._request.prompt_tokens:
-            prompt = (await _in_time(channel, PROMPT_WAIT_S)).prompt
-            if prompt is None or prompt.position != position:
-                raise RpcRefusal("invalid", f"expected the prompt from position {position}")
-            tokens = _token_ids(prompt.tokens, self._request.prompt_tokens - position)
+        request = self._request
+        position, mark = 0, b""
+        while position < request.prompt_tokens:
+            if position < len(prompt):
+                tokens = prompt[position : position + PIECE_TOKENS]
+            else:
+                tokens = await _piece(channel, position, request.prompt_tokens)
+            mark = self._checked(position, tokens, mark)
             end = position + len(tokens)
-            await self._step(position, end == self._request.prompt_tokens, tokens=tokens)
+            if position >= request.reuse:
+                await self._step(position, end == request.prompt_tokens, tokens=tokens, tell=True)
             position = end
         async for token in returned:
             if token.finish is not None:
                 break
-            await self._step(position, True, tokens=(token.token,))
+            tell = token.index % TELL_EVERY_TOKENS == 0
+            await self._step(position, True, tokens=(token.token,), tell=tell)
             position += 1
         await _until_closed(channel)
+
+    def _checked(self, position: int, tokens: tuple[int, ...], before: bytes) -> bytes:
+        """The mark of a piece. No later stage sees the tokens: what goes there under a mark must be its piece."""
+        marks, number = self._request.marks, position // PIECE_TOKENS
+        if number >= len(marks):
+            return b""
+        mark = next_mark(before, tokens)
+        if position % PIECE_TOKENS or len(tokens) != PIECE_TOKENS or mark != marks[number]:
+            raise RpcRefusal("invalid", f"the mark of the prompt's piece {number} is not that of its tokens")
+        return mark
 
     async def follow(self, channel: InputChannel) -> None:
         """A later stage: activations until the one before closes."""
@@ -222,7 +365,7 @@ class _Stage:
                 if given is None:
                     raise RpcRefusal("invalid", "expected activations")
                 hidden = tensor_from_bytes(given.hidden.dtype, given.hidden.shape, given.hidden.data)
-                await self._step(given.position, given.sample, hidden=hidden.to(device))
+                await self._step(given.position, given.sample, hidden=hidden.to(device), tell=given.tell)
 
     async def _step(
         self,
@@ -230,16 +373,23 @@ class _Stage:
         sample: bool,
         tokens: tuple[int, ...] | None = None,
         hidden: torch.Tensor | None = None,
+        *,
+        tell: bool,
     ) -> None:
         sampling = self._sampling if sample and self._last else None
         step = Step(
             session=self._request.session, position=position, tokens=tokens, hidden=hidden, sample=sampling
         )
-        result = await self._compute.step(step)
-        await self._onward.put(position, result, sample)
+        result = await self._compute.step(step, self._request.priority)
+        await self._onward.put(position, result, sample, tell)
+        told = self._plan.told
+        if told and position + step.count == len(told) * PIECE_TOKENS:
+            self._compute.held.use(told)
+        if tell:
+            await self._above.say(SessionNote(self._request.index, position, step.count))
 
 
-def _check(request: SessionOpen, me: str) -> StageRef:
+def _check(request: SessionOpen, me: str, caller: str) -> StageRef:
     """The request's own stage; refuses what no honest gateway sends."""
     if not 0 <= request.index < len(request.stages) <= STAGES_MAX:
         raise RpcRefusal("invalid", f"stage {request.index} of {len(request.stages)}")
@@ -250,13 +400,36 @@ def _check(request: SessionOpen, me: str) -> StageRef:
         raise RpcRefusal("invalid", "a session needs at least one prompt token and one new token")
     if request.prompt_tokens + request.new_tokens_max > TOKENS_MAX:
         raise RpcRefusal("invalid", f"more than {TOKENS_MAX} tokens")
+    pieces = (request.prompt_tokens - 1) // PIECE_TOKENS
+    if len(request.marks) > pieces or any(len(mark) != MARK_BYTES for mark in request.marks):
+        raise RpcRefusal("invalid", f"a prompt of {request.prompt_tokens} tokens has up to {pieces} marks")
+    if request.reuse % PIECE_TOKENS or not 0 <= request.reuse <= len(request.marks) * PIECE_TOKENS:
+        raise RpcRefusal("invalid", f"cannot reuse {request.reuse} positions of {len(request.marks)} pieces")
     edges = [0, *(stage.end for stage in request.stages)]
     if any(s.start != edge or s.end <= s.start for s, edge in zip(request.stages, edges, strict=False)):
         raise RpcRefusal("invalid", "the stages do not follow one another from layer 0")
     stage = request.stages[request.index]
     if stage.peer != me:
         raise RpcRefusal("invalid", f"stage {request.index} is not on this node")
+    if request.index and request.stages[request.index - 1].peer != caller:
+        raise RpcRefusal("denied", f"{caller} is not the stage before this one")
     return stage
+
+
+async def _piece(channel: InputChannel, position: int, prompt_tokens: int) -> tuple[int, ...]:
+    """The next part of the prompt, which must go on at `position`."""
+    prompt = (await _in_time(channel, PROMPT_WAIT_S)).prompt
+    if prompt is None or prompt.position != position:
+        raise RpcRefusal("invalid", f"expected the prompt from position {position}")
+    return _token_ids(prompt.tokens, prompt_tokens - position)
+
+
+async def _whole_prompt(request: SessionOpen, channel: InputChannel) -> tuple[int, ...]:
+    """All of the prompt: what of it is cached can only be told with its tokens."""
+    prompt: list[int] = []
+    while len(prompt) < request.prompt_tokens:
+        prompt.extend(await _piece(channel, len(prompt), request.prompt_tokens))
+    return tuple(prompt)
 
 
 def _token_ids(tensor: Tensor, most: int) -> tuple[int, ...]:
@@ -278,14 +451,6 @@ async def _until_closed(channel: InputChannel) -> None:
     with contextlib.suppress(EndOfChannel):
         while True:
             await _in_time(channel, IDLE_S_MAX)
-
-
-async def _watch(channel: OnwardChannel, peer: str) -> None:
-    """A stage that ends before its session does is a fault, even when it says goodbye politely."""
-    with contextlib.suppress(EndOfChannel):
-        while True:
-            await channel.receive()
-    raise PeerLost(peer, f"stage on {peer} left the session")
 
 
 def _refusal(problem: BaseException) -> RpcRefusal | None:

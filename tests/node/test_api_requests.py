@@ -56,6 +56,10 @@ BOTH = [
     ("logit_bias", {"5": 1}, "not supported"),
     ("response_format", {"type": "json_object"}, "not supported"),
     ("response_format", "text", "not supported"),
+    ("user", 5, "a text"),
+    ("user", "x" * 600, "at most 512 characters"),
+    ("service_tier", "gold", "one of auto"),
+    ("service_tier", 1, "one of auto"),
 ]
 CHAT_ONLY = [
     ("messages", "hi", "a list of 1 to"),
@@ -137,10 +141,8 @@ def test_a_missing_field_is_named(field) -> None:
 
 
 HARMLESS = {
-    "user": "me",
     "metadata": {"a": "b"},
     "store": False,
-    "service_tier": "auto",
     "parallel_tool_calls": True,
     "reasoning_effort": "low",
     "frequency_penalty": 0,

@@ -1,0 +1,234 @@
+"""Which chain a request takes: phase 2 over what the mesh says, what this gateway did since, and whom it trusts.
+
+It joins the scheduler's cores: routing over cached loads, health scores from times and failures that this gateway saw,
+and chains whose caches hold the prompt's beginning. Pure but for the random seeds that it is given; it sends nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from node.adverts import HostAdvert, ModelAdvert
+from node.atlas import Atlas
+from node.serve.forecast import Ledger, first_token_s, prefill_s, room_tokens
+from node.serve.prefixes import Finder, Holding, Teller, read_summary
+from node.serve.protocol import BACKGROUND, Priority, StageRef
+from scheduler import Chain, ChainRequest, Health, Hosted, Links, NoChain, NoRoom, Router, node_of
+
+HOLDINGS_TRIED_MAX = 3
+ALTERNATES = 2
+SLACK_S = 0.01
+"""What a stage may take beyond the expected before it counts: a busy computer's tasks wait for one another."""
+BOUNDLESS = 1 << 50
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request as phase 2 sees it. `likely_tokens` of its `new_tokens` are probably made."""
+
+    prompt_tokens: int
+    new_tokens: int
+    marks: tuple[bytes, ...] = ()
+    priority: Priority = 1
+    exclude: frozenset[str] = frozenset()
+    seed: int = 0
+    likely_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a stage should take, in seconds: for a new token, for a token of the prompt, for the hop to it and back."""
+
+    token_s: float
+    prompt_token_s: float
+    hop_s: float
+
+    def seconds(self, tokens: int) -> float:
+        """For `tokens` positions at once."""
+        return self.hop_s + (self.token_s if tokens == 1 else max(self.token_s, tokens * self.prompt_token_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A chain, how many of the prompt's first positions its caches hold, and what it should take: `first_s` until the
+    first token, `whole_s` until the last that is likely."""
+
+    stages: tuple[StageRef, ...]
+    reuse: int
+    cost_s: float
+    first_s: float
+    whole_s: float
+    expected: tuple[Expected, ...]
+    alternates: tuple[Choice, ...] = ()
+
+
+class Selector:
+    """Chooses for one gateway. `ledger` and `finder` are told of its sessions, `health` of what they saw."""
+
+    def __init__(self, me: str, health: Health) -> None:
+        self._me = me
+        self.health = health
+        self.ledger = Ledger()
+        self.finder = Finder()
+
+    def spans(
+        self, atlas: Atlas, model: ModelAdvert, now_s: float, *, priority: int = 1, boundless: bool = False
+    ) -> list[Hosted]:
+        """Ready spans with this gateway's knowledge worked in; room of background sessions counts for all others.
+
+        `boundless`: as if there were room for everything.
+        """
+        plain = atlas.hosted(model)
+        adverts = _adverts_of(atlas, model, plain)
+        hosted = self.ledger.adjusted(model.manifest_id, plain, adverts, now_s)
+        if boundless:
+            hosted = [replace(h, kv_tokens_free=BOUNDLESS) for h in hosted]
+        elif priority < BACKGROUND:
+            hosted = [
+                replace(h, kv_tokens_free=h.kv_tokens_free + a.kv_tokens_yielding) if a else h
+                for h, a in zip(hosted, adverts, strict=True)
+            ]
+        return self.health.hosted(hosted, now_s)
+
+    def room(self, atlas: Atlas, model: ModelAdvert, now_s: float) -> int:
+        """Tokens for which every layer has room now, background sessions aside."""
+        return room_tokens(self.spans(atlas, model, now_s, priority=BACKGROUND), model.layers)
+
+    def cached_tokens(self, atlas: Atlas, model: ModelAdvert, marks: tuple[bytes, ...]) -> int:
+        """How much of a prompt's beginning some chain holds."""
+        found = self._holdings(atlas, model, marks)
+        return found[0].tokens if found else 0
+
+    def choose(
+        self, atlas: Atlas, model: ModelAdvert, wish: Wish, now_s: float, *, boundless: bool = False
+    ) -> Choice:
+        """The chain to take: the cheapest of what holds the prompt's beginning and what is quickest without.
+
+        Raises NoChain and NoRoom.
+        """
+        hosted = self.spans(atlas, model, now_s, priority=wish.priority, boundless=boundless)
+        links = atlas.links()
+        request = self._request(model, wish)
+        best: Choice | None = None
+        problem: NoRoom | None = None
+        try:
+            chain = Router(hosted, links).choose(request, alternates=ALTERNATES)
+            best = self._choice(chain, hosted, links, wish, reuse=0)
+        except NoRoom as full:
+            problem = full
+        for holding in self._holdings(atlas, model, wish.marks)[:HOLDINGS_TRIED_MAX]:
+            held = self._through(holding, hosted, links, wish, request)
+            if held is not None and (
+                best is None or held.cost_s <= best.cost_s or held.stages == best.stages
+            ):
+                others = (
+                    ()
+                    if best is None
+                    else tuple(c for c in _with_alternates(best) if c.stages != held.stages)
+                )
+                best = replace(held, alternates=others)
+        if best is None:
+            raise problem if problem is not None else NoChain(range(model.layers))
+        return best
+
+    def observe(self, choice: Choice, stage: int, tokens: int, seconds: float, now_s: float) -> None:
+        """A stage took `seconds` for `tokens` positions, as the one before it saw it."""
+        if 0 <= stage < len(choice.stages) and 0.0 <= seconds < 3600.0 and tokens > 0:
+            expected_s = choice.expected[stage].seconds(tokens)
+            self.health.succeeded(choice.stages[stage].peer, seconds + SLACK_S, expected_s + SLACK_S, now_s)
+
+    def _request(self, model: ModelAdvert, wish: Wish) -> ChainRequest:
+        return ChainRequest(
+            layers=model.layers,
+            tokens=wish.prompt_tokens + wish.new_tokens,
+            prompt_tokens=wish.prompt_tokens,
+            hidden_bytes=model.hidden_bytes,
+            gateway=self._me,
+            exclude=wish.exclude,
+            seed=wish.seed,
+            priority=wish.priority,
+            kv_bytes_per_token_per_layer=model.kv_bytes_per_token_per_layer,
+        )
+
+    def _holdings(self, atlas: Atlas, model: ModelAdvert, marks: tuple[bytes, ...]) -> list[Holding]:
+        if not marks:
+            return []
+        tellers = [
+            (
+                node_of(host),
+                Teller(advert.start, min(advert.end, model.layers), read_summary(advert.prefixes)),
+            )
+            for host, advert in sorted(atlas.live_hosts(model.manifest_id).items())
+            if advert.state == "ready"
+        ]
+        return self.finder.holdings(tellers, model.layers, marks)
+
+    def _through(
+        self, holding: Holding, hosted: Sequence[Hosted], links: Links, wish: Wish, request: ChainRequest
+    ) -> Choice | None:
+        """The chain that holds a prompt's beginning, if it is there, has room, and is none to be avoided."""
+        parts = []
+        for stage in holding.stages:
+            found = _host_of(stage, hosted)
+            if found is None or stage.peer in wish.exclude:
+                return None
+            parts.append(replace(found, start=stage.start, end=stage.end))
+        nodes = frozenset(stage.peer for stage in holding.stages)
+        asked = replace(request, seed=0, prefix_nodes=nodes, prefix_tokens=holding.tokens)
+        try:
+            chain = Router(parts, links).choose(asked, alternates=0)
+        except (NoRoom, NoChain):
+            return None
+        return self._choice(chain, hosted, links, wish, reuse=holding.tokens)
+
+    def _choice(
+        self, chain: Chain, hosted: Sequence[Hosted], links: Links, wish: Wish, *, reuse: int
+    ) -> Choice:
+        stages = tuple(StageRef(s.node, s.start, s.end) for s in chain.stages)
+        hosts = {stage: host for stage in stages if (host := _host_of(stage, hosted)) is not None}
+        names = [self._me, *(stage.peer for stage in stages)]
+        hops_s = [links(a, b).latency_s for a, b in zip(names, [*names[1:], self._me], strict=True)]
+        first_s = first_token_s(
+            stages, hosts, hops_s, prompt_tokens=wish.prompt_tokens - reuse, priority=wish.priority
+        )
+        likely = min(wish.new_tokens, wish.likely_tokens or wish.new_tokens)
+        decode_s = (chain.cost_s - first_s) * likely / max(1, wish.new_tokens)
+        return Choice(
+            stages,
+            reuse,
+            cost_s=chain.cost_s,
+            first_s=first_s,
+            whole_s=first_s + max(0.0, decode_s),
+            expected=tuple(
+                _expected(hosts[stage], stage, 2 * hop_s)
+                for stage, hop_s in zip(stages, hops_s, strict=False)
+            ),
+            alternates=tuple(self._choice(c, hosted, links, wish, reuse=0) for c in chain.alternates),
+        )
+
+
+def _with_alternates(choice: Choice) -> tuple[Choice, ...]:
+    return (replace(choice, alternates=()), *choice.alternates)
+
+
+def _expected(host: Hosted, stage: StageRef, hop_s: float) -> Expected:
+    layers = stage.end - stage.start
+    return Expected(host.s_per_layer * layers, prefill_s(host) * layers, hop_s)
+
+
+def _host_of(stage: StageRef, hosted: Sequence[Hosted]) -> Hosted | None:
+    for h in hosted:
+        if h.node == stage.peer and h.start <= stage.start < stage.end <= h.end:
+            return h
+    return None
+
+
+def _adverts_of(atlas: Atlas, model: ModelAdvert, hosted: Sequence[Hosted]) -> list[HostAdvert | None]:
+    """What each span's host said. A node of several devices says it of each."""
+    said: dict[str, list[HostAdvert]] = {}
+    for host, advert in atlas.live_hosts(model.manifest_id).items():
+        said.setdefault(node_of(host), []).append(advert)
+    return [
+        next((a for a in said.get(h.node, ()) if a.start <= h.start < h.end <= a.end), None) for h in hosted
+    ]

@@ -1,0 +1,114 @@
+"""One session over one chain, from the gateway's side: open it, feed the prompt, take the tokens, time the stages.
+
+It chooses nothing and retries nothing; what breaks is raised as what it means to the client, and a cache that holds
+less of the prompt than was thought as `CacheStale`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import torch
+import trio
+
+from model_shards import tensor_to_bytes
+from node.serve.faults import leaves, raise_as_gateway_error
+from node.serve.protocol import (
+    PIECE_TOKENS,
+    SESSION,
+    TELL_EVERY_TOKENS,
+    Prompt,
+    SessionInput,
+    SessionNote,
+    SessionOpen,
+    TokenOut,
+)
+from node.serve.returns import Returns
+from node.serve.timing import Stopwatch
+from p2p import CallFailed, Channel, EndOfChannel, PeerLost, RemoteFault, Rpc, Tensor
+
+Observe = Callable[[int, int, float], None]
+
+
+class CacheStale(Exception):
+    """Some stage's cache holds only the first `tokens` of the prompt."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"only {tokens} tokens are cached")
+        self.tokens = tokens
+
+
+class Session:
+    """The tokens of a session, in order. `observe(stage, tokens, seconds)` is told what stages took."""
+
+    def __init__(
+        self,
+        opening: SessionOpen,
+        channel: Channel[SessionNote, SessionInput],
+        tokens: trio.MemoryReceiveChannel[TokenOut],
+        observe: Observe,
+    ) -> None:
+        self._opening = opening
+        self._channel = channel
+        self._tokens = tokens
+        self._observe = observe
+        self._watch = Stopwatch()
+
+    def __aiter__(self) -> AsyncIterator[TokenOut]:
+        return self
+
+    async def __anext__(self) -> TokenOut:
+        try:
+            token = await self._tokens.receive()
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None
+        if token.index % TELL_EVERY_TOKENS == 0 and token.finish is None:
+            # The first stage has it now too, and says when it is done with it.
+            self._watch.sent(self._opening.prompt_tokens + token.index, trio.current_time())
+        return token
+
+    async def feed(self, prompt: tuple[int, ...]) -> None:
+        """The prompt into the first stage, a piece at a time."""
+        for position in range(0, len(prompt), PIECE_TOKENS):
+            ids = torch.tensor(prompt[position : position + PIECE_TOKENS], dtype=torch.int32)
+            if position >= self._opening.reuse:
+                self._watch.sent(position, trio.current_time())
+            piece = Prompt(position, Tensor(*tensor_to_bytes(ids)))
+            await self._channel.send(SessionInput(prompt=piece))
+
+    async def listen(self) -> None:
+        """Take notes of what stages took. The chain's end before the gateway leaves is a fault."""
+        first = self._opening.stages[0].peer
+        with contextlib.suppress(EndOfChannel):
+            while True:
+                note = await self._channel.receive()
+                seconds: float | None = note.seconds
+                if note.stage == 0:
+                    seconds = self._watch.told(note.position, trio.current_time())
+                if seconds is not None:
+                    self._observe(note.stage, note.tokens, seconds)
+        raise PeerLost(first, f"the first stage, {first}, left the session")
+
+
+@asynccontextmanager
+async def open_session(
+    rpc: Rpc, returns: Returns, opening: SessionOpen, prompt: tuple[int, ...], observe: Observe
+) -> AsyncIterator[Session]:
+    """Run a session for as long as the block lasts. Raises StageLost, Overloaded or CacheStale."""
+    first, last = opening.stages[0].peer, opening.stages[-1].peer
+    try:
+        with returns.expect(opening.session, "gateway", last) as tokens:
+            async with rpc.open(first, SESSION, opening) as channel, trio.open_nursery() as nursery:
+                session = Session(opening, channel, tokens, observe)
+                nursery.start_soon(session.feed, prompt)
+                nursery.start_soon(session.listen)
+                yield session
+                nursery.cancel_scope.cancel()
+    except (BaseExceptionGroup, RemoteFault) as problem:
+        for leaf in leaves(problem):
+            if isinstance(leaf, CallFailed) and (leaf.detail or {}).get("reuse", "").isdecimal():
+                kept = int(leaf.detail["reuse"][:9]) // PIECE_TOKENS * PIECE_TOKENS
+                raise CacheStale(min(kept, opening.reuse - PIECE_TOKENS)) from None
+        raise_as_gateway_error(problem, first)

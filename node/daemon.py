@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import trio
 from model_shards import ModelError
 from node import embedded
 from node.api import ApiConfig, build_app, serve_http
-from node.config import EMBEDDED, DaemonConfig, ModelSource, describe
+from node.config import EMBEDDED, DaemonConfig, ModelSource, describe, parse_tags
 from node.console import Console, set_up_logging
 from node.datadir import DataDir, Membership
 from node.errors import ConfigProblem, ControlProblem, NodeError
@@ -114,7 +114,14 @@ class Daemon:
             raise ControlProblem("single-use invites are not supported yet")
         return self._living().invite(ttl_s)
 
-    async def add(self, directory: Path, name: str, copies: int) -> AsyncIterator[dict[str, Any]]:
+    async def add(
+        self,
+        directory: Path,
+        name: str,
+        copies: int,
+        require: Collection[str] = (),
+        ends_require: Collection[str] = (),
+    ) -> AsyncIterator[dict[str, Any]]:
         """Publish a model directory; yields hashing progress, then how far it is served, then its end."""
         node = self._living()
         progress = {"done": 0, "total": 0}
@@ -123,11 +130,14 @@ class Daemon:
             progress.update(done=done, total=total)
 
         source = ModelSource(str(directory), name)
+        asked, ends_asked = _tags(require, "require"), _tags(ends_require, "ends_require")
         box: dict[str, Any] = {}
 
         async def publish() -> None:
             try:
-                box["model"] = await node.publish(model_directory(source), name, copies, report)
+                box["model"] = await node.publish(
+                    model_directory(source), name, copies, report, require=asked, ends_require=ends_asked
+                )
             except (ModelError, OSError, P2pError, NodeError) as problem:
                 box["problem"] = problem
 
@@ -150,6 +160,20 @@ class Daemon:
             if ready:
                 return
             await node.change()
+
+    async def plan(self, model: str, copies: int | None) -> dict[str, Any]:
+        """Where a model would go in the mesh as it is now, or what is missing."""
+        source = str(embedded.path()) if model == EMBEDDED and not self._knows(model) else model
+        try:
+            return await self._living().preview(source, copies)
+        except (ModelError, OSError, ConfigProblem) as problem:
+            raise ControlProblem(f"{model} cannot be planned: {problem}") from None
+
+    async def tags(self, add: Collection[str], remove: Collection[str]) -> tuple[str, ...]:
+        """Change what this node says of itself, until it stops."""
+        node = self._living()
+        node.set_tags(_tags((set(node.tags) - set(remove)) | set(add), "tags"))
+        return node.tags
 
     async def join(self, invite: str) -> None:
         """Leave this mesh for the invite's, if it is another; the connection that asked for it may be cut."""
@@ -235,6 +259,9 @@ class Daemon:
         alone = not membership.addrs and self.config.serve
         return (ModelSource(EMBEDDED, EMBEDDED),) if alone else ()
 
+    def _knows(self, model: str) -> bool:
+        return self._living().atlas().model_named(model) is not None
+
     def _living(self) -> MeshNode:
         if self._node is None:
             raise ControlProblem("the node is just changing its mesh; try again in a moment")
@@ -247,6 +274,13 @@ def model_directory(source: ModelSource) -> Path:
     if not directory.is_dir():
         raise ConfigProblem("model", source.directory, "an existing Hugging Face model directory")
     return directory.resolve()
+
+
+def _tags(tags: Collection[str], name: str) -> tuple[str, ...]:
+    try:
+        return parse_tags(sorted(tags), name)
+    except ConfigProblem as problem:
+        raise ControlProblem(str(problem)) from None
 
 
 def membership_of(text: str) -> Membership:

@@ -165,9 +165,18 @@ class MeshNode:
     # -- models ----------------------------------------------------------------------------------------------------
 
     async def publish(
-        self, directory: Path, name: str, copies: int, progress: Progress | None = None
+        self,
+        directory: Path,
+        name: str,
+        copies: int,
+        progress: Progress | None = None,
+        *,
+        require: tuple[str, ...] = (),
+        ends_require: tuple[str, ...] = (),
     ) -> ModelAdvert:
-        """Offer a model directory to the mesh. Raises ModelError, and ConfigProblem for a name that cannot be used."""
+        """Offer a model directory to the mesh; tags that its hosts must have, where others than those configured.
+
+        Raises ModelError, and ConfigProblem for a name that cannot be used."""
         if not NAME_PATTERN.fullmatch(name):
             raise ConfigProblem("name", name, "up to 128 letters, digits and . _ : / -, the first no sign")
         files = await self.library.publish(directory, name, progress)
@@ -180,7 +189,11 @@ class MeshNode:
         advert = model_advert(
             files.config,
             files.index,
-            self.config,
+            replace(
+                self.config,
+                require=require or self.config.require,
+                ends_require=ends_require or self.config.ends_require,
+            ),
             name=name,
             manifest_id=files.manifest.id,
             created_s=int(self.gossip.now_s()),
@@ -194,9 +207,9 @@ class MeshNode:
         ConfigProblem, and ModelError for a directory that no node could host."""
         known, here = self.atlas().model_named(model), None
         if known is None:
-            here, directory = self.me, await trio.Path(model).expanduser()
-            if not await directory.is_dir():
-                raise ConfigProblem("model", model, "a model of this mesh or a Hugging Face model directory")
+            here, directory = self.me, trio.Path(model)
+            if not directory.is_absolute() or not await directory.is_dir():
+                raise ConfigProblem("model", model, "a model of this mesh or the path of a model directory")
             files = await trio.to_thread.run_sync(read_directory, Path(directory), abandon_on_cancel=True)
             known = model_advert(
                 *files, self.config,

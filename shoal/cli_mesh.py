@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,10 @@ def add(options: argparse.Namespace) -> int:
     directory, name = model_source(options.directory, options.name)
     client = connect(options.api, options.data_dir)
     with terminal.progress(quiet=options.json) as progress:
-        publish(client, directory, name, options.copies, progress)
+        publish(
+            client, directory, name, options.copies, progress,
+            require=options.require, ends_require=options.ends_require,
+        )  # fmt: skip
         mesh = None
         if not options.no_wait:
             show = spreading(name, options.copies, progress)
@@ -175,10 +178,16 @@ def model_source(directory: str, name: str | None) -> tuple[str, str]:
 
 
 def publish(
-    client: DaemonClient, directory: str, name: str, copies: int, progress: terminal.Progress
+    client: DaemonClient,
+    directory: str,
+    name: str,
+    copies: int,
+    progress: terminal.Progress,
+    **tags: Sequence[str],
 ) -> None:
     """Have the daemon publish `directory`; returns once the mesh knows the model. Raises ShoalError."""
     body = {"directory": directory, "name": name, "copies": copies}
+    body |= {field: list(wanted) for field, wanted in tags.items() if wanted}
     label = f"reading {name}"
     progress(label, None)
     with closing(client.ndjson("/shoal/models", body)) as events:

@@ -25,9 +25,10 @@ Pool your own computers into one machine that serves language models.
 
 
 PLAN = """\
-Plan a model over machines that need not exist. Nothing is started or asked over a network.
+Say where a model would go, before anything is loaded, and what is missing where it does not fit.
 
-The file is a JSON object:
+With MODEL, a name in the mesh or a Hugging Face model directory, the mesh is planned as it is now.
+With --input, machines that need not exist are; nothing is then asked over a network. The file is a JSON object:
   model   layers, layer_bytes, embed_bytes, head_bytes, layer_flops_per_token, hidden_bytes,
           kv_bytes_per_token_per_layer; optional tied
   nodes   a list of id, tflops, memory_gib, bandwidth_gbps; optional link_mbps
@@ -194,12 +195,36 @@ def _daemon_flags(parser: Parser) -> None:
         "--copies", metavar="K", type=count, help="copies of each layer of the models shared here"
     )
     lend.add_argument("--layers", metavar="A:B", help="hold exactly layers A to B-1 instead of planned ones")
-    lend.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:N, mps or xpu")
+    lend.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:N, mps or xpu; several with commas between, or all",
+    )
     lend.add_argument("--dtype", metavar="TYPE", help="auto, float32 or bfloat16")
     lend.add_argument("--quant", metavar="HOW", help="none, int8 or int4")
     lend.add_argument("--threads", metavar="N", type=count, help="processor threads for computing")
     lend.add_argument("--disk", metavar="SIZE", help="disk for models' pieces (default: 200GiB)")
     lend.add_argument("--concurrency", metavar="N", type=count, help="requests at once that room is kept for")
+    lend.add_argument(
+        "--tag",
+        metavar="TAG",
+        action="append",
+        dest="tags",
+        help="say of this node that it is trusted, metered, owner-active or anything else; may be repeated",
+    )
+    lend.add_argument("--region", metavar="NAME", help="where it stands, to guess links that nobody measured")
+    lend.add_argument(
+        "--require",
+        metavar="TAG",
+        action="append",
+        help="only nodes with this tag may host the models shared here; may be repeated",
+    )
+    lend.add_argument(
+        "--ends-require",
+        metavar="TAG",
+        action="append",
+        help="as --require, for the first and last layer, whose hosts see the text",
+    )
     lend.add_argument("--no-serve", action="store_true", help="hold no layers: only use the mesh")
 
 
@@ -231,6 +256,21 @@ def _mesh_commands(commands: Any) -> None:
     _json(status, "the daemon's view of the mesh")
     _where(status)
 
+    tags = _add(
+        commands,
+        "tags",
+        "shoal.cli_tags:tags",
+        "show or change what this node says of itself",
+        "Tags are words that an owner sets. `metered`: its link is paid by the byte, so that little is fetched\n"
+        "there. `owner-active`: its owner is using it, so that work goes elsewhere where it can. `trusted`, or any\n"
+        "other: models may ask for it. A tag holds until it is taken away or the node stops.",
+        "  shoal tags\n  shoal tags --add owner-active\n  shoal tags --remove owner-active",
+    )
+    tags.add_argument("--add", metavar="TAG", action="append", default=[], help="may be repeated")
+    tags.add_argument("--remove", metavar="TAG", action="append", default=[], help="may be repeated")
+    _json(tags, "the tags")
+    _where(tags)
+
 
 def _model_commands(commands: Any) -> None:
     add = _add(
@@ -248,6 +288,20 @@ def _model_commands(commands: Any) -> None:
     add.add_argument("--name", metavar="NAME", help="its name in the mesh (default: the directory's)")
     add.add_argument(
         "--copies", metavar="K", type=count, default=1, help="copies of each layer wanted (default: 1)"
+    )
+    add.add_argument(
+        "--require",
+        metavar="TAG",
+        action="append",
+        default=[],
+        help="only nodes with this tag may host it; may be repeated",
+    )
+    add.add_argument(
+        "--ends-require",
+        metavar="TAG",
+        action="append",
+        default=[],
+        help="as --require, for its first and last layer, whose hosts see the text",
     )
     add.add_argument("--no-wait", action="store_true", help="return once it is published")
     add.add_argument(
@@ -291,17 +345,21 @@ def _plan_command(commands: Any) -> None:
         commands,
         "plan",
         "shoal.cli_plan:plan",
-        "show how a model would be placed over machines that a file describes",
+        "show how a model would be placed over the mesh, or over machines that a file describes",
         PLAN,
-        "  shoal plan --input lab.json\n  shoal plan --input lab.json --prefer throughput --json",
+        "  shoal plan ~/models/Qwen3-4B\n  shoal plan qwen3-4b --copies 2\n"
+        "  shoal plan --input lab.json --prefer throughput --json",
     )
-    plan.add_argument("--input", metavar="FILE", required=True, help="the description, or - for stdin")
+    plan.add_argument("model", metavar="MODEL", nargs="?", help="a model of the mesh, or a directory")
+    plan.add_argument("--copies", metavar="K", type=count, help="copies of each layer wanted")
+    plan.add_argument("--input", metavar="FILE", help="the description of machines, or - for stdin")
     plan.add_argument(
         "--prefer",
         choices=("balanced", "latency", "throughput"),
         help="quick answers, many at once, or both in measure (default: the file's, else balanced)",
     )
     _json(plan, "the plan")
+    _where(plan)
 
 
 def _sim_command(commands: Any) -> None:

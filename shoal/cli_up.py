@@ -40,6 +40,10 @@ SAME_NAME = (
     "concurrency",
     "threads",
     "name",
+    "tags",
+    "region",
+    "require",
+    "ends_require",
     "log_level",
 )
 MOVE_WAIT_S = 15.0

@@ -50,7 +50,7 @@ class ControlApi:
         return _json({"joined": True})
 
     async def plan(self, request: Request) -> Response:
-        """POST /shoal/plan {"model": a name or a directory's absolute path, "copies": n or null} -> where it would go."""
+        """POST /shoal/plan {"model": a name or an absolute path, "copies": n or null} -> where it would go."""
         fields = await self._fields(request)
         copies = fields.integer("copies", None, 1, COPIES_MAX)
         return _json(await self._orders().plan(fields.text("model", chars_max=PATH_CHARS_MAX), copies))
@@ -68,9 +68,9 @@ class ControlApi:
         return _json({"stopping": True})
 
     async def add(self, request: Request) -> Response:
-        """POST /shoal/models {"directory", "name", "copies", "require", "ends_require"} -> progress, one JSON object a line.
+        """POST /shoal/models {"directory", "name", "copies", "require", "ends_require"} -> progress.
 
-        The last line is `{"done": true}` or, where it fails after the first line, `{"error": {...}}`.
+        One JSON object a line. The last one is `{"done": true}` or, where it fails after the first, `{"error": {...}}`.
         """
         fields = await self._fields(request)
         directory = Path(fields.text("directory", chars_max=PATH_CHARS_MAX))

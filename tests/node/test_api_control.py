@@ -32,19 +32,31 @@ class FakeControl:
     async def stop(self) -> None:
         self.calls.append(("stop",))
 
-    async def add(self, directory: Path, name: str, copies: int):
-        self.calls.append(("add", directory, name, copies))
+    async def plan(self, model, copies):
+        self.calls.append(("plan", model, copies))
+        if self.problem is not None:
+            raise self.problem
+        return {"model": model, "spans": []}
+
+    async def tags(self, add, remove):
+        self.calls.append(("tags", tuple(add), tuple(remove)))
+        return tuple(add)
+
+    async def add(self, directory: Path, name: str, copies: int, require=(), ends_require=()):
+        self.calls.append(("add", directory, name, copies, *require, *ends_require))
         for line in self.progress:
             if isinstance(line, Exception):
                 raise line
             yield line
 
 
-ORDERS = ["/shoal/invite", "/shoal/join", "/shoal/models", "/shoal/stop"]
+ORDERS = ["/shoal/invite", "/shoal/join", "/shoal/models", "/shoal/plan", "/shoal/tags", "/shoal/stop"]
 BODIES = {
     "/shoal/invite": {"ttl_s": 60},
     "/shoal/join": {"invite": "shoal1-x"},
     "/shoal/models": {"directory": "/models/a", "name": "a"},
+    "/shoal/plan": {"model": "a"},
+    "/shoal/tags": {"add": ["metered"]},
     "/shoal/stop": {},
 }
 
@@ -74,6 +86,33 @@ async def test_a_model_is_added_with_progress_line_by_line(make_gateway, serving
     assert lines == [*control.progress, {"done": True}]
     assert answer.headers["content-type"] == "application/x-ndjson"
     assert control.calls == [("add", Path("/models/a b"), "a", 3)]
+
+
+async def test_a_model_may_ask_for_hosts_with_tags(make_gateway, serving) -> None:
+    control = FakeControl()
+    body = {"directory": "/a", "name": "a", "require": ["x"], "ends_require": ["trusted"]}
+    async with serving(make_gateway(), control=control) as site:
+        await site.http.post("/shoal/models", json=body)
+    assert control.calls == [("add", Path("/a"), "a", 1, "x", "trusted")]
+
+
+async def test_a_plan_is_asked_for_and_what_cannot_be_planned_says_why(make_gateway, serving) -> None:
+    control = FakeControl()
+    async with serving(make_gateway(), control=control) as site:
+        answer = await site.http.post("/shoal/plan", json={"model": "/models/a", "copies": 2})
+        assert answer.json() == {"model": "/models/a", "spans": []}
+        control.problem = ControlProblem("/models/a holds no config.json")
+        answer = await site.http.post("/shoal/plan", json={"model": "/models/a"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "/models/a holds no config.json")
+    assert control.calls == [("plan", "/models/a", 2), ("plan", "/models/a", None)]
+
+
+async def test_tags_are_changed(make_gateway, serving) -> None:
+    control = FakeControl()
+    async with serving(make_gateway(), control=control) as site:
+        answer = await site.http.post("/shoal/tags", json={"add": ["metered"], "remove": ["trusted"]})
+    assert answer.json() == {"tags": ["metered"]}
+    assert control.calls == [("tags", ("metered",), ("trusted",))]
 
 
 @pytest.mark.parametrize("before", [0, 1])
@@ -117,6 +156,12 @@ async def test_an_order_that_cannot_be_carried_out_is_a_400_with_the_reason(make
         ("/shoal/models", {"directory": "models/a", "name": "a"}, "directory"),
         ("/shoal/models", {"directory": "/models/a"}, "name"),
         ("/shoal/models", {"directory": "/models/a", "name": "a", "copies": 0}, "copies"),
+        ("/shoal/models", {"directory": "/models/a", "name": "a", "require": "trusted"}, "require"),
+        ("/shoal/plan", {}, "model"),
+        ("/shoal/plan", {"model": "a", "copies": 0}, "copies"),
+        ("/shoal/tags", {"add": "metered"}, "add"),
+        ("/shoal/tags", {"add": ["x"] * 65}, "add"),
+        ("/shoal/tags", {"remove": [3]}, "remove[0]"),
         ("/shoal/models", {"directory": "/models/a", "name": "a", "copies": "2"}, "copies"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`shoal plan --input`: the file in, the scheduler's answer out, and one line for every bad file."""
+"""`shoal plan`: the file in, the scheduler's answer out, one line for every bad file; the same over a mesh."""
 
 from __future__ import annotations
 
@@ -98,3 +98,73 @@ def test_a_missing_file_is_one_line(shoal, tmp_path):
         1,
         f"shoal: {tmp_path}/none cannot be read: no such file or directory\n",
     )
+
+
+SPANS = [
+    {"node": "P1", "name": "attic", "start": 0, "end": 5, "memory_bytes": 5 << 30, "fetch_bytes": 0, "serves": True},
+    {"node": "P2#1", "name": "desk", "start": 5, "end": 8, "memory_bytes": 3 << 30, "fetch_bytes": 3 << 30,
+     "serves": False},
+]  # fmt: skip
+FOUND = {
+    "model": "m", "spans": SPANS, "moved": ["other"], "shortage": None, "planning_s": 0.01,
+    "replicas": [{"stages": [{"node": s["node"], "start": s["start"], "end": s["end"]} for s in SPANS],
+                  "ms_per_token": 41.3, "tokens_per_s": 30.0}],
+}  # fmt: skip
+SHORT = {
+    "detail": "needs 9.0 GiB for weights and cache, the mesh offers 7.0 GiB: 2.0 GiB short",
+    "needed_bytes": 9 << 30, "available_bytes": 7 << 30, "missing_bytes": 2 << 30, "layers_short": 2,
+}  # fmt: skip
+
+
+def test_a_model_of_the_mesh_is_planned_by_the_daemon(shoal, daemon):
+    daemon.answers["/shoal/plan"] = (200, FOUND)
+    outcome = shoal("plan", "m", "--copies", "2")
+    assert daemon.seen == [("/shoal/plan", {"model": "m", "copies": 2})]
+    header, *rows = outcome.out.splitlines()
+    assert header.split() == ["NODE", "LAYERS", "MEMORY", "NOW"]
+    assert rows[0].split()[0:2] == ["attic", "0-4"]
+    assert "serves them" in rows[0]
+    assert "device 1" in rows[1]
+    assert "to fetch" in rows[1]
+    assert "41.3 ms a token" in outcome.err
+    assert "other" in outcome.err
+
+
+def test_a_directory_is_told_to_the_daemon_by_its_whole_path(shoal, daemon, model_dir, monkeypatch):
+    monkeypatch.chdir(model_dir.parent)
+    daemon.answers["/shoal/plan"] = (200, FOUND)
+    outcome = shoal("plan", model_dir.name, "--json")
+    assert daemon.seen == [("/shoal/plan", {"model": str(model_dir), "copies": None})]
+    assert json.loads(outcome.out) == FOUND
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_what_does_not_fit_is_a_failure_that_says_what_is_missing(shoal, daemon, flags):
+    daemon.answers["/shoal/plan"] = (200, FOUND | {"spans": [], "replicas": [], "shortage": SHORT})
+    outcome = shoal("plan", "m", *flags)
+    assert outcome.status == 1
+    assert "2.0 GiB short" in outcome.err
+    assert not flags or json.loads(outcome.out)["shortage"] == SHORT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "either a model"),
+        (["m", "--input", "x.json"], "either a model"),
+        (["m", "--prefer", "latency"], "--prefer"),
+        (["--input", "x.json", "--copies", "2"], "--copies"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_wrong_usage(shoal, arguments, words):
+    outcome = shoal("plan", *arguments)
+    assert outcome.status == 2
+    assert words in outcome.err
+
+
+def test_tags_are_shown_and_changed(shoal, daemon):
+    daemon.answers["/shoal/tags"] = (200, {"tags": ["metered", "trusted"]})
+    assert shoal("tags", "--add", "metered", "--remove", "owner-active").out == "metered trusted\n"
+    assert daemon.seen == [("/shoal/tags", {"add": ["metered"], "remove": ["owner-active"]})]
+    daemon.answers["/shoal/tags"] = (200, {"tags": []})
+    assert shoal("tags").out == "no tags\n"

@@ -31,6 +31,9 @@ class Carrier(Protocol):
     @property
     def kind(self) -> Literal["direct", "stream"]: ...
     async def send(self, pieces: Sequence[memoryview | bytes]) -> None: ...
+    def send_now(self, pieces: list[memoryview]) -> list[memoryview]:
+        """Send what needs no waiting; the pieces that are left. Not while `send` waits."""
+
     async def receive_into(self, buffer: memoryview) -> int:
         """At least one byte; 0 at the end."""
 
@@ -72,6 +75,21 @@ class SocketCarrier:
             if sent:
                 rest[0] = rest[0][sent:]
         await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def send_now(self, pieces: list[memoryview]) -> list[memoryview]:
+        rest = deque(pieces)
+        while rest:
+            try:
+                sent = self._send_some(rest)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                raise self._lost(error) from error
+            while rest and sent >= len(rest[0]):
+                sent -= len(rest.popleft())
+            if sent:
+                rest[0] = rest[0][sent:]
+        return list(rest)
 
     if hasattr(socket.socket, "sendmsg"):
 
@@ -143,6 +161,9 @@ class StreamCarrier:
     async def send(self, pieces: Sequence[memoryview | bytes]) -> None:
         for piece in pieces:
             await self._stream.send_all(piece)
+
+    def send_now(self, pieces: list[memoryview]) -> list[memoryview]:
+        return pieces
 
     async def receive_into(self, buffer: memoryview) -> int:
         if not self._rest:

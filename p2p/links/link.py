@@ -48,10 +48,12 @@ from p2p.links.types import LinksConfig, PathName
 
 Buffer = bytes | bytearray | memoryview
 
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 512 << 10
+_READ_SLACK_BYTES = 512
+_ALL = 1 << 62
 _ECHO_EVERY_S = 0.25
 _ECHOES_MAX = 64
-_ACK_BYTES_MAX = 2 << 20
+_ACK_BYTES_MAX = 1 << 20
 _ACK_RECORDS_MAX = RECORDS_AHEAD_MAX // 4
 _PAIR = struct.Struct("!QQ")
 _ONE = struct.Struct("!Q")
@@ -78,6 +80,7 @@ class Path:
     began_s: float
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     reason: str = ""
+    rest: list[memoryview] = field(default_factory=list)
     heard_s: float = 0.0
 
     @property
@@ -155,43 +158,74 @@ class Link:
             raise LocalFault(f"a header of {len(header)} bytes; at most {self._header_bytes_max()} are sent")
         if total > self.config.payload_bytes_max:
             raise LocalFault(f"a payload of {total} bytes; at most {self.config.payload_bytes_max} are sent")
-        async with self._sending:
+        if self._sending.locked():
+            await self._sending.acquire()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._sending.acquire_nowait()
+        try:
             self._check()
             inline = b"".join(pieces) if total + len(header) <= INLINE_BYTES_MAX else b""
             if len(inline) + len(header) + BEGINNING.size > self.terms.record_bytes:
                 inline = b""
-            beginning_bytes = BEGINNING.size + len(header) + len(inline)
-            await self._wait_for_room(beginning_bytes)
+            waited = await self._wait_for_room(BEGINNING.size + len(header) + len(inline))
             self.outbox.begin(header, inline, total, wants_echo=self._wants_echo())
             if total and not inline:
-                await self._send_parts(pieces)
-            self._work.unpark_all()
+                waited = await self._send_parts(pieces) or waited
+            self._send_now()
             self.bytes_sent += total + len(header)
             self._meter.bytes_sent += total + len(header)
+            if not waited:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+        finally:
+            self._sending.release()
 
-    async def _send_parts(self, pieces: list[memoryview]) -> None:
-        done = False
+    async def _send_parts(self, pieces: list[memoryview]) -> bool:
+        done = waited = False
         try:
             for part in cut(pieces, self.terms.record_bytes):
-                await self._wait_for_room(len(part))
+                waited = await self._wait_for_room(len(part)) or waited
                 self.outbox.part(part)
             done = True
+            return waited
         finally:
             if not done and self.failure is None:
                 self.outbox.abort()
-                self._work.unpark_all()
+                self._send_now()
 
-    async def _wait_for_room(self, plain_bytes: int) -> None:
-        """Until the peer's window takes a record, and the path has not too much to send already."""
+    async def _wait_for_room(self, plain_bytes: int) -> bool:
+        """Until the peer's window takes a record, and the path has not too much to send already. Whether it waited."""
         outbox = self.outbox
         waited = False
-        while outbox.unsent_bytes >= BATCH_BYTES or not outbox.room(plain_bytes):
+        while True:
+            if outbox.unsent_bytes >= BATCH_BYTES:
+                self._send_now()
+            if outbox.unsent_bytes < BATCH_BYTES and outbox.room(plain_bytes):
+                return waited
+            self._send_now()
             waited = True
-            self._work.unpark_all()
             await self._room.park()
             self._check()
-        if not waited:
-            await trio.lowlevel.checkpoint_if_cancelled()
+
+    def _send_now(self) -> None:
+        """What is sealed goes out from here, as far as the path takes it without waiting; a writer sees to the rest."""
+        path = self.path_now
+        if path is None or path.rest:
+            return
+        if len(path.carriers) > 1:
+            self._work.unpark_all()
+            return
+        pieces = self._control()
+        pieces += self.outbox.take(_ALL)
+        if not pieces:
+            return
+        try:
+            path.rest = path.carriers[0].send_now(pieces)
+        except PeerLost as lost:
+            path.end(str(lost))
+            return
+        if path.rest:
+            self._work.unpark_all()
 
     def _wants_echo(self) -> bool:
         now = trio.current_time()
@@ -231,6 +265,7 @@ class Link:
     async def _receive(self, sink: Sink | None) -> tuple[bytes, memoryview]:
         inbox = self.inbox
         self._progress_s = trio.current_time()
+        parked = False
         await trio.lowlevel.checkpoint_if_cancelled()
         self._post(sink)
         while True:
@@ -242,13 +277,15 @@ class Link:
                 count = len(message[0]) + len(message[1])
                 self.bytes_received += count
                 self._meter.bytes_received += count
-                await trio.lowlevel.cancel_shielded_checkpoint()
+                if not parked:
+                    await trio.lowlevel.cancel_shielded_checkpoint()
                 return message
             if inbox.ended:
                 raise EndOfChannel(f"{self.peer} has ended the link")
             if self.failure is not None:
                 raise self.failure.with_traceback(None)
             await self._next_arrival()
+            parked = True
 
     def _post(self, sink: Sink | None) -> None:
         try:
@@ -323,11 +360,12 @@ class Link:
         """Carry records until the path breaks or another takes over."""
         try:
             if self.failure is None and self.path_now is path:
+                write = self._write if len(path.carriers) == 1 else self._write_stripe
                 with path.scope:
                     async with trio.open_nursery() as nursery:
                         for carrier in path.carriers:
                             nursery.start_soon(self._guard, path, self._read, carrier)
-                            nursery.start_soon(self._guard, path, self._write, carrier)
+                            nursery.start_soon(self._guard, path, write, carrier)
                         nursery.start_soon(self._watch, path)
         finally:
             self._note_loss(path)
@@ -352,33 +390,47 @@ class Link:
             path.end(str(fault))
 
     async def _write(self, path: Path, carrier: Carrier) -> None:
-        batch_bytes = BATCH_BYTES if len(path.carriers) == 1 else self.terms.record_bytes
-        outbox = self.outbox
+        """The only carrier of a path: finish what `_send_now` could not, and do what it is woken for."""
+        while True:
+            if path.rest:
+                await carrier.send(path.rest)
+                path.rest = []
+                self._room.unpark_all()
+            self._send_now()
+            if not path.rest:
+                await self._work.park()
+
+    async def _write_stripe(self, path: Path, carrier: Carrier) -> None:
+        """One of several carriers: whoever is free takes the next record."""
         while True:
             pieces = self._control()
-            pieces += outbox.take(batch_bytes)
-            if not pieces:
+            pieces += self.outbox.take(self.terms.record_bytes)
+            if pieces:
+                self._room.unpark_all()
+                await carrier.send(pieces)
+            else:
                 await self._work.park()
-                continue
-            self._room.unpark_all()
-            await carrier.send(pieces)
 
     async def _read(self, path: Path, carrier: Carrier) -> None:
+        """Take records off one carrier. A read asks for little more than the record that is coming, so that it is
+        decrypted while it is still in the processor's cache, and what is left over is cheap to move."""
         record_bytes = self.terms.record_bytes
-        buffer = memoryview(bytearray(max(BATCH_BYTES, 2 * record_bytes) + OVERHEAD_BYTES))
-        have = 0
+        buffer = memoryview(bytearray(2 * (record_bytes + OVERHEAD_BYTES + _READ_SLACK_BYTES)))
+        have, wanted = 0, record_bytes + OVERHEAD_BYTES
         while True:
-            count = await carrier.receive_into(buffer[have:])
+            count = await carrier.receive_into(buffer[have : wanted + _READ_SLACK_BYTES])
             if not count:
                 raise PeerLost(self.peer, "the path was closed by the peer")
             path.heard_s = trio.current_time()
             self._meter.inward.add(count, path.heard_s)
             have += count
             at = 0
+            wanted = record_bytes + OVERHEAD_BYTES
             while have - at >= HEAD_BYTES:
                 head = read_head(buffer, at, record_bytes)
                 end = at + HEAD_BYTES + head.length
                 if end > have:
+                    wanted = end - at
                     break
                 self._on_record(head, buffer[at:end], path.heard_s)
                 at = end

@@ -30,7 +30,7 @@ from p2p.links.records import (
 BEGINNING = struct.Struct("!IQ")  # bytes of the header, bytes of the payload
 INLINE_BYTES_MAX = 16 << 10
 RECORDS_AHEAD_MAX = 4096
-_SLOTS_FREE_MAX = 8
+_SLOTS_FREE_MAX = 32
 
 Buffer = bytes | bytearray | memoryview
 

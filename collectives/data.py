@@ -21,6 +21,7 @@ from collectives.config import RunConfig
 from collectives.data_links import SERVICE, Purpose, introduce
 from collectives.errors import CollectiveError, LocalFault, NonFinite, RemoteFault
 from collectives.reduce import Exchange, ExchangeSettings, FrameRefused, Layout, Result
+from collectives.reduce.frames import KEY_BYTES
 from collectives.values import RETRY_S, fetch_value
 from p2p import Link, P2pError
 
@@ -100,6 +101,8 @@ class Plane:
         self._fetches: dict[bytes, trio.CancelScope] = {}
         self._lines: dict[str, _Line] = {}
         self._linked: set[str] = set()
+        self._touched: set[str] = set()  # frames of this epoch came from them, and may have been lost here
+        self._keys: set[bytes] = set()  # of this epoch's declarations so far
         self._changed = trio.Event()
         self._gated = False
         self._nursery: trio.Nursery | None = None
@@ -146,25 +149,17 @@ class Plane:
         member = declaration.member(self._me)
         if given is None or member is None or member.nonce != given.nonce:
             return
-        old = self._exchange
         self._ballot = declaration.ballot
+        key = declaration.key[:KEY_BYTES]
         try:
-            if (
-                old is not None
-                and self._epoch == declaration.epoch
-                and not old.done
-                and self._goes_on(old, declaration)
-            ):
-                old.rebase(declaration)
+            if self._goes_on(declaration):
+                self._rebase(given, declaration)
             else:
-                self._close_exchange()
-                settings = ExchangeSettings()
-                self._exchange = Exchange(self._me, given.tensors, declaration, settings, layout=given.layout)
-                self._linked.clear()
+                self._begin(given, declaration)
         except NonFinite as error:
             self.own_fault(given.nonce, error)
             return
-        self._epoch = declaration.epoch
+        self._keys.add(key)
         self._reported = False
         self._began_s = trio.current_time()
         for peer in declaration.peers:
@@ -173,21 +168,42 @@ class Plane:
         self._after()
         self._tell_changed()
 
-    def _goes_on(self, exchange: Exchange, declaration: Declaration) -> bool:
-        mine, new = exchange.declaration.member(self._me), declaration.member(self._me)
-        return (
-            mine is not None
-            and new is not None
-            and mine.nonce == new.nonce
-            and exchange.codec.name == declaration.codec
+    def _goes_on(self, declaration: Declaration) -> bool:
+        """Whether the present exchange is of the same attempt."""
+        old = self._exchange
+        if old is None or self._epoch != declaration.epoch or old.codec.name != declaration.codec:
+            return False
+        mine, new = old.declaration.member(self._me), declaration.member(self._me)
+        return mine is not None and new is not None and mine.nonce == new.nonce
+
+    def _rebase(self, given: Input, declaration: Declaration) -> None:
+        """Go on with what is held. A whole result that may have been voted for keeps its memory."""
+        exchange = self._exchange
+        if exchange is None or exchange.declaration.key == declaration.key:
+            return
+        if exchange.done and exchange.digest in self._wholes:
+            exchange.result = Result(given.layout, given.tensors)
+        exchange.rebase(declaration)
+
+    def _begin(self, given: Input, declaration: Declaration) -> None:
+        """Start afresh; what came for this epoch before and is not here any more is asked for again."""
+        self._close_exchange()
+        if self._epoch != declaration.epoch:
+            self._keys.clear()
+            self._touched.clear()
+        self._epoch = declaration.epoch
+        self._linked.clear()
+        settings = ExchangeSettings()
+        exchange = self._exchange = Exchange(
+            self._me, given.tensors, declaration, settings, layout=given.layout
         )
+        for peer in self._touched & set(exchange.peers):
+            exchange.relinked(peer)
 
     def abandon(self, ballot: Ballot) -> None:
         """Stop reducing; a result that was reported stays."""
         if self._ballot == ballot:
-            self._ballot = None
-            if self._exchange is not None and not self._exchange.done:
-                self._close_exchange()
+            self._ballot = None  # what is held stays for the next declaration, until the attempt is closed
 
     def fetch(self, value: Value, holders: tuple[str, ...]) -> None:
         """Get these bytes from any of the holders; goes on until they are here or released."""
@@ -384,6 +400,8 @@ class Plane:
                 header, payload = await link.receive(sink)
                 await self._early(peer, header, link)
                 exchange = self._current(peer, header)
+                if _EPOCH.unpack_from(header)[0] == self._epoch:
+                    self._touched.add(peer)
                 if exchange is None:
                     continue
                 now_s = trio.current_time()
@@ -416,18 +434,17 @@ class Plane:
     async def _early(self, peer: str, header: bytes, link: Link) -> None:
         """A frame of an epoch that has not begun here waits; one of a declaration that is not known yet waits a
         moment, because the order to rebase is on its way."""
-        until_s = trio.current_time() + _EARLY_WAIT_S
-        while link.failure is None:
-            epoch = _EPOCH.unpack_from(header)[0] if len(header) > _EPOCH.size else 0
-            if epoch < self._epoch:
+        until_s = math.inf
+        key = bytes(header[_EPOCH.size + _KEY_AT :])
+        while link.failure is None and len(header) > _EPOCH.size:
+            epoch = _EPOCH.unpack_from(header)[0]
+            if epoch < self._epoch or (epoch == self._epoch and key in self._keys):
                 return
-            exchange = self._exchange
             if epoch == self._epoch:
-                if exchange is None or peer in exchange.peers or trio.current_time() >= until_s:
+                until_s = min(until_s, trio.current_time() + _EARLY_WAIT_S)
+                if trio.current_time() >= until_s:
                     return
-                with trio.move_on_at(until_s):
-                    await self._wait(link)
-            else:
+            with trio.move_on_at(until_s):
                 await self._wait(link)
 
     async def _wait(self, link: Link) -> None:

@@ -30,6 +30,7 @@ log = logging.getLogger("shoal.collectives")
 
 MANIFEST_BYTES_MAX = 64 << 20
 PAUSE_S = 0.2
+STRAGGLERS_S = 0.1
 INLINE_BYTES_MAX = 4 << 20
 T = TypeVar("T")
 
@@ -125,16 +126,28 @@ class StateServer:
 
 
 async def ask_heads(rpc: Rpc, peers: Sequence[str], run: str, tag: str, within_s: float) -> dict[str, Head]:
-    """What each peer that answers in time holds."""
+    """What each peer holds that answers in time; once most have, the others get a moment only."""
     heads: dict[str, Head] = {}
+    left = len(peers)
+    enough = trio.Event()
 
     async def ask(peer: str) -> None:
+        nonlocal left
         with contextlib.suppress(P2pError):
             heads[peer] = await rpc.call(peer, HEAD, AskHead(run, tag), deadline_s=within_s)
+        left -= 1
+        if left == 0 or 2 * len(heads) > len(peers):
+            enough.set()
 
+    if not peers:
+        return heads
     async with trio.open_nursery() as nursery:
         for peer in peers:
             nursery.start_soon(ask, peer)
+        await enough.wait()
+        if left:
+            await trio.sleep(STRAGGLERS_S)
+        nursery.cancel_scope.cancel()
     return heads
 
 

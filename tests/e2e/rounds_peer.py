@@ -50,6 +50,7 @@ class Member:
         self.log = open(order["log"], "a", buffering=1)  # noqa: SIM115 - as long as the process
         self.state = {f"w{n}": torch.zeros(size) for n, size in enumerate(SIZES)}
         self.epoch = 0
+        self.came_back = False
 
     def say(self, what: str, **more: object) -> None:
         self.log.write(json.dumps({"what": what, "at": time.monotonic(), **more}) + "\n")
@@ -98,6 +99,9 @@ class Member:
         else:
             await run.publish(self.state, 0)
         while self.epoch < self.order["rounds"]:
+            if not self.came_back:  # what an inner loop takes: whoever is back may join the next round
+                await trio.sleep(self.order["think_s"])
+            self.came_back = False
             epoch = self.epoch + 1
             began = time.monotonic()
             try:
@@ -154,6 +158,7 @@ class Member:
         if snapshot.epoch >= self.epoch:
             self.state = {key: tensor.clone() for key, tensor in snapshot.tensors.items()}
             self.epoch = snapshot.epoch
+        self.came_back = True
         self.say("fetched", epoch=self.epoch, state=snapshot.digest.hex(), took_s=time.monotonic() - began)
 
 

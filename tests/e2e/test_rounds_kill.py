@@ -99,6 +99,7 @@ class Oracle:
             log=str(member.log_path), key=member.key, journal=member.journal, port=self.ports[self.peers[member.index]],
             ports=self.ports, founders=self.peers, rounds=self.rounds, deadline_s=self.deadline_s, rejoin=rejoin,
             peers_min=1 if rejoin else len(self.members) - 1, linger_s=3600.0, level=self.level,
+            think_s=0.1,
         )["pid"]  # fmt: skip
 
     def signal(self, member, number):

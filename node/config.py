@@ -55,7 +55,9 @@ class DaemonConfig:
 
     `device` is one device, several separated by commas, or `all`. `tags` describe this node; `require` and
     `ends_require` are tags that hosts of the models shared here must have. `rebalance_s`: how often plans are weighed
-    against better ones and copies against demand.
+    against better ones and copies against demand. `queue_max` requests wait here for their turn, `queue_wait_s` at
+    most; `deadline_s` and `first_token_s` hold for every request (None: what its client says). A node that failed is
+    first avoided for `avoid_s`.
     """
 
     data_dir: Path
@@ -83,6 +85,11 @@ class DaemonConfig:
     ends_require: tuple[str, ...] = ()
     log_level: str = "warning"
     rebalance_s: float = 60.0
+    queue_max: int = 256
+    queue_wait_s: float = 60.0
+    deadline_s: float | None = None
+    first_token_s: float | None = None
+    avoid_s: float = 10.0
     rpc_silence_s: float = 3.0
     suspect_grace_s: float = 2.0
     node_ttl_s: float = 20.0
@@ -236,9 +243,23 @@ _PARSERS: dict[str, Any] = {
     "require": parse_tags,
     "ends_require": parse_tags,
     "rebalance": _seconds,
+    "queue": lambda v, n: _integer(v, n, 1, 100_000),
+    "queue_wait": _seconds,
+    "deadline": _seconds,
+    "first_token": _seconds,
+    "avoid": _seconds,
     "log_level": lambda v, n: _choice(str(v).lower(), n, LOG_LEVELS),
 }
-_TARGETS = {"memory": "memory_bytes", "disk": "disk_bytes", "rebalance": "rebalance_s"}
+_TARGETS = {
+    "memory": "memory_bytes",
+    "disk": "disk_bytes",
+    "rebalance": "rebalance_s",
+    "queue": "queue_max",
+    "queue_wait": "queue_wait_s",
+    "deadline": "deadline_s",
+    "first_token": "first_token_s",
+    "avoid": "avoid_s",
+}
 _LISTS = ("listen", "models", "api_keys", "tags", "require", "ends_require")
 
 

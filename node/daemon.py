@@ -209,7 +209,7 @@ class Daemon:
         async with open_mesh(config, self.data, identity, membership, hardware, self.metrics) as node:
             self._node = node
             async with trio.open_nursery() as nursery:
-                app = build_app(node.gateway, self.metrics, self, ApiConfig(api_keys=config.api_keys))
+                app = build_app(node.gateway, self.metrics, self, api_config(config))
                 url = await nursery.start(serve_http, app, config.api_host, self._api_port)
                 self._api_port = int(url.rpartition(":")[2])  # kept where the system chose it
                 node.announce_api(url)
@@ -266,6 +266,13 @@ class Daemon:
         if self._node is None:
             raise ControlProblem("the node is just changing its mesh; try again in a moment")
         return self._node
+
+
+def api_config(config: DaemonConfig) -> ApiConfig:
+    """What the daemon was told of its HTTP side."""
+    return ApiConfig(
+        api_keys=config.api_keys, request_deadline_s=config.deadline_s, first_token_s=config.first_token_s
+    )
 
 
 def model_directory(source: ModelSource) -> Path:

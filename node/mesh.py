@@ -34,7 +34,7 @@ from node.metrics import Metrics
 from node.offers import model_advert
 from node.planning import Planning
 from node.preview import preview_document
-from node.serve.gateway import MeshGateway
+from node.serve.gateway import MeshGateway, serve_config
 from node.serve.returns import Returns
 from node.serve.stage import StageService
 from node.suspects import Suspects
@@ -101,8 +101,10 @@ class MeshNode:
         returns = Returns(self.rpc)
         self.stages = StageService(self.rpc, self.me, returns, self.hosts.compute)
         self.gateway = MeshGateway(
-            self.rpc, self.me, returns, self.library, self.atlas, self._detail, self.mesh_json, metrics
-        )
+            self.rpc, self.me, returns, self.library, self.atlas, self._detail, self.mesh_json, metrics,
+            serve_config(config),
+        )  # fmt: skip
+        self._metrics = metrics
         self._api: str | None = None
         self._changed = trio.Event()
         self._settled_s = float("inf")
@@ -259,6 +261,8 @@ class MeshNode:
                 "model": request.model,
                 "tokens": request.tokens,
                 "age_s": round(time.time() - request.began_s, 3),
+                "priority": request.priority,
+                "reused_tokens": request.reused,
                 "chain": [{"node": s.peer, "start": s.start, "end": s.end} for s in request.chain],
             }
             for request in self.gateway.live.values()
@@ -271,6 +275,8 @@ class MeshNode:
             connected=self.host.peers(),
             rtt_s=self.rpc.rtt_s,
             requests=live,
+            standings=self.gateway.standings(),
+            queues=self.gateway.queues(),
         )
 
     def invite(self, ttl_s: float | None) -> str:
@@ -341,6 +347,9 @@ class MeshNode:
             self.gossip.withdraw(adverts.HOST, name)
         else:
             self._say(adverts.HOST, name, replace(advert, life=self._life), self.config.node_ttl_s)
+        hosting = self.hosts.hostings.get(name)
+        if hosting is not None:
+            self._metrics.set_kv_usage(hosting.model.name, hosting.compute.kv_usage())
 
     def _say(self, kind: str, name: str, advert: object, ttl_s: float) -> None:
         """Publish; what does not fit among this node's records is logged, and never ends what wanted to say it."""
@@ -372,6 +381,8 @@ class MeshNode:
         else:
             self.suspects.down(event.peer, trio.current_time())
             log.info("lost %s", event.peer)
+            if any(node_of(host) == event.peer for hosts in self.atlas().hosts.values() for host in hosts):
+                self.gateway.lost(event.peer)  # it did not say goodbye
         self._wake()
 
     async def _watch_records(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from node.adverts import HostAdvert, ModelAdvert
 from node.atlas import Atlas
 from node.planning import Planning
-from scheduler import node_of
+from scheduler import Standing, node_of
 
 
 def mesh_document(
@@ -20,8 +20,11 @@ def mesh_document(
     connected: Collection[str],
     rtt_s: Callable[[str], float | None],
     requests: Collection[Mapping[str, Any]] = (),
+    standings: Mapping[str, Standing] | None = None,
+    queues: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, Any]:
-    """Everything this node knows, JSON-able."""
+    """Everything this node knows, JSON-able. `standings` are what its gateway thinks of the nodes it saw at work,
+    `queues` its (running, waiting) requests by manifest id."""
     names = {model.manifest_id: model.name for model in atlas.models.values()}
     spans: dict[str, list[dict[str, Any]]] = {}
     for manifest_id, hosts in atlas.hosts.items():
@@ -49,12 +52,30 @@ def mesh_document(
                 "self": peer == me,
                 "connected": peer == me or peer in connected,
                 "suspect": peer in atlas.suspects,
+                "health": _health((standings or {}).get(peer)),
                 "rtt_ms": None if rtt is None else round(rtt * 1e3, 3),
                 "spans": sorted(spans.get(peer, []), key=lambda span: (span["model"], span["start"])),
             }
         )
-    models = [_model(atlas, planning, model) for model in sorted(atlas.models.values(), key=lambda m: m.name)]
+    models = [
+        _model(atlas, planning, model) | _queue((queues or {}).get(model.manifest_id, (0, 0)))
+        for model in sorted(atlas.models.values(), key=lambda m: m.name)
+    ]
     return {"mesh": mesh_id, "self": me, "nodes": nodes, "models": models, "requests": list(requests)}
+
+
+def _health(standing: Standing | None) -> dict[str, Any] | None:
+    if standing is None:
+        return None
+    return {
+        "state": standing.state,
+        "reliability": round(standing.reliability, 3),
+        "slowdown": round(standing.slowdown, 2),
+    }
+
+
+def _queue(counts: tuple[int, int]) -> dict[str, int]:
+    return {"running": counts[0], "waiting": counts[1]}
 
 
 def model_detail(atlas: Atlas, planning: Planning, model: ModelAdvert) -> str:

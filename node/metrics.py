@@ -91,6 +91,9 @@ class Metrics:
         self.generated = counter("shoal_generation_tokens", "Tokens generated.")
         self.success = counter("shoal_request_success", "Generations ended well.", "finished_reason")
         self.failure = counter("shoal_request_failure", "Generations that failed or were left.", "code")
+        self.preemptions = counter(
+            "shoal_num_preemptions", "Times that a background request gave its room to others."
+        )
         self.replays = counter("shoal_replays", "Spans recomputed after a node was lost.")
         self.first_token = histogram(
             "shoal_time_to_first_token_seconds", "Seconds until the first token.", FIRST_TOKEN_BUCKETS_S
@@ -118,6 +121,18 @@ class Metrics:
         self.ping = Gauge(
             "shoal_mesh_ping_seconds", "Round trips to connected peers.", ["quantile"], registry=registry
         )
+        self.standing = Gauge(
+            "shoal_mesh_nodes_by_health",
+            "Nodes whose work this gateway saw, by what it thinks of them.",
+            ["state"],
+            registry=registry,
+        )
+        self.slowdown = Gauge(
+            "shoal_node_slowdown", "How many times slower than expected.", ["peer"], registry=registry
+        )
+        self.reliability = Gauge(
+            "shoal_node_reliability", "The chance that a stage goes well.", ["peer"], registry=registry
+        )
         self.copies = Gauge(
             "shoal_mesh_rarest_layer_replicas",
             "Copies of the rarest layer.",
@@ -141,6 +156,10 @@ class Metrics:
     def count_failure(self, model: str, code: str) -> None:
         """A generation ended with an error of this code, or "disconnect" where the client left."""
         self.failure.labels(model, code).inc()
+
+    def count_preemption(self, model: str) -> None:
+        """A background request gave its room to others."""
+        self.preemptions.labels(model).inc()
 
     def count_replay(self, model: str) -> None:
         """A lost span was recomputed elsewhere."""
@@ -168,11 +187,22 @@ class Metrics:
         for quantile in QUANTILES if pings_s else ():
             rank = min(len(pings_s) - 1, int(quantile * len(pings_s)))
             self.ping.labels(f"{quantile:g}").set(pings_s[rank])
+        self._observe_health(nodes)
         self.copies.clear()
         self.ready.clear()
         for model in mesh.get("models", []):
             self.copies.labels(model["name"]).set(model["copies_min"])
             self.ready.labels(model["name"]).set(1 if model["ready"] else 0)
+
+    def _observe_health(self, nodes: Sequence[Mapping[str, Any]]) -> None:
+        for gauge in (self.standing, self.slowdown, self.reliability):
+            gauge.clear()
+        for node in nodes:
+            health = node.get("health")
+            if health:
+                self.standing.labels(health["state"]).inc()
+                self.slowdown.labels(node["peer"]).set(health["slowdown"])
+                self.reliability.labels(node["peer"]).set(health["reliability"])
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format; its media type is CONTENT_TYPE."""

@@ -87,7 +87,8 @@ class Compute:
         self.tokens = 0
         self.s_per_layer = self._best_s = s_per_layer
         self.prefill_s_per_layer = 0.0
-        self.held = Held(engine.kv_tokens_free() // PIECE_TOKENS)
+        self._kv_tokens = engine.kv_tokens_free()
+        self.held = Held(self._kv_tokens // PIECE_TOKENS)
 
     async def run(self) -> None:
         """Serve batches until cancelled."""
@@ -178,6 +179,10 @@ class Compute:
     def tokens_yielding(self) -> int:
         """Room over the whole span that background sessions hold and would give to others."""
         return sum(load.tokens for load in self._loads.values() if load.priority == BACKGROUND)
+
+    def kv_usage(self) -> float:
+        """The share of the cache that sessions hold, 0 to 1."""
+        return 1.0 - self.engine.kv_tokens_free() / self._kv_tokens if self._kv_tokens else 0.0
 
     def take_rate(self) -> float:
         """Tokens a second through this span since the last call."""

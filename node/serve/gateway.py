@@ -21,6 +21,7 @@ import trio
 from model_shards import Tokenizer
 from node.adverts import ModelAdvert
 from node.atlas import Atlas
+from node.config import DaemonConfig
 from node.errors import (
     ContextTooLong,
     DeadlinePassed,
@@ -65,6 +66,18 @@ class ServeConfig:
     wait_s: float = 60.0
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+
+
+def serve_config(config: DaemonConfig) -> ServeConfig:
+    """What the daemon was told of serving. A straggler is avoided longer than a node that failed: it still answers,
+    and so says itself when it got better."""
+    return ServeConfig(
+        wait_s=config.queue_wait_s,
+        admission=AdmissionConfig(
+            waiting_max=config.queue_max, waiting_a_client_max=max(1, config.queue_max // 2)
+        ),
+        health=HealthConfig(out_s=config.avoid_s, slow_s=3 * config.avoid_s),
+    )
 
 
 @dataclass(slots=True)
@@ -265,6 +278,8 @@ class MeshGateway:
                     if work.priority != BACKGROUND:
                         raise
                     busy = full
+            if busy is not None or turn.cancelled_caught:
+                self._metrics.count_preemption(work.model.name)
             if busy is not None:
                 await self.intake.elsewhere(place, work.model.manifest_id, busy.retry_after_s)
             elif turn.cancelled_caught:

@@ -4,7 +4,22 @@
 """
 
 from collectives.codecs.base import Codec, codec, codecs, register
+from collectives.codecs.blocks import INT4, INT8
 from collectives.codecs.errors import CodecFault, UnknownCodec
 from collectives.codecs.plain import BF16, FP32
+from collectives.codecs.sparse import SPARSE8, TOPK
 
-__all__ = ["BF16", "FP32", "Codec", "CodecFault", "UnknownCodec", "codec", "codecs", "register"]
+__all__ = [
+    "BF16",
+    "FP32",
+    "INT4",
+    "INT8",
+    "SPARSE8",
+    "TOPK",
+    "Codec",
+    "CodecFault",
+    "UnknownCodec",
+    "codec",
+    "codecs",
+    "register",
+]

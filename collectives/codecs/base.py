@@ -35,6 +35,11 @@ class Codec(Protocol):
         ...
 
     @property
+    def heavy_error(self) -> float:
+        """The same for Student-t with 3 degrees of freedom, 100,000 elements or more."""
+        ...
+
+    @property
     def fixed(self) -> bool:
         """`bytes_for` is exact."""
         ...

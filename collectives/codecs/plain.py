@@ -17,6 +17,7 @@ class Fp32:
 
     name = "fp32"
     relative_error = 0.0
+    heavy_error = 0.0
     stable = True
     fixed = True
 
@@ -43,7 +44,8 @@ class Bf16:
     """2 bytes an element; |error| <= 2**-8 |x| for every element."""
 
     name = "bf16"
-    relative_error = 0.003
+    relative_error = 0.0025
+    heavy_error = 0.0025
     stable = True
     fixed = True
 

@@ -15,6 +15,7 @@ import torch
 from collectives.agreement import Member
 from collectives.codecs import Codec, CodecFault
 from collectives.codecs.base import F32
+from collectives.errors import NonFinite
 from collectives.reduce import combine
 from collectives.reduce.frames import IDENT_MASK
 from collectives.reduce.hold import Hold, Source
@@ -181,52 +182,52 @@ class Collector:
 
     def total(self, chunk: int, out: F32) -> bool:
         """out = the weighted sum of `chunk`. False, with the culprits in `refused`, if an input cannot be used."""
+        return self._sum(chunk, out, None)
+
+    def mean(self, chunk: int, out: F32) -> bool:
+        """out = the weighted mean of `chunk`, for its root."""
+        return self._sum(chunk, out, combine.total_weight([member.weight for member in self._plan.members]))
+
+    def _sum(self, chunk: int, out: F32, total: float | None) -> bool:
         groups = self._groups(chunk)
+        good = True
         if not groups:
             out.fill(0)
-            good = True
         elif len(groups) == 1:
-            good = self._add([*groups[0]], chunk, out)
+            good = self._add(list(groups[0]), chunk, out, total)
         else:
-            good = True
             inputs: list[Input] = []
             for group in groups:
                 if len(group) == 1:
                     inputs.append(group[0])
                 else:
                     part = np.empty(len(out), np.float32)
-                    good = self._add([*group], chunk, part) and good
+                    good = self._add(list(group), chunk, part, None) and good
                     inputs.append((1.0, part))
-            good = good and self._add(inputs, chunk, out)
+            good = good and self._add(inputs, chunk, out, total)
         if good:
             self.settle(chunk)
         return good
 
-    def mean(self, chunk: int, out: F32) -> bool:
-        """out = the weighted mean of `chunk`, for its root."""
-        if not self.total(chunk, out):
-            return False
-        combine.divide(out, [member.weight for member in self._plan.members])
-        return True
-
-    def _add(self, inputs: Sequence[Input], chunk: int, out: F32) -> bool:
+    def _add(self, inputs: Sequence[Input], chunk: int, out: F32, total: float | None) -> bool:
         """out = sum of the inputs. With an exact codec in one go over all of them, else one after the other, so that
         only one is decoded at a time."""
         norms = [0.0] * len(inputs)
         try:
             if self._codec.relative_error == 0:
                 terms = [(weight, self._values(what, chunk)) for weight, what in inputs]
-                combine.add_up(terms, out, self._scratch, norms)
+                combine.add_up(terms, out, self._scratch, norms, total)
             else:
                 for index, (weight, what) in enumerate(inputs):
                     values = self._values(what, chunk)
-                    norms[index] = combine.squares(values) if isinstance(what, Source) else 0.0
+                    norms[index] = combine.squares(values)
                     before = [(1.0, out)] if index else []
-                    combine.add_up([*before, (weight, values)], out, self._scratch)
+                    last = total if index == len(inputs) - 1 else None
+                    combine.add_up([*before, (weight, values)], out, self._scratch, None, last)
         except CodecFault as fault:
             self.refused[fault.args[1]] = "mismatch"
             return False
-        return self._check(inputs, norms)
+        return self._check(inputs, norms, chunk)
 
     def _values(self, what: Source | F32, chunk: int) -> F32:
         """Values of an input. May be scratch memory of the collector unless the codec is exact."""
@@ -243,10 +244,14 @@ class Collector:
             raise CodecFault(str(fault), what.peer) from fault
         return values
 
-    def _check(self, inputs: Sequence[Input], norms: Sequence[float]) -> bool:
+    def _check(self, inputs: Sequence[Input], norms: Sequence[float], chunk: int) -> bool:
         good = True
         for (_, what), square in zip(inputs, norms, strict=True):
-            if not isinstance(what, Source) or what.peer == self._plan.members[self._me].peer:
+            if not isinstance(what, Source):
+                continue
+            if what.peer == self._plan.members[self._me].peer:
+                if not math.isfinite(square):
+                    raise NonFinite(f"this member's own values hold NaN or infinity in chunk {chunk}")
                 continue
             if not math.isfinite(square):
                 self.refused[what.peer] = "nonfinite"

@@ -21,35 +21,43 @@ Term = tuple[float, F32]
 SUM_SLAB = 65536  # elements added up at a time: they stay in a core's own cache
 
 
-def add_up(terms: Sequence[Term], out: F32, scratch: F32, norms: list[float] | None = None) -> None:
-    """out = sum of weight * values. At least one term; `scratch` [SUM_SLAB]; `out` may not overlap a term. The sum of
-    squares of each term's values is added to `norms`, while they are in the cache."""
-    for start in range(0, len(out), SUM_SLAB):
-        acc = out[start : start + SUM_SLAB]
-        tmp = scratch[: len(acc)]
-        parts = [values[start : start + SUM_SLAB] for _, values in terms]
-        if norms is not None:
-            for index, part in enumerate(parts):
-                norms[index] += _square(part)
-        begin = 1
-        if terms[0][0] != 1:
-            np.multiply(parts[0], np.float32(terms[0][0]), out=acc)
-        elif len(terms) > 1 and terms[1][0] == 1:
-            np.add(parts[0], parts[1], out=acc)
-            begin = 2
-        else:
-            np.copyto(acc, parts[0])
-        for (weight, _), part in zip(terms[begin:], parts[begin:], strict=True):
-            np.add(acc, part if weight == 1 else np.multiply(part, np.float32(weight), out=tmp), out=acc)
+def add_up(
+    terms: Sequence[Term],
+    out: F32,
+    scratch: F32,
+    norms: list[float] | None = None,
+    total: float | None = None,
+) -> None:
+    """out = sum of weight * values, divided by `total` if given. At least one term; `scratch` [SUM_SLAB]; `out` may be
+    the first term, and overlaps no other. The sum of squares of each term's values is added to `norms`."""
+    with np.errstate(over="ignore", invalid="ignore"):  # others' values: infinity and NaN show in `norms`
+        for start in range(0, len(out), SUM_SLAB):
+            acc = out[start : start + SUM_SLAB]
+            tmp = scratch[: len(acc)]
+            parts = [values[start : start + SUM_SLAB] for _, values in terms]
+            if norms is not None:
+                for index, part in enumerate(parts):
+                    norms[index] += _square(part)
+            begin = 1
+            if terms[0][0] != 1:
+                np.multiply(parts[0], np.float32(terms[0][0]), out=acc)
+            elif len(terms) > 1 and terms[1][0] == 1:
+                np.add(parts[0], parts[1], out=acc)
+                begin = 2
+            else:
+                np.copyto(acc, parts[0])
+            for (weight, _), part in zip(terms[begin:], parts[begin:], strict=True):
+                np.add(acc, part if weight == 1 else np.multiply(part, np.float32(weight), out=tmp), out=acc)
+            if total is not None:
+                divide(acc, total)
 
 
-def divide(out: F32, weights: Iterable[float]) -> None:
-    """out /= W, in place; zeros where nobody has any weight."""
-    total = total_weight(weights)
+def divide(out: F32, total: float) -> None:
+    """out /= total, in place; zeros where nobody has any weight."""
     if total == 0:
         out.fill(0)
     elif math.frexp(total)[0] == 0.5:
-        np.multiply(out, np.float32(1 / total), out=out)  # a power of two: the same bits, four times as quick
+        np.multiply(out, np.float32(1 / total), out=out)  # a power of two: the same bits, sooner
     else:
         np.divide(out, np.float32(total), out=out)
 
@@ -76,7 +84,7 @@ def weighted_mean(groups: Sequence[Sequence[Term]]) -> F32:
     mean = np.zeros(size, np.float32)
     if sums:
         add_up(sums, mean, scratch)
-    divide(mean, [weight for group in groups for weight, _ in group])
+    divide(mean, total_weight([weight for group in groups for weight, _ in group]))
     return mean
 
 

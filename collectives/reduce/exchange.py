@@ -25,7 +25,6 @@ import torch
 from collectives.agreement import Declaration
 from collectives.codecs import Codec, CodecFault, codec
 from collectives.codecs.base import F32
-from collectives.errors import NonFinite
 from collectives.reduce.collect import Collector, encoded
 from collectives.reduce.errors import FrameRefused, MisuseError
 from collectives.reduce.frames import (
@@ -44,6 +43,8 @@ from collectives.reduce.hold import BufferPool, Hold, Source
 from collectives.reduce.layout import Layout, Vector
 from collectives.reduce.plan import ReducePlan, plan_reduce
 from collectives.reduce.result import Result
+
+SLAB_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,8 @@ class Exchange:
         self._vector = Vector(self.layout, tensors)
         self.result = Result(self.layout, tensors, out)
         self._chunk_bytes = self.codec.bytes_for(min(self.layout.chunk_elements, self.layout.elements))
-        pool = BufferPool(self._chunk_bytes * (len(declaration.members) + 2))
+        many = self.layout.tensor_bytes >= 8 * SLAB_BYTES
+        pool = BufferPool(self._chunk_bytes, max(1, SLAB_BYTES // max(1, self._chunk_bytes)) if many else 1)
         self._hold = Hold(pool, self._budget(len(declaration.members)))
         self._collector = Collector(self.layout, self.codec, self._hold, self._own)
         self._work = np.empty(min(self.layout.chunk_elements, self.layout.elements), np.float32)
@@ -202,6 +204,11 @@ class Exchange:
                 if not self.result.has(c)
             }
         return frozenset(lacking - {self.me})
+
+    @property
+    def lacks_inputs(self) -> bool:
+        """Whether this member itself waits for contributions, not only for results that others make."""
+        return bool(self._collector.missing())
 
     # Frames.
 
@@ -406,8 +413,6 @@ class Exchange:
             size = self.layout.size(chunk)
             data = encoded(self.codec, values)
             values = self.codec.decode(data, size, torch.from_numpy(self._mine[:size])).numpy()
-        if not np.isfinite(np.dot(values, values)) and not np.isfinite(values).all():
-            raise NonFinite(f"this member's own values hold NaN or infinity in chunk {chunk}")
         return values
 
     # When things change.

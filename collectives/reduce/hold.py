@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Source(NamedTuple):
     """Whose input: `partial` tells sums of a unit from a member's own values; `ident` is the nonce, or who is in the
@@ -23,38 +25,47 @@ Key = tuple[Source, int]
 
 
 class BufferPool:
-    """Buffers for payloads, used again: fresh memory costs more than the copy into it. `spare_bytes_max` bounds what
-    lies idle."""
+    """Buffers for payloads of at most `piece_bytes`, used again: fresh memory costs more than the copy into it. They
+    are cut from slabs that are large enough for huge pages where there are many."""
 
-    def __init__(self, spare_bytes_max: int) -> None:
-        self._spare: dict[int, list[bytearray]] = {}
-        self._lent: dict[int, bytearray] = {}
-        self._spare_bytes = 0
-        self.spare_bytes_max = spare_bytes_max
+    def __init__(self, piece_bytes: int, pieces_a_slab: int) -> None:
+        self.piece_bytes = piece_bytes
+        self._pieces_a_slab = pieces_a_slab
+        self._spare: list[memoryview] = []
+        self._lent: dict[int, memoryview] = {}
 
     def take(self, size: int) -> memoryview:
-        """A buffer of exactly `size` bytes with anything in it."""
-        spare = self._spare.get(size)
-        if spare:
-            buffer = spare.pop()
-            self._spare_bytes -= size
-        else:
-            buffer = bytearray(size)
-        self._lent[id(buffer)] = buffer
-        return memoryview(buffer)
+        """A buffer of exactly `size` bytes with anything in it. Larger ones are not the pool's, and not used again."""
+        if size > self.piece_bytes or size == 0:
+            return memoryview(bytearray(size))
+        if not self._spare:
+            slab = np.empty(self.piece_bytes * self._pieces_a_slab, np.uint8).data
+            step = self.piece_bytes
+            self._spare = [slab[start : start + step] for start in range(0, len(slab), step)]
+        piece = self._spare.pop()
+        self._lent[_address(piece)] = piece
+        return piece[:size]
 
     def give(self, view: memoryview) -> None:
         """Back, if it is one of the pool's; nobody may look at it any more."""
-        buffer = self._lent.pop(id(view.obj), None)
-        if buffer is not None and self._spare_bytes + len(buffer) <= self.spare_bytes_max:
-            self._spare.setdefault(len(buffer), []).append(buffer)
-            self._spare_bytes += len(buffer)
+        if view.nbytes:
+            piece = self._lent.pop(_address(view), None)
+            if piece is not None:
+                self._spare.append(piece)
+
+    def forget(self, view: memoryview) -> None:
+        """It will not come back: somebody may still be writing to it."""
+        if view.nbytes:
+            self._lent.pop(_address(view), None)
 
     def clear(self) -> None:
         """Frees what is idle and forgets what is lent."""
         self._spare.clear()
         self._lent.clear()
-        self._spare_bytes = 0
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, np.uint8).ctypes.data)
 
 
 class Hold:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model_shards.errors import CheckpointError, ConfigError, LocalFault
-from model_shards.families import TensorSpec, span_tensors
+from model_shards.families import span_tensors
 from model_shards.fields import read_json_object
+from model_shards.packing import locate
 from model_shards.safetensors_header import Header, TensorInfo, coalesce, read_header
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARDS_MAX = 10_000
-LOADABLE = ("BF16", "F16", "F32")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -71,6 +71,10 @@ class CheckpointIndex:
             raise CheckpointError(", ".join(self.files()[:3]), name, "missing from the checkpoint")
         return info
 
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor called ``name``."""
+        return name in self._tensors
+
     def names(self) -> tuple[str, ...]:
         """Names of all tensors."""
         return tuple(self._tensors)
@@ -97,20 +101,7 @@ class CheckpointIndex:
                     file, None, f"{what}: {size} bytes, its header says {header.file_bytes}"
                 )
         for spec in span_tensors(config, 0, config.layers):
-            self.check_tensor(spec)
-
-    def check_tensor(self, spec: TensorSpec) -> TensorInfo:
-        """The place of the tensor ``spec`` names, with its shape and dtype checked. Raises
-        CheckpointError."""
-        info = self.tensor(spec.name)
-        if info.shape != spec.shape:
-            found, wanted = list(info.shape), list(spec.shape)
-            raise CheckpointError(info.file, spec.name, f"shape {found}, config.json implies {wanted}")
-        if info.dtype not in LOADABLE:
-            raise CheckpointError(
-                info.file, spec.name, f"dtype {info.dtype}, expected one of {', '.join(LOADABLE)}"
-            )
-        return info
+            locate(self, config.packing, spec)
 
     def span_ranges(self, config: ModelConfig, start: int, end: int) -> dict[str, list[tuple[int, int]]]:
         """Byte ranges of the tensors that span [start, end) needs, by file, sorted and coalesced; headers not
@@ -121,8 +112,8 @@ class CheckpointIndex:
         check_span(config, start, end)
         ranges: dict[str, list[tuple[int, int]]] = {}
         for spec in span_tensors(config, start, end):
-            info = self.check_tensor(spec)
-            ranges.setdefault(info.file, []).append((info.start, info.end))
+            for _, info in locate(self, config.packing, spec).pieces.values():
+                ranges.setdefault(info.file, []).append((info.start, info.end))
         return {file: coalesce(found) for file, found in ranges.items()}
 
     def cuts(self) -> dict[str, list[int]]:

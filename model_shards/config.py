@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from model_shards.errors import ConfigError
 from model_shards.families import FAMILIES, family_of
 from model_shards.families.base import ACTIVATIONS, PLAIN_ROUTING, LatentShape, Routing
 from model_shards.fields import Fields, read_json_object
+from model_shards.packing import Packing, read_packing
 from model_shards.rope import RopeConfig, usable_context
 
 LAYERS_MAX = 4096
@@ -69,6 +69,7 @@ class ModelConfig:
     wide_norms: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.0
+    packing: Packing | None = None
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -106,12 +107,6 @@ class ModelConfig:
         right."""
         fields = Fields(values)
         family = family_of(fields)
-        if fields.has("quantization_config"):
-            raise ConfigError(
-                "quantization_config",
-                values["quantization_config"],
-                "an unquantised bf16, fp16 or fp32 checkpoint",
-            )
         layers = fields.integer("num_hidden_layers", 1, LAYERS_MAX)
         hidden = fields.integer("hidden_size", 1, WIDTH_MAX)
         heads = fields.integer("num_attention_heads", 1, WIDTH_MAX)
@@ -147,6 +142,7 @@ class ModelConfig:
             "ropes": ropes,
             "layer_ropes": layer_ropes,
             "windows": family.windows(fields, layers),
+            "packing": read_packing(fields),
         }
         return cls(**{**shared, **family.traits(fields, layers)})
 

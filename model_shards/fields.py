@@ -50,6 +50,10 @@ class Fields:
         """Whether the key is there at all, null included."""
         return name in self._values
 
+    def names(self) -> tuple[str, ...]:
+        """Every key, null values included."""
+        return tuple(self._values)
+
     def raw(self, name: str) -> Any:
         """The value as it stands, unchecked."""
         return self._values.get(name)

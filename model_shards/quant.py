@@ -1,4 +1,4 @@
-"""Weight-only int8 and int4, made while a span loads.
+"""Weight-only int8 and int4, made while a span loads (int4 also taken over from a packed checkpoint).
 
 int8: one scale a row, symmetric. int4: one scale and one zero a group of GROUP inputs. Both multiply through
 torch's packed CPU kernels for few rows in bfloat16, and elsewhere (more rows, other dtypes or devices) by the
@@ -75,9 +75,16 @@ class Int4Weight:
     """
 
     def __init__(
-        self, rows: int, width: int, dtype: torch.dtype, device: torch.device, *, blocked: bool
+        self,
+        rows: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        blocked: bool,
+        group: int = 0,
     ) -> None:
-        self.group = GROUP if width % GROUP == 0 else SMALL_GROUP
+        self.group = group or _own_group(width)
         self.blocked = blocked
         self.packed = torch.empty(rows, width // 2, dtype=torch.uint8, device=device)
         self.scales = torch.empty(width // self.group, rows, 2, dtype=dtype, device=device)
@@ -100,8 +107,20 @@ class Int4Weight:
         zero = (low + scale.float() * 8).to(self.scales.dtype)
         q = ((groups - zero.float()[..., None]) / scale.float()[..., None] + 8).round_().clamp_(0, 15)
         self.scales[:, row : row + count] = torch.stack((scale, zero), -1).transpose(0, 1)
-        numbers = q.view(count, width).to(torch.uint8)
-        self.packed[row : row + count] = _pack_blocked(numbers) if self.blocked else _pack_plain(numbers)
+        self._pack(row, q.view(count, width).to(torch.uint8))
+
+    def keep(self, row: int, numbers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> None:
+        """Takes over w = (numbers - zeros) * scales: numbers [n, width] uint8, the others [n, groups] float32
+        with groups of a multiple of this weight's. Scale and zero are rounded to the weight's dtype."""
+        count, width = numbers.shape
+        repeats = width // self.group // scales.shape[1]
+        both = torch.stack((scales, (8 - zeros) * scales), -1).repeat_interleave(repeats, 1)
+        self.scales[:, row : row + count] = both.transpose(0, 1).to(self.scales.dtype)
+        self._pack(row, numbers)
+
+    def _pack(self, row: int, numbers: torch.Tensor) -> None:
+        packed = _pack_blocked(numbers) if self.blocked else _pack_plain(numbers)
+        self.packed[row : row + len(numbers)] = packed
 
     def block(self, row: int, count: int) -> Int4Weight:
         """Rows [row, row + count) as a weight of their own; whole blocks where blocked."""
@@ -137,9 +156,17 @@ def new_weight(
     rows = sum(pieces)
     if quant == "int8" or width % SMALL_GROUP:
         return Int8Weight(rows, width, dtype, device)
+    return Int4Weight(rows, width, dtype, device, blocked=kernel_takes(pieces, dtype, device))
+
+
+def kernel_takes(pieces: list[int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the packed int4 kernel can work on matrices of these many rows."""
     aligned = all(piece % BLOCK_ROWS == 0 for piece in pieces)
-    usable = aligned and dtype == torch.bfloat16 and device.type == "cpu" and kernel_blocks_known()
-    return Int4Weight(rows, width, dtype, device, blocked=usable)
+    return aligned and dtype == torch.bfloat16 and device.type == "cpu" and kernel_blocks_known()
+
+
+def _own_group(width: int) -> int:
+    return GROUP if width % GROUP == 0 else SMALL_GROUP
 
 
 def quantised_bytes(quant: str, rows: int, width: int, itemsize: int) -> int:
@@ -148,7 +175,11 @@ def quantised_bytes(quant: str, rows: int, width: int, itemsize: int) -> int:
         return rows * width * itemsize
     if quant == "int8" or width % SMALL_GROUP:
         return rows * (width + itemsize)
-    group = GROUP if width % GROUP == 0 else SMALL_GROUP
+    return int4_bytes(rows, width, _own_group(width), itemsize)
+
+
+def int4_bytes(rows: int, width: int, group: int, itemsize: int) -> int:
+    """Bytes of an Int4Weight with ``group`` inputs a scale and zero of ``itemsize`` bytes each."""
     return rows * (width // 2 + width // group * 2 * itemsize)
 
 

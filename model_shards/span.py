@@ -6,8 +6,7 @@ engine's.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from model_shards.errors import LocalFault
 from model_shards.families import TensorSpec, embed_tensors, head_tensors, layer_tensors
 from model_shards.layers import DecoderLayer, build_layer
 from model_shards.linear import AnyLinear, RmsNorm, linear_over
-from model_shards.quant import QUANTS, Int8Weight, quantised_bytes
-from model_shards.weights import Part, TensorReader, is_quantised, load_parts
+from model_shards.quant import QUANTS, Int8Weight
+from model_shards.reader import TensorReader
+from model_shards.weights import Part, held_bytes, load_parts
 
 
 @dataclass(slots=True)
@@ -112,11 +112,11 @@ def load_span(
 
     def report(count: int) -> None:
         nonlocal done
-        done += count
+        done = min(done + count, total)
         if progress:
             progress(done, total)
 
-    with torch.inference_mode(), TensorReader(dir, index, report) as reader:
+    with torch.inference_mode(), TensorReader(dir, index, report, config.packing) as reader:
         embed = load_parts(reader, embed_tensors(config), kind, place, quant)["embed"] if start == 0 else None
         layers = [
             build_layer(
@@ -144,19 +144,12 @@ def shape_of(config: ModelConfig, index: CheckpointIndex, dtype: str, quant: str
     index.span_ranges(config, 0, config.layers)
     itemsize = dtype_named(dtype).itemsize
 
-    def held(specs: Sequence[TensorSpec]) -> int:
-        total = 0
-        for spec in specs:
-            kind = "int8" if quant != "none" and spec.part in ("embed", "head") else quant
-            if is_quantised(spec):
-                total += quantised_bytes(kind, spec.shape[0], spec.shape[1], itemsize)
-            else:
-                total += math.prod(spec.shape) * (4 if spec.wide else itemsize)
-        return total
+    def held(specs: Iterable[TensorSpec]) -> int:
+        return held_bytes(index, config.packing, specs, quant, itemsize)
 
     def used(layer: int) -> int:
         """Weights of ``layer`` that one token meets."""
-        every = sum(math.prod(spec.shape) for spec in layers[layer])
+        every = sum(spec.elements for spec in layers[layer])
         idle = 3 * config.hidden * config.expert_width * (config.experts - config.experts_per_token)
         return every - idle if config.sparse and config.sparse[layer] else every
 

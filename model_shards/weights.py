@@ -1,107 +1,91 @@
-"""Tensor data from safetensors files into the parameters of a span.
+"""The parameters of a span, from rows of checkpoint tensors into their place in a fused parameter.
 
-Reads only the byte ranges asked for, through one small staging buffer, straight into its place in a fused
-parameter: peak memory is the span plus the buffer (plus one tensor where a kernel needs it whole). Counts
-what it read. Knows files and places; what the parameters mean is `layers.py`'s.
+Matrices are quantised as they come, kept as the checkpoint packed them where our int4 weights can hold that,
+or converted. Peak memory is the span plus a buffer of rows, plus one tensor where its layout needs it whole.
+What the parameters mean is `layers.py`'s.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from model_shards.checkpoint import CheckpointIndex
-from model_shards.dtypes import SAFETENSORS_DTYPES
-from model_shards.errors import CheckpointError
 from model_shards.families import TensorSpec
-from model_shards.quant import CHUNK_ROWS, QuantWeight, new_weight
-from model_shards.safetensors_header import TensorInfo
+from model_shards.packing import Packing, Stored, kept_group, locate
+from model_shards.quant import (
+    BLOCK_ROWS,
+    CHUNK_ROWS,
+    Int4Weight,
+    QuantWeight,
+    int4_bytes,
+    kernel_takes,
+    new_weight,
+    quantised_bytes,
+)
+from model_shards.reader import TensorReader
+from model_shards.unpack import PackedRows, open_source
 
-STAGING_BYTES = 4 << 20
-
-
-class TensorReader:
-    """Reads tensors of one checkpoint. ``ranges_read`` records every (file, start, end) that was read, in
-    order."""
-
-    def __init__(
-        self, directory: Path, index: CheckpointIndex, progress: Callable[[int], None] | None = None
-    ) -> None:
-        self._directory = directory
-        self._index = index
-        self._progress = progress
-        self._files: dict[str, BinaryIO] = {}
-        self._staging = bytearray(STAGING_BYTES)
-        self.ranges_read: list[tuple[str, int, int]] = []
-
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for stream in self._files.values():
-            stream.close()
-        self._files.clear()
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes read so far."""
-        return sum(end - start for _, start, end in self.ranges_read)
-
-    def read_into(self, spec: TensorSpec, target: torch.Tensor, first_row: int = 0) -> None:
-        """Fills ``target`` (contiguous) with ``spec``'s rows from ``first_row`` on, converted to its dtype.
-        Raises CheckpointError for a wrong shape or dtype, a file cut short, or a value that is NaN or
-        infinite (also after conversion)."""
-        info = self._index.check_tensor(spec)
-        dtype = SAFETENSORS_DTYPES[info.dtype]
-        flat = target.view(-1)
-        step = STAGING_BYTES // dtype.itemsize
-        begin = info.start + first_row * math.prod(spec.shape[1:]) * dtype.itemsize
-        for first in range(0, flat.numel(), step):
-            last = min(first + step, flat.numel())
-            self._read(info, spec.name, begin + first * dtype.itemsize, begin + last * dtype.itemsize)
-            source = torch.frombuffer(self._staging, dtype=dtype, count=last - first)
-            self._check_finite(info, spec.name, source)
-            piece = flat[first:last]
-            piece.copy_(source)
-            if target.dtype == torch.float16 != dtype:
-                self._check_finite(info, spec.name, piece, f"after conversion from {info.dtype} to float16")
-
-    def _read(self, info: TensorInfo, name: str, start: int, end: int) -> None:
-        stream = self._files.get(info.file)
-        view = memoryview(self._staging)[: end - start]
-        filled = 0
-        try:
-            if stream is None:
-                stream = self._files[info.file] = (self._directory / info.file).open("rb", buffering=0)
-            stream.seek(start)
-            while filled < len(view):
-                got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
-                if not got:
-                    break
-                filled += got
-        except OSError as error:
-            raise CheckpointError(info.file, name, f"cannot be read: {error.strerror or error}") from error
-        if filled < len(view):
-            raise CheckpointError(info.file, name, f"truncated: ends at byte {start + filled}, needs {end}")
-        self.ranges_read.append((info.file, start, end))
-        if self._progress:
-            self._progress(end - start)
-
-    @staticmethod
-    def _check_finite(info: TensorInfo, name: str, values: torch.Tensor, when: str = "") -> None:
-        low, high = values.aminmax()
-        for value in (low.item(), high.item()):
-            if not math.isfinite(value):
-                raise CheckpointError(
-                    info.file, name, f"contains {value} {when}".rstrip() + ", expected finite values"
-                )
-
+CHUNK_ELEMENTS = 1 << 20
 
 Part = torch.Tensor | QuantWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """How a part is held: ``kind`` "plain", "int8", "int4" (made at load) or "kept" (as packed, ``group``
+    inputs a scale). ``reason`` says why a packed one is not kept."""
+
+    kind: str
+    group: int = 0
+    reason: str = ""
+
+
+def by_part(specs: Iterable[TensorSpec]) -> dict[str, list[TensorSpec]]:
+    """Specs that fill the same part, together."""
+    fused: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        fused.setdefault(spec.part, []).append(spec)
+    return fused
+
+
+def holding_of(
+    packing: Packing | None, specs: Sequence[TensorSpec], stored: Sequence[Stored], quant: str
+) -> Holding:
+    """How the part that ``specs`` fill will be held, from headers and settings alone."""
+    part, reason = specs[0].part, ""
+    if any(len(spec.shape) != 2 for spec in specs):
+        return Holding("plain")
+    if any(found.method != "plain" for found in stored):
+        held = [kept_group(packing, found, spec.shape[1]) for spec, found in zip(specs, stored, strict=True)]
+        reason = next((why for _, why in held if why), "")
+        if specs[0].plain or part == "embed":
+            reason = "this part is computed with as it is"
+        if not reason:
+            return Holding("kept", held[0][0])
+    if quant == "none" or specs[0].plain:
+        return Holding("plain", reason=reason)
+    # The vocabulary projection and the embedding keep eight bits: four cost more there than anywhere else.
+    return Holding("int8" if part in ("embed", "head") else quant, reason=reason)
+
+
+def held_bytes(
+    index: CheckpointIndex, packing: Packing | None, specs: Iterable[TensorSpec], quant: str, itemsize: int
+) -> int:
+    """Bytes that the parameters of ``specs`` will take, from headers alone. Raises CheckpointError."""
+    total = 0
+    for fused in by_part(specs).values():
+        holding = holding_of(packing, fused, [locate(index, packing, spec) for spec in fused], quant)
+        for spec in fused:
+            if holding.kind == "plain":
+                total += spec.elements * (4 if spec.wide else itemsize)
+            elif holding.kind == "kept":
+                total += int4_bytes(spec.shape[0], spec.shape[1], holding.group, itemsize)
+            else:
+                total += quantised_bytes(holding.kind, spec.shape[0], spec.shape[1], itemsize)
+    return total
 
 
 def load_parts(
@@ -113,46 +97,83 @@ def load_parts(
 ) -> dict[str, Part]:
     """The parameters that ``specs`` fill, by part name; parts of several tensors are fused along their rows.
     Norms and wide parts keep float32; matrices are quantised as they come, plain ones excepted."""
-    fused: dict[str, list[TensorSpec]] = {}
-    for spec in specs:
-        fused.setdefault(spec.part, []).append(spec)
-    return {part: _load_part(reader, part, found, dtype, device, quant) for part, found in fused.items()}
+    loader = _Loader(reader, dtype, device, quant)
+    return {part: loader.load(part, fused) for part, fused in by_part(specs).items()}
 
 
-def is_quantised(spec: TensorSpec) -> bool:
-    """Whether ``spec`` belongs to a matrix that quantising changes."""
-    return len(spec.shape) == 2 and not spec.plain
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    reader: TensorReader
+    dtype: torch.dtype
+    device: torch.device
+    quant: str
+
+    def load(self, part: str, specs: list[TensorSpec]) -> Part:
+        reader = self.reader
+        stored = [locate(reader.index, reader.packing, spec) for spec in specs]
+        holding = holding_of(reader.packing, specs, stored, self.quant)
+        if holding.kind == "kept":
+            kept = self._keep(specs, stored, holding)
+            if kept is not None:
+                return kept
+            holding = Holding("plain", reason="its inputs belong to groups in an order of their own")
+            if self.quant != "none":
+                holding = Holding(self.quant, reason=holding.reason)
+        if holding.reason:
+            reader.tell_once(stored[0].main[0], holding.reason)
+        if holding.kind == "plain":
+            return self._load_plain(part, specs, stored)
+        return self._quantise(specs, stored, holding.kind)
+
+    def _load_plain(self, part: str, specs: list[TensorSpec], stored: list[Stored]) -> torch.Tensor:
+        kept = torch.float32 if specs[0].wide or part.endswith("norm") else self.dtype
+        rows = sum(spec.shape[0] for spec in specs)
+        whole = torch.empty((rows, *specs[0].shape[1:]), dtype=kept, device=self.device)
+        for spec, found in zip(specs, stored, strict=True):
+            source = open_source(self.reader, spec, found)
+            if found.method == "plain" and not spec.stack:
+                source.read(0, whole[spec.row : spec.row + spec.shape[0]])
+                continue
+            for first, count in _chunks(spec):
+                source.read(first, whole[spec.row + first : spec.row + first + count])
+        return whole
+
+    def _quantise(self, specs: list[TensorSpec], stored: list[Stored], kind: str) -> QuantWeight:
+        width = specs[0].shape[1]
+        weight = new_weight(kind, _pieces(specs), width, self.dtype, self.device)
+        for spec, found in zip(specs, stored, strict=True):
+            source = open_source(self.reader, spec, found)
+            for first, count in _chunks(spec):
+                values = torch.empty(count, width)
+                source.read(first, values)
+                weight.fill(spec.row + first, values.to(self.device))
+        return weight
+
+    def _keep(self, specs: list[TensorSpec], stored: list[Stored], holding: Holding) -> Int4Weight | None:
+        """The part as packed, or None where the data order inputs in a way the config did not tell of."""
+        width, group = specs[0].shape[1], holding.group
+        rows = sum(spec.shape[0] for spec in specs)
+        blocked = kernel_takes(_pieces(specs), self.dtype, self.device)
+        weight = Int4Weight(rows, width, self.dtype, self.device, blocked=blocked, group=group)
+        for spec, found in zip(specs, stored, strict=True):
+            source = open_source(self.reader, spec, found)
+            if not isinstance(source, PackedRows) or source.order is not None:
+                return None
+            for first, count in _chunks(spec):
+                at = slice(first, first + count)
+                numbers = source.numbers(first, count).to(self.device)
+                scales, zeros = source.scales[at].to(self.device), source.zeros[at].to(self.device)
+                weight.keep(spec.row + first, numbers, scales, zeros)
+        return weight
 
 
-def _load_part(
-    reader: TensorReader,
-    part: str,
-    specs: list[TensorSpec],
-    dtype: torch.dtype,
-    device: torch.device,
-    quant: str,
-) -> Part:
-    if quant != "none" and is_quantised(specs[0]):
-        return _load_quantised(reader, specs, dtype, device, quant)
-    kept = torch.float32 if specs[0].wide or part.endswith("norm") else dtype
-    rows = sum(spec.shape[0] for spec in specs)
-    whole = torch.empty((rows, *specs[0].shape[1:]), dtype=kept, device=device)
-    for spec in specs:
-        reader.read_into(spec, whole[spec.row : spec.row + spec.shape[0]])
-    return whole
+def _pieces(specs: list[TensorSpec]) -> list[int]:
+    """Rows of each matrix that is used on its own."""
+    return [spec.shape[0] // (spec.stack or 1) for spec in specs for _ in range(spec.stack or 1)]
 
 
-def _load_quantised(
-    reader: TensorReader, specs: list[TensorSpec], dtype: torch.dtype, device: torch.device, quant: str
-) -> QuantWeight:
-    width = specs[0].shape[1]
-    # The vocabulary projection and the embedding keep eight bits: four cost more there than anywhere else.
-    kind = "int8" if specs[0].part in ("embed", "head") else quant
-    weight = new_weight(kind, [spec.shape[0] for spec in specs], width, dtype, device)
-    buffer = torch.empty(min(CHUNK_ROWS, max(spec.shape[0] for spec in specs)), width)
-    for spec in specs:
-        for first in range(0, spec.shape[0], CHUNK_ROWS):
-            values = buffer[: min(CHUNK_ROWS, spec.shape[0] - first)]
-            reader.read_into(spec, values, first)
-            weight.fill(spec.row + first, values.to(device))
-    return weight
+def _chunks(spec: TensorSpec) -> Iterable[tuple[int, int]]:
+    """(first, count) of rows read together: whole blocks, and no more than a buffer's worth."""
+    rows, width = spec.shape
+    step = min(CHUNK_ROWS, max(BLOCK_ROWS, CHUNK_ELEMENTS // width // BLOCK_ROWS * BLOCK_ROWS))
+    return [(first, min(step, rows - first)) for first in range(0, rows, step)]

@@ -13,6 +13,7 @@ from model_shards.families.base import Family, TensorSpec, embed_tensors, head_t
 from model_shards.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from model_shards.families.gemma2 import GEMMA2
 from model_shards.families.gemma3 import GEMMA3
+from model_shards.families.gpt_oss import GPT_OSS
 from model_shards.families.llama import LLAMA
 from model_shards.families.mistral import MISTRAL
 from model_shards.families.mixtral import MIXTRAL
@@ -39,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     SMOLLM3,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    GPT_OSS,
 )
 _BY_NAME = {family.name: family for family in FAMILIES}
 

@@ -7,6 +7,7 @@ not files or torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,11 @@ class TensorSpec:
     plain: bool = False
     wide: bool = False
     stack: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,8 @@ def randomise(model: Any, seed: int) -> None:
     corrections = [item for item in model.named_buffers() if item[0].endswith("correction_bias")]
     for name, weight in sorted([*model.named_parameters(), *corrections], key=lambda item: item[0]):
         noise = torch.randn(weight.shape, generator=generator)
-        weight.data.copy_(1 + 0.2 * noise if "norm" in name else 0.15 * noise)
+        wide = 1.5 if "sinks" in name else 0.15
+        weight.data.copy_(1 + 0.2 * noise if "norm" in name else wide * noise)
 
 
 @pytest.fixture(autouse=True)

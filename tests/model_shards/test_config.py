@@ -66,7 +66,7 @@ def test_an_unknown_architecture_is_named_together_with_those_supported():
         assert family in str(caught.value)
     assert set(supported_families()) == {
         "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "phi3", "smollm3",
-        "deepseek_v2", "deepseek_v3",
+        "deepseek_v2", "deepseek_v3", "gpt_oss",
     }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_an_unknown_architecture_is_named_together_with_those_supported():
         ("tie_word_embeddings", "yes"),
         ("attention_bias", 1),
         ("rope_scaling", "linear"),
-        ("quantization_config", {"quant_method": "gptq"}),
+        ("quantization_config", "gptq"),
     ],
 )
 def test_a_bad_field_is_refused_by_name_value_and_what_is_right(field, value):
@@ -163,6 +163,9 @@ def test_unknown_layer_types_are_refused():
         ("Gemma2ForCausalLM", {"hidden_activation": "relu"}, "hidden_activation"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("Gemma3ForCausalLM", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("GptOssForCausalLM", {"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok"),
+        ("GptOssForCausalLM", {"swiglu_limit": 0}, "swiglu_limit"),
+        ("GptOssForCausalLM", {"sliding_window": 0}, "sliding_window"),
         ("DeepseekV2ForCausalLM", {}, "n_routed_experts"),
         ("DeepseekV2ForCausalLM", {**DEEPSEEK, "norm_topk_prob": True}, "norm_topk_prob"),
         ("DeepseekV2ForCausalLM", {**DEEPSEEK, "topk_method": "noaux_tc"}, "topk_method"),
@@ -231,3 +234,14 @@ def test_deepseek_defaults_where_the_config_is_silent():
         {**shared, "architectures": ["DeepseekV2ForCausalLM"], "n_shared_experts": None}
     )
     assert alone.shared_width == 0
+
+
+def test_gpt_oss_defaults_where_the_config_is_silent():
+    config = ModelConfig.from_dict({**LLAMA, "num_hidden_layers": 3, "architectures": ["GptOssForCausalLM"]})
+    assert config.windows == (128, None, 128)
+    assert (config.qkv_bias, config.out_bias, config.sinks) == (True, True, True)
+    assert (config.experts, config.experts_per_token, config.head_dim) == (128, 4, 64)
+    assert (config.swiglu_limit, config.swiglu_alpha) == (7.0, 1.702)
+    rope = config.rope
+    assert (rope.kind, rope.theta, rope.factor, rope.truncate) == ("yarn", 150000.0, 32.0, False)
+    assert rope.original_context == 4096

@@ -67,6 +67,7 @@ DEEPSEEK = {
     "topk_group": 2,
     "routed_scaling_factor": 1.7,
 }
+GPT_OSS = {"head_dim": 8, "sliding_window": 5, "num_local_experts": 6, "num_experts_per_tok": 3}
 YARN_MSCALES = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -153,6 +154,17 @@ VARIANTS = {
     "deepseek_v3_yarn": (
         "deepseek_v3",
         {**DEEPSEEK, "q_lora_rank": 10, "rope_interleave": False, "rope_parameters": YARN_MSCALES},
+    ),
+    "gpt_oss": ("gpt_oss", GPT_OSS),
+    "gpt_oss_clamped": ("gpt_oss", {**GPT_OSS, "swiglu_limit": 0.2, "swiglu_alpha": 3.0}),
+    "gpt_oss_plain": (
+        "gpt_oss",
+        {
+            **GPT_OSS,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        },
     ),
 }
 # Rotated by the length of the sequence so far: compared with the reference's own cache, cut the same way.

@@ -93,7 +93,7 @@ class Chain(Leading):
             case Alive(peer):
                 self.suspected.discard(peer)
             case Met(peers):
-                self.contacts = tuple([one for one in peers if one != self.me])[: self.settings.members_max]
+                self.meet(peers)
                 self.ask_at = now_s
                 self._ask(now_s)
             case Leave():
@@ -233,6 +233,7 @@ class Chain(Leading):
             self._begin(now_s)
         if self.is_lonely():
             self.lonely_at = now_s if self.lonely_at is None else self.lonely_at
+            self._ask(now_s)  # it may be long decided that others hold the seats
             if now_s >= self.lonely_at + self.settings.no_quorum_s:
                 self.fail(NoQuorum(f"too few of epoch {self.epoch}'s members are here", self.epoch + 1))
                 return
@@ -261,8 +262,7 @@ class Chain(Leading):
         if now_s < self.ask_at:
             return
         self.ask_at = now_s + self.settings.resend_s
-        seats = self.config.peers if self.config is not None else ()
-        self.send_all((*self.contacts, *seats), Ask(self.epoch))
+        self.send_all(self.contacts, Ask(self.epoch))
 
     @property
     def wake_s(self) -> float | None:
@@ -274,7 +274,7 @@ class Chain(Leading):
         if attempt is not None:
             times.append(attempt.deadline_s)
             if self.lonely_at is not None and self.entered:
-                times.append(self.lonely_at + self.settings.no_quorum_s)
+                times += [self.lonely_at + self.settings.no_quorum_s, self.ask_at]
         if self.ledger.decided is None:
             if self.contacts:
                 times.append(self.ask_at)

@@ -76,6 +76,8 @@ class Core:
         self.lonely_at: float | None = None
         self.ask_at = 0.0
         self.now_s = 0.0
+        self.meet((*self.ledger.config.peers,) if self.ledger.decided is not None else ())
+        self.meet(config.peers if config is not None else ())
         self._new_epoch()
 
     def _new_epoch(self) -> None:
@@ -156,6 +158,12 @@ class Core:
             self.send(sender, Ask(self.epoch))
         return False
 
+    def meet(self, peers: Iterable[str]) -> None:
+        """Whom to ask what is decided, should everybody of the last configuration be gone: the latest met first."""
+        known = dict.fromkeys((*peers, *self.contacts))
+        known.pop(self.me, None)
+        self.contacts = tuple(known)[: self.settings.members_max]
+
     # Bytes.
 
     def fetch(self, value: Value, holders: Iterable[str]) -> None:
@@ -209,6 +217,7 @@ class Core:
         self.lonely_at = None
         self.zero_free = True
         self._new_epoch()
+        self.meet(decided.config.peers)
         self.word_at = now_s
         if value is not None and epoch == before + 1 and missed is None and before >= 0:
             self._settle_next(decided, value)
@@ -321,7 +330,9 @@ class Core:
     def expire(self) -> None:
         """The deadline has come."""
         epoch = self.epoch + 1
-        if self.awaiting is not None:
+        if self.round is not None and self.round.offer.epoch > self.epoch >= 0:
+            self.fail(NoQuorum(f"nobody told us how epoch {self.round.offer.epoch} was decided", epoch))
+        elif self.awaiting is not None:
             self.fail(self._behind())
         elif self.ledger.decided is None:
             self.fail(NoQuorum("nobody told us who belongs to the run", 0))

@@ -176,6 +176,8 @@ class Following(Core):
     def on_reduced(self, ballot: Ballot, digest: bytes) -> None:
         active = self.declaration
         if active is None or active.ballot != ballot or self.done is not None:
+            if digest not in self.ledger.held:
+                self.on_held(self.epoch, digest)  # of what was decided meanwhile, or of no use
             return
         self.done = digest
         self.ledger.held.add(digest)
@@ -207,6 +209,8 @@ class Following(Core):
         elif epoch == self.epoch + 1 and len(self.ledger.held) < HELD_MAX:
             self.ledger.held.add(digest)
             self.vote_if_held()
+        else:
+            self.out.append(Release(epoch, digest))
 
     # Whom to follow.
 

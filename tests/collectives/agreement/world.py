@@ -1,9 +1,9 @@
 """A simulated world for chains: one seed, one history of faults, every rule checked while it runs.
 
-Links lose, delay, double and reorder; nodes crash (between any two instructions too), come back with their journal, with
-or without the bytes they held, or with an empty disk; they pause and wake, are cut off from one another, are suspected
-rightly and wrongly, leave and join. Then everything heals, and the run must go on. The data plane is exact: a result is the
-digest of the exact weighted mean of what its members offered.
+Links lose, delay, double and reorder; nodes crash (between any two instructions too), come back with their journal,
+with or without the bytes they held, or with an empty disk; they pause and wake, are cut off from one another, are
+suspected rightly and wrongly, leave and join. Then everything heals, and the run must go on. The data plane is exact: a
+result is the digest of the exact weighted mean of what its members offered.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from fractions import Fraction
 from collectives.agreement import chain as chain_module
 from collectives.agreement import events as ev
 from collectives.agreement import messages as ms
-from collectives.agreement.types import Config, Offer, Settings, founding
+from collectives.agreement.types import Offer, Settings, founding
 
 RUN, TAG = "run", "outer"
 SETTINGS = Settings(
@@ -28,10 +28,19 @@ class Violation(AssertionError):
     """A rule was broken."""
 
 
+KINDS = {
+    "mixed": "crash crash bytes disk pause pause split split cut oneway leave join wrong trap all",
+    "duels": "wrong wrong pause pause oneway cut trap trap crash split",
+    "comers and goers": "leave leave join join pause trap crash split",
+    "losses": "bytes bytes disk disk crash crash all trap pause split",
+}
+
+
 @dataclass
 class Plan:
     """How hard the world is, drawn from the seed."""
 
+    kinds: list
     nodes: int
     loss: float
     double: float
@@ -39,20 +48,25 @@ class Plan:
     delay_s: float
     reduce_s: float
     faults_until_s: float
+    faults: int
+    wrong: int  # suspicions of nobody in particular
     epochs_after: int = 2
-    faults: int = 4
 
 
 def plan_of(rng):
+    name = rng.choice(list(KINDS))
+    duels = name == "duels"
     return Plan(
+        kinds=KINDS[name].split(),
         nodes=rng.choice((2, 3, 3, 3, 4, 4, 5)),
         loss=rng.choice((0.0, 0.0, 0.02, 0.1, 0.25)),
         double=rng.choice((0.0, 0.05)),
-        slow=rng.choice((0.0, 0.02, 0.08)),
-        delay_s=rng.choice((0.002, 0.01, 0.05)),
-        reduce_s=rng.choice((0.02, 0.2, 0.6)),
+        slow=rng.choice((0.02, 0.1, 0.3) if duels else (0.0, 0.02, 0.08)),
+        delay_s=rng.choice((0.01, 0.05, 0.2) if duels else (0.002, 0.01, 0.05)),
+        reduce_s=rng.choice((0.01, 0.05) if duels else (0.02, 0.2, 0.6)),
         faults_until_s=rng.choice((3.0, 6.0)),
-        faults=rng.randint(1, 6),
+        faults=rng.randint(1, 8),
+        wrong=rng.randint(5, 40) if duels else 0,
     )
 
 
@@ -70,7 +84,7 @@ class Node:
     inbox: list = field(default_factory=list)  # what came while it was paused
     state_epoch: int = 0
     state: bytes = b"0"
-    results: set = field(default_factory=set)  # digests whose bytes are here
+    results: dict = field(default_factory=dict)  # digests whose bytes are here -> epoch
     wanted: dict = field(default_factory=dict)  # digest -> (epoch, holders)
     nonce: int | None = None  # of the open round
     deadline_s: float = 0.0
@@ -83,6 +97,7 @@ class Node:
     last_committed: int = 0
     wake_at: float | None = None
     lagging: bool = False
+    odd: bool = False  # offers on a state that nobody else has
 
 
 class World:
@@ -213,9 +228,8 @@ class World:
             others = tuple(name for name in self.nodes if name != node.name)
             self.tell(node, ev.Met(others))
         if node.disk is not None:
-            for digest in sorted(node.results):
-                self.tell(node, ev.Held(node.chain.epoch, digest))
-                self.tell(node, ev.Held(node.chain.epoch + 1, digest))
+            for digest, epoch in sorted(node.results.items()):
+                self.tell(node, ev.Held(epoch, digest))
         self.at(self.rng.random() * 0.3, "enter", node.name, node.boot)
 
     def crash(self, node, back_after, keep_bytes=False, lose_disk=False):
@@ -225,12 +239,12 @@ class World:
         node.up = False
         node.paused_until = 0.0
         if not keep_bytes:
-            node.results = set()
+            node.results = {}
         if lose_disk:
             node.disk = None
             node.founder = False
             node.incarnation = 1_000_000 + self.count
-            node.results = set()
+            node.results = {}
             node.state_epoch, node.state = -1, b""
             node.last_committed = 0
         self.changed(node.name)
@@ -322,8 +336,13 @@ class World:
 
     def fall(self, node):
         rng = self.rng
-        if rng.random() < 0.8:
+        chance = rng.random()
+        if chance < 0.6:
             self.crash(node, rng.uniform(0.2, 3.0), keep_bytes=rng.random() < 0.3)
+        elif chance < 0.7 and "disk" in self.plan.kinds and self.plan.nodes > 3:
+            self.crash(node, rng.uniform(0.2, 3.0), lose_disk=True)
+        elif chance < 0.8 and "leave" in self.plan.kinds:
+            self.at(0.0, "leave", node.name)
         else:
             self.pause(node, rng.uniform(0.5, 3.0))
 
@@ -339,8 +358,12 @@ class World:
             if disk is None or disk.promised < message.ballot or disk.vote != message.vote:
                 raise Violation(f"seed {self.seed}: {node.name} promises what is not on disk")
         elif kind is ms.Commit and message.decided.value is not None:
-            if disk is None or disk.decided is None or disk.decided.config.epoch < message.decided.config.epoch:
-                raise Violation(f"seed {self.seed}: {node.name} tells a commit that is not on disk")
+            self.check_commit(node, message.decided.config.epoch)
+
+    def check_commit(self, node, epoch):
+        disk = node.disk
+        if disk is None or disk.decided is None or disk.decided.config.epoch < epoch:
+            raise Violation(f"seed {self.seed}: {node.name} tells a commit that is not on disk")
 
     def on_persist(self, node, one):
         saved = one.saved
@@ -454,12 +477,22 @@ class World:
         limit = rng.uniform(3.0, 8.0) if self.healed else rng.choice((1.0, 2.5, 5.0))
         node.deadline_s = self.now + limit
         bad = not self.healed and rng.random() < 0.02
-        self.offers[name, nonce] = (node.state_epoch, node.value, node.weight, node.state, bad)
-        offer = Offer(node.state_epoch, nonce, float(node.weight), b"layout", node.state)
+        odd = b"other" if rng.random() < 0.03 and self.may_be_odd(node) else b""
+        node.odd = bool(odd)
+        offer = Offer(node.state_epoch, nonce, float(node.weight), b"layout", node.state + odd)
+        self.offers[name, nonce] = (node.state_epoch, node.value, node.weight, node.state + odd, bad)
         self.at(limit + 0.05, "overdue", name, boot, nonce)
         self.tell(node, ev.Enter(offer, node.deadline_s))
         if not self.healed and rng.random() < 0.03:
             self.at(rng.uniform(0.0, 1.0), "withdraw", name, boot, nonce)
+
+    def may_be_odd(self, node):
+        """A state that is not the others' is recognised where a quorum has the right one."""
+        config = node.chain.config
+        others = [one for one in self.nodes.values() if one.odd and one is not node]
+        if "leave" in self.plan.kinds:
+            return False
+        return not self.healed and config is not None and len(config.seats) > 2 and not others
 
     def do_withdraw(self, name, boot, nonce):
         node = self.nodes[name]
@@ -488,11 +521,11 @@ class World:
     def catch_up(self, node):
         """State transfer: from anybody who is up and has it."""
         for other in self.nodes.values():
-            if other is not node and not other.gone and other.state_epoch >= node.chain.epoch:
-                if self.reach(node.name, other.name) and other.paused_until <= self.now:
-                    node.state_epoch, node.state = other.state_epoch, other.state
-                    node.lagging = False
-                    return
+            there = not other.gone and self.reach(node.name, other.name) and other.paused_until <= self.now
+            if there and other is not node and other.state_epoch >= node.chain.epoch:
+                node.state_epoch, node.state = other.state_epoch, other.state
+                node.lagging = False
+                return
 
     def on_committed(self, node, one):
         if one.epoch <= node.last_committed:
@@ -558,8 +591,12 @@ class World:
             far = self.nodes[member.peer]
             active = far.active
             there = far.up and far.paused_until <= self.now and active is not None
-            if not there or active.key != declaration.key or (
-                far is not node and ((name, far.name) in self.blocked or (far.name, name) in self.blocked)
+            if (
+                not there
+                or active.key != declaration.key
+                or (
+                    far is not node and ((name, far.name) in self.blocked or (far.name, name) in self.blocked)
+                )
             ):
                 missing.append(member.peer)
             elif self.offers[far.name, far.nonce][4] if far.nonce is not None else False:
@@ -575,7 +612,7 @@ class World:
             parts = [node.got[member.peer, member.nonce] for member in declaration.members]
             mean = sum((value * weight for value, weight in parts), Fraction(0)) / sum(w for _, w in parts)
             digest = digest_of(mean)
-            node.results.add(digest)
+            node.results[digest] = declaration.epoch
             self.tell(node, ev.Reduced(declaration.ballot, digest))
             return
         self.at(self.plan.reduce_s * (0.3 + self.rng.random()), "work", name, boot, declaration)
@@ -589,7 +626,7 @@ class World:
 
     def on_release(self, node, one):
         node.wanted.pop(one.digest, None)
-        node.results.discard(one.digest)
+        node.results.pop(one.digest, None)
 
     def do_fetch(self, name, boot, digest):
         node = self.nodes[name]
@@ -599,12 +636,13 @@ class World:
         if node.paused_until <= self.now:
             for holder in holders:
                 far = self.nodes.get(holder)
-                if far is not None and digest in far.results and self.reach(name, holder):
-                    if far.paused_until <= self.now and (holder, name) not in self.blocked and not far.gone:
-                        del node.wanted[digest]
-                        node.results.add(digest)
-                        self.tell(node, ev.Held(epoch, digest))
-                        return
+                if far is None or digest not in far.results or far.gone or far.paused_until > self.now:
+                    continue
+                if self.reach(name, holder) and (holder, name) not in self.blocked:
+                    del node.wanted[digest]
+                    node.results[digest] = epoch
+                    self.tell(node, ev.Held(epoch, digest))
+                    return
         self.at(0.3 + self.rng.random() * 0.1, "fetch", name, boot, digest)
 
     # Faults.
@@ -615,15 +653,25 @@ class World:
             self.trap = [rng.choice(KILL_AT), rng.randint(1, 3 * plan.nodes)]
         for _ in range(plan.faults):
             self.at(rng.uniform(0.0, plan.faults_until_s), "fault")
+        for _ in range(plan.wrong):
+            self.at(rng.uniform(0.0, plan.faults_until_s), "wrong")
         self.at(plan.faults_until_s, "heal")
+
+    def do_wrong(self):
+        """Somebody is suspected, or trusted, for no reason."""
+        one, other = self.rng.choice(self.names), self.rng.choice(self.names)
+        if one != other:
+            node = self.nodes[one]
+            self.judge(node, other, other in node.told_down)
+            self.at(self.rng.uniform(0.2, 1.0), "detect", one, other)
+
+    def do_leave(self, name):
+        self.leave(self.nodes[name])
 
     def do_fault(self):
         rng = self.rng
         node = self.nodes[rng.choice(self.names)]
-        kind = rng.choice(
-            ("crash", "crash", "bytes", "disk", "pause", "pause", "split", "split", "cut", "oneway", "leave",
-             "join", "wrong", "trap", "all")
-        )  # fmt: skip
+        kind = rng.choice(self.plan.kinds)
         self.log("fault", kind, node.name)
         if kind in ("crash", "bytes"):
             self.crash(node, rng.uniform(0.1, 3.0), keep_bytes=kind == "crash")
@@ -643,19 +691,19 @@ class World:
             if other != node.name:
                 pairs = {(node.name, other)} | ({(other, node.name)} if kind == "cut" else set())
                 self.block(pairs, rng.uniform(0.3, 3.0))
-        elif kind == "leave" and sum(not one.gone for one in self.nodes.values()) > 2:
-            node.nonce = None if node.nonce is None else node.nonce
-            self.tell(node, ev.Leave())
-            self.changed(node.name)
+        elif kind == "leave":
+            self.leave(node)
         elif kind == "join" and len(self.nodes) < 7:
             self.join(f"j{len(self.nodes)}")
         elif kind == "wrong":
-            other = rng.choice(self.names)
-            if other != node.name:
-                self.judge(node, other, other in node.told_down)
-                self.at(rng.uniform(0.2, 1.0), "detect", node.name, other)
+            self.do_wrong()
         elif kind == "trap" and self.trap is None:
             self.trap = [rng.choice(KILL_AT), rng.randint(1, 6)]
+
+    def leave(self, node):
+        if sum(not one.gone for one in self.nodes.values()) > 2:
+            self.tell(node, ev.Leave())
+            self.changed(node.name)
 
     def join(self, name):
         node = Node(name, founder=False, incarnation=5000 + self.count, state_epoch=-1, state=b"")

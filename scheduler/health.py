@@ -145,9 +145,10 @@ class Health:
         self._records.pop(node, None)
 
     def _usual(self) -> float:
-        """The median log ratio: when all are slower than expected, the expectation is off, not the nodes."""
+        """The median log ratio: when all are slower than expected, the expectation is off, not the nodes. Of two the
+        quicker one is as it should be, and one alone stands out among nobody."""
         seen = [r.log_ratio for r in self._records.values() if r.seen >= self.config.slow_after]
-        return statistics.median(seen) if len(seen) >= 3 else 0.0
+        return statistics.median(seen) if len(seen) >= 3 else min(seen, default=0.0)
 
     def _try_again(self, record: _Record) -> None:
         """Its time as a straggler is over: what it shows from now on counts, and nothing of before."""

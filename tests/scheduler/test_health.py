@@ -55,6 +55,26 @@ def test_when_all_are_slower_than_expected_nobody_is_a_straggler():
     assert all(health.standing(n, 20.0).slowdown == pytest.approx(1.0) for n in NODES)
 
 
+@pytest.mark.parametrize(("others", "state"), [(0, "good"), (1, "slow"), (2, "slow")])
+def test_who_stands_out_among_few(others, state):
+    health = Health()
+    for node in NODES[1 : 1 + others]:
+        run(health, node, 5.0)
+    run(health, "n0", 15.0)
+    assert health.standing("n0", 20.0).state == state
+    assert {health.standing(node, 20.0).state for node in NODES[1:]} == {"good"}
+
+
+def test_a_straggler_is_seen_slower_in_all_that_it_does():
+    health = Health()
+    for node in NODES:
+        run(health, node, 3.0 if node == "n0" else 1.0)
+    hosted = [Hosted("n0", 0, 4, 0.01, prefill_s_per_token_per_layer=0.001), Hosted("n1", 0, 4, 0.01)]
+    seen = {h.node: h for h in health.hosted(hosted, 20.0)}
+    assert seen["n0"].prefill_s_per_token_per_layer == pytest.approx(0.003, rel=0.1)
+    assert set(health.standings(20.0)) == set(NODES)
+
+
 def test_a_failure_takes_a_node_out_then_on_probation_then_back():
     config = HealthConfig()
     health = Health(config)

@@ -8,7 +8,7 @@ them, in `online` and `admission`; the simulator is `scheduler.sim`.
 from scheduler.admission import Admission, AdmissionConfig, Ticket
 from scheduler.bench import bench_plan
 from scheduler.board import Facts
-from scheduler.corrections import Corrections, LinkEstimates, Observation
+from scheduler.corrections import Corrections, Observation
 from scheduler.document import preview
 from scheduler.errors import (
     InputError,
@@ -56,7 +56,6 @@ __all__ = [
     "Hosted",
     "InputError",
     "Link",
-    "LinkEstimates",
     "Links",
     "LocalFault",
     "MeshPlanner",

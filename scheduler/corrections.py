@@ -1,4 +1,4 @@
-"""What steps really took, against what the roofline said: per node and model, prefill and decode apart, and by link.
+"""What steps really took, against what the roofline said: per node and model, prefill and decode apart.
 
 Estimates are ratios to the roofline, so what is seen at one batch size speaks for another. They follow drift, and no
 single outlier moves them far. Time is an argument; nothing here is measured.
@@ -14,7 +14,7 @@ from typing import Literal
 
 from scheduler import cost
 from scheduler.errors import InputError
-from scheduler.shapes import Link, ModelShape, NodeShape
+from scheduler.shapes import ModelShape, NodeShape
 
 Kind = Literal["prefill", "decode"]
 PRIOR_WEIGHT = 2.0
@@ -23,7 +23,6 @@ MEMORY_S = 300.0
 """An observation's weight falls by e in this time."""
 SURPRISE_MAX = math.log(2.0)
 """One observation is believed up to this far (as a log ratio) from the estimate."""
-SMALL_MESSAGE_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,33 +145,3 @@ def _usual(
         measured[node.id] / max(1e-12, roofline_s(_unmeasured(node))) for node in nodes if node.id in measured
     ]
     return statistics.median(ratios) if ratios else None
-
-
-class LinkEstimates:
-    """Latency from small messages, bandwidth from large ones, each way by pair; what is unknown is a default."""
-
-    def __init__(self, default: Link) -> None:
-        self._default = default
-        self._latency: dict[tuple[str, str], float] = {}
-        self._bandwidth: dict[tuple[str, str], float] = {}
-
-    def observe(self, a: str, b: str, size_bytes: int, seconds: float) -> None:
-        """A message of that size took so long from a to b."""
-        if not seconds > 0 or size_bytes < 0:
-            raise InputError("seconds, size_bytes", (seconds, size_bytes), "above 0 and at least 0")
-        pair = (a, b)
-        if size_bytes <= SMALL_MESSAGE_BYTES:
-            old = self._latency.get(pair)
-            # A queue can only make a message later: falls are believed at once, rises by degrees.
-            self._latency[pair] = seconds if old is None or seconds < old else old + 0.1 * (seconds - old)
-            return
-        moving_s = max(seconds - self.link(a, b).latency_s, seconds * 0.05)
-        seen = size_bytes / moving_s
-        known = self._bandwidth.get(pair)
-        self._bandwidth[pair] = seen if known is None else known + 0.2 * (seen - known)
-
-    def link(self, a: str, b: str) -> Link:
-        """The link from a to b; what only the other direction is known of is taken from there."""
-        latency_s = self._latency.get((a, b), self._latency.get((b, a), self._default.latency_s))
-        rate = self._bandwidth.get((a, b), self._bandwidth.get((b, a), self._default.bytes_per_s))
-        return Link(latency_s, rate)

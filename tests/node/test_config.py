@@ -118,3 +118,35 @@ def test_secrets_stay_out_of_the_description(tmp_path):
     config = DaemonConfig(tmp_path, api_keys=("hush",), join="shoal1-abcxyz")
     assert "hush" not in str(describe(config))
     assert "abcxyz" not in str(describe(config))
+
+
+def test_tags_region_devices_and_how_often_plans_are_weighed(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text('tags = ["metered", "trusted", "metered"]\nregion = "home"\nrebalance = 2.5\n')
+    config = load_config({"device": "cuda:0,cuda:1", "require": ["trusted"]}, {}, file)
+    assert (config.tags, config.region, config.rebalance_s) == (("metered", "trusted"), "home", 2.5)
+    assert (config.device, config.require, config.ends_require) == ("cuda:0,cuda:1", ("trusted",), ())
+    assert load_config({}, {"SHOAL_TAGS": "a,b"}, file).tags == ("a", "b")
+    assert load_config({"device": "all"}, {}, file).device == "all"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tags", ["Trusted"]),
+        ("tags", ["a b"]),
+        ("tags", [""]),
+        ("tags", [f"t{k}" for k in range(33)]),
+        ("require", ["\x1b[2J"]),
+        ("device", "cuda:0,"),
+        ("device", "cuda:0,tpu"),
+        ("device", "all,cpu"),
+        ("rebalance", 0),
+        ("rebalance", "soon"),
+        ("rebalance", True),
+        ("region", "a\nb"),
+    ],
+)
+def test_what_a_node_says_of_itself_is_checked(tmp_path, field, value):
+    with pytest.raises(ConfigProblem, match=field):
+        load_config({"data_dir": str(tmp_path), field: value}, {"XDG_CONFIG_HOME": str(tmp_path)})

@@ -77,6 +77,17 @@ def test_what_is_offered_to_one_mesh_is_not_offered_to_another(tmp_path):
         assert (data.offers("home"), data.offers("mesh 0")) == ([], [b"x"])
 
 
+def test_fences_survive_and_those_of_another_mesh_do_not_count(tmp_path):
+    with DataDir.open(tmp_path) as data:
+        assert data.fences("home") == {}
+        data.remember_fences("home", {"model": (7, "planner")})
+        assert data.fences("home") == {"model": (7, "planner")}
+        assert data.fences("work") == {}
+        for damage in (b"{", b"[]", b'{"fences": {"home": {"model": 7}}}', b'{"fences": {"home": 3}}'):
+            (tmp_path / "plans.json").write_bytes(damage)
+            assert data.fences("home") == {}
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):
     write_atomic(tmp_path / "a", b"old")
 

@@ -1,7 +1,8 @@
 import pytest
 
-from scheduler import InputError, Link
-from scheduler.corrections import Corrections, LinkEstimates, Observation, expected_s
+from scheduler import InputError
+from scheduler.corrections import Corrections, Observation, calibrated, expected_s
+from scheduler.cost import decode_s_per_layer
 from scheduler.seating import seat_of
 
 
@@ -81,21 +82,12 @@ def test_times_that_cannot_be_are_refused(model, node, seconds):
         Corrections().observe(decode(seconds), model, node, 0.0)
 
 
-def test_links_learn_latency_from_small_and_bandwidth_from_large_messages():
-    links = LinkEstimates(Link(0.05, 1e6))
-    assert links.link("a", "b") == Link(0.05, 1e6)
-    for _ in range(40):
-        links.observe("a", "b", 100, 0.01)
-        links.observe("a", "b", 10_000_000, 0.01 + 1.0)
-    assert links.link("a", "b").latency_s == pytest.approx(0.01)
-    assert links.link("a", "b").bytes_per_s == pytest.approx(1e7, rel=0.05)
-    assert links.link("b", "a") == links.link("a", "b")
-
-
-def test_a_queue_does_not_pass_for_distance():
-    links = LinkEstimates(Link(0.05, 1e6))
-    links.observe("a", "b", 100, 0.01)
-    links.observe("a", "b", 100, 2.0)
-    assert links.link("a", "b").latency_s < 0.25
-    links.observe("a", "b", 100, 0.01)
-    assert links.link("a", "b").latency_s == 0.01
+def test_rooflines_flatter_so_the_unmeasured_are_reckoned_as_slow_as_the_measured_usually_are(model, build):
+    nodes = [build.node(name, 8) for name in "abcde"]
+    plain_s = decode_s_per_layer(model, nodes[0])
+    measured = {"a": 2 * plain_s, "b": 4 * plain_s, "c": 9 * plain_s}
+    found = {n.id: n for n in calibrated(nodes, model, measured, {"a": 1e-3})}
+    assert [found[n].decode_s_per_layer for n in "abc"] == list(measured.values())
+    assert found["d"].decode_s_per_layer == pytest.approx(4 * plain_s)
+    assert found["e"].prefill_s_per_token_per_layer == pytest.approx(1e-3)
+    assert calibrated(nodes, model, {}, {}) == nodes

@@ -80,7 +80,10 @@ class Health:
         record.bad *= self.config.memory
         if record.to_prove and now_s >= record.out_until_s:
             record.to_prove -= 1
-        self._weigh(record, now_s)
+        # A new time also shifts what is usual, and so how the others stand out.
+        usual = self._usual()
+        for each in self._records.values():
+            self._weigh(each, usual, now_s)
 
     def failed(self, node: str, now_s: float) -> None:
         """A stage on the node was lost: it vanished, refused, or gave what cannot be."""
@@ -157,10 +160,10 @@ class Health:
         record.log_ratio = 0.0
         record.to_prove = max(record.to_prove, self.config.probation_successes)
 
-    def _weigh(self, record: _Record, now_s: float) -> None:
+    def _weigh(self, record: _Record, usual: float, now_s: float) -> None:
         if record.seen < self.config.slow_after:
             return
-        above = record.log_ratio - self._usual()
+        above = record.log_ratio - usual
         limit = self.config.forgiven_ratio if record.slow else self.config.slow_ratio
         if above <= math.log(limit):
             record.slow = False

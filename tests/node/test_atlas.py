@@ -10,12 +10,27 @@ from hypothesis import strategies as st
 
 from dht import Record, View
 from node import adverts
-from node.adverts import HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert, PlanAdvert, PlanSpan
-from node.atlas import EPOCH_AHEAD_MS, MODELS_MAX, MODELS_PER_SIGNER_MAX, read_atlas
+from node.adverts import (
+    DeviceAdvert,
+    HostAdvert,
+    LinksAdvert,
+    ModelAdvert,
+    NodeAdvert,
+    PlanAdvert,
+    PlanSpan,
+)
+from node.atlas import (
+    EPOCH_AHEAD_MS,
+    LINK_DEFAULT_S,
+    MODELS_MAX,
+    MODELS_PER_SIGNER_MAX,
+    device_shapes,
+    read_atlas,
+)
 from node.meshjson import mesh_document
 from node.planning import Planning
 from p2p import PeerId, pack_value
-from scheduler import planner_rank
+from scheduler import Link, planner_rank
 from scheduler.planner import MESH
 
 NOW = 1_790_000_000.0
@@ -95,7 +110,100 @@ def test_records_are_judged_by_the_mesh_s_time_and_not_by_this_computer_s():
     assert said.atlas(NOW + 3600).nodes == {}
 
 
+def test_each_device_of_a_node_hosts_a_span_of_its_own():
+    two = replace(
+        CARD,
+        devices=(DeviceAdvert("cuda:0", 1 << 30, 2e13, 1e12), DeviceAdvert("cuda:1", 1 << 29, 1e13, 5e11)),
+    )
+    said = Said().node("A", two).model("A")
+    said.say("A", adverts.HOST, ID, replace(HOST, end=5)).say(
+        "A", adverts.HOST, f"{ID}#1", replace(HOST, start=5)
+    )
+    atlas = said.atlas()
+    assert set(atlas.hosts[ID]) == {"A", "A#1"}
+    assert atlas.copies(MODEL) == [1] * 8
+    assert [(h.node, h.start, h.end) for h in atlas.hosted(MODEL)] == [("A", 0, 5), ("A", 5, 8)]
+    assert atlas.links()("A", "A#1").latency_s == 0.0
+    assert atlas.links()("A#1", "B") == atlas.links()("A", "B")
+    shapes = device_shapes("A", two)
+    assert [(s.id, s.memory_bytes, s.read_bytes_per_s) for s in shapes] == [
+        ("A", 1 << 30, 1e12),
+        ("A#1", 1 << 29, 5e11),
+    ]
+    assert atlas.live_hosts(ID).keys() == {"A", "A#1"}
+    assert said.atlas(suspects={"A"}).live_hosts(ID) == {}
+
+
+@pytest.mark.parametrize("name", [f"{ID}#0", f"{ID}#x", f"{ID}#64", f"{ID}#", f"{ID}#\u00b2", f"{ID}##1"])
+def test_a_record_of_a_device_that_cannot_be_is_not_there(name):
+    assert Said().node("A").model("A").say("A", adverts.HOST, name, HOST).atlas().hosts.get(ID, {}) == {}
+
+
+def test_links_have_latency_and_bandwidth_as_either_end_measured():
+    said = Said().say("A", adverts.LINKS, "", LinksAdvert({"B": 0.04}, {"B": 5e6}))
+    link = said.atlas().links()
+    assert link("B", "A") == Link(0.02, 5e6)
+    assert link("A", "B") == Link(0.02, 5e6)
+    said.say("B", adverts.LINKS, "", LinksAdvert({"A": 0.06}, {"A": 1e6}))
+    assert said.atlas().links()("A", "B") == Link(0.02, 1e6)
+    assert said.atlas().links()("B", "A") == Link(0.03, 5e6)
+
+
+def test_what_nobody_measured_is_guessed_from_the_regions():
+    said = Said()
+    for name, region in (("A", "east"), ("B", "east"), ("C", "west"), ("D", "west"), ("E", "")):
+        said.node(name, replace(CARD, region=region))
+    said.say("A", adverts.LINKS, "", LinksAdvert({"B": 0.004, "C": 0.08}))
+    link = said.atlas().links()
+    assert link("A", "C").latency_s == 0.04
+    assert link("B", "D").latency_s == 0.04
+    assert link("D", "A").latency_s == 0.04
+    assert link("C", "D").latency_s == LINK_DEFAULT_S
+    assert link("A", "E").latency_s == LINK_DEFAULT_S
+    said.say("C", adverts.LINKS, "", LinksAdvert({"D": 0.01}))
+    assert said.atlas().links()("C", "D").latency_s == 0.005
+
+
+@pytest.mark.parametrize(
+    ("tags", "policy", "spans"),
+    [
+        ((), {}, [(0, 8)]),
+        ((), {"require": ("trusted",)}, []),
+        (("trusted",), {"require": ("trusted",)}, [(0, 8)]),
+        ((), {"ends_require": ("trusted",)}, [(1, 7)]),
+        (("trusted",), {"ends_require": ("trusted",)}, [(0, 8)]),
+        (("metered",), {"avoid": ("metered",)}, []),
+    ],
+)
+def test_requests_go_only_where_the_model_s_policy_allows(tags, policy, spans):
+    model = replace(MODEL, **policy)
+    atlas = (
+        Said().node("A", replace(CARD, tags=tags)).model("A", model).say("A", adverts.HOST, ID, HOST).atlas()
+    )
+    assert [(h.start, h.end) for h in atlas.hosted(model)] == spans
+    assert sum(atlas.copies(model)) == sum(end - start for start, end in spans)
+
+
+def test_requests_see_a_node_whose_owner_is_using_it_slower_than_it_measured():
+    host = replace(
+        HOST, s_per_layer=2e-3, prefill_s_per_token_per_layer=1e-4, queue_by_class_s=(0.1, 0.2, 0.3)
+    )
+    said = Said().node("A").model("A").say("A", adverts.HOST, ID, host)
+    (idle,) = said.atlas().hosted(MODEL)
+    assert (idle.s_per_layer, idle.prefill_s_per_token_per_layer) == (2e-3, 1e-4)
+    assert idle.queue_by_class_s == (0.1, 0.2, 0.3)
+    (busy,) = said.node("A", replace(CARD, tags=("owner-active",))).atlas().hosted(MODEL)
+    assert busy.s_per_layer == 4 * idle.s_per_layer
+    assert busy.prefill_s_per_token_per_layer == 4 * idle.prefill_s_per_token_per_layer
+
+
 ABSURD_NODES = [
+    replace(CARD, tags=("Trusted",)),
+    replace(CARD, tags=("x" * 33,)),
+    replace(CARD, tags=tuple(f"t{k}" for k in range(33))),
+    replace(CARD, devices=(DeviceAdvert("cpu", -1, 1.0, 1.0),)),
+    replace(CARD, devices=(DeviceAdvert("cpu", 1, float("inf"), 1.0),)),
+    replace(CARD, devices=(DeviceAdvert("cpu", 1, 1.0, 1.0),) * 65),
     replace(CARD, memory_bytes=-1),
     replace(CARD, memory_bytes=1 << 62),
     replace(CARD, flops_per_s=float("inf")),
@@ -108,6 +216,12 @@ ABSURD_NODES = [
     replace(CARD, pinned=(1, 2, 3)),
 ]
 ABSURD_MODELS = [
+    replace(MODEL, working_bytes=-1),
+    replace(MODEL, experts=8, experts_per_token=9, expert_bytes=1),
+    replace(MODEL, experts=8, experts_per_token=2, expert_bytes=1 << 20),
+    replace(MODEL, expert_bytes=-1),
+    replace(MODEL, require=("a b",)),
+    replace(MODEL, ends_require=tuple(f"t{k}" for k in range(33))),
     replace(MODEL, layers=10**9),
     replace(MODEL, layers=-1),
     replace(MODEL, layers=0),
@@ -129,6 +243,10 @@ ABSURD_MODELS = [
     replace(MODEL, created_s=-1),
 ]
 ABSURD_HOSTS = [
+    replace(HOST, busy=1.5),
+    replace(HOST, plan_s_per_layer=-1.0),
+    replace(HOST, queue_by_class_s=(0.0,) * 9),
+    replace(HOST, queue_by_class_s=(-1.0,)),
     replace(HOST, start=-4),
     replace(HOST, start=5, end=5),
     replace(HOST, end=10**9),
@@ -141,6 +259,8 @@ ABSURD_HOSTS = [
     replace(HOST, epoch=1 << 60),
 ]
 ABSURD_PLANS = [
+    PlanAdvert(1, (PlanSpan("A#0", 0, 8),)),
+    PlanAdvert(1, (PlanSpan("A#x", 0, 8),)),
     PlanAdvert(1 << 60, (PlanSpan("A", 0, 8),)),
     PlanAdvert(-1, ()),
     PlanAdvert(1, (PlanSpan("A", 4, 2),)),
@@ -194,6 +314,12 @@ def test_records_under_names_that_their_kind_has_not_are_not_there():
     said.say("A", adverts.MODEL, "other", MODEL)
     atlas = said.atlas()
     assert (atlas.nodes, atlas.rtt_s, atlas.models) == ({}, {}, {})
+
+
+def test_rates_that_cannot_be_are_left_out():
+    rates = {"B": -1.0, "C": 1e308, "D": float("inf"), "E": 0.0, "F": 1e6}
+    atlas = Said().say("A", adverts.LINKS, "", LinksAdvert({}, rates)).atlas()
+    assert atlas.bytes_per_s == {("F", "A"): 1e6}
 
 
 def test_round_trips_that_cannot_be_are_left_out():

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.adverts import HostAdvert, ModelAdvert, NodeAdvert, PlanAdvert, PlanSpan
+from node.adverts import DeviceAdvert, HostAdvert, ModelAdvert, NodeAdvert, PlanAdvert, PlanSpan
 from node.atlas import Atlas
 from node.planning import Planning, Publish
+from node.preview import preview_document
 from scheduler import Assignment, memory_needed, planner_rank
 from scheduler.pins import uncovered
 from scheduler.planner import MESH
@@ -312,6 +313,193 @@ def test_a_node_that_does_not_serve_plans_but_hosts_nothing():
     plan = mesh.settle()
     assert plan.planner == mesh.first()
     assert plan.span(mesh.first()) is None
+
+
+class Clocked(Mesh):
+    """A mesh whose cores look once a minute."""
+
+    now_s = 0.0
+
+    def minutes(self, count, name=None):
+        """What was published in so many minutes."""
+        name = name or self.first()
+        out = []
+        for _ in range(count):
+            self.now_s += 60.0
+            for publish in self.cores[name].handle(self.atlas(name), may_plan=True, now_s=self.now_s):
+                self.say(name, publish)
+                out.append(publish)
+        return out
+
+    def said(self, manifest_id, busy, **more):
+        """The ready hosts of a model report how busy they are."""
+        plan = self.cores[self.first()].plans[manifest_id]
+        self.hosts[manifest_id] = {
+            a.node: HostAdvert(a.start, a.end, "ready", plan.epoch, busy=busy, **more)
+            for a in plan.assignments
+        }
+
+
+def test_one_member_plans_all_models():
+    models = [toy(f"{k:064x}", f"m{k}") for k in range(4)]
+    mesh = Mesh(*"abcdef", memory_bytes=9 * MIB, models=models)
+    assert {name for name, _ in mesh.tick()} == {mesh.first()}
+    mesh.tick()
+    assert all(len(core.plans) == 4 for core in mesh.cores.values())
+
+
+def test_each_device_of_a_node_is_given_a_span_within_its_own_memory():
+    mesh = Mesh("a", "b")
+    two = (DeviceAdvert("cuda:0", 6 * MIB, 1e12, 1e11), DeviceAdvert("cuda:1", 4 * MIB, 1e12, 1e11))
+    mesh.cards["a"] = card(10 * MIB, devices=two)
+    mesh.cards["b"] = card(0)
+    plan = mesh.settle()
+    assert coverage(plan) == [1] * 8
+    for host, most in (("a", 6), ("a#1", 4)):
+        start, end = mesh.cores["b"].span_of(MODEL_ID, host)
+        assert memory_needed(toy().shape(), start, end) <= most * MIB
+
+
+def test_a_tag_that_a_host_loses_moves_its_span_at_once_and_nobody_else_s():
+    model = toy(require=("trusted",))
+    mesh = Mesh("a", "b", "c", "d", models=[model])
+    for name in "abc":
+        mesh.cards[name] = card(5 * MIB, tags=("trusted",))
+    before = mesh.settle()
+    hosts = {a.node for a in before.assignments}
+    assert hosts < set("abc")
+    lost = sorted(hosts)[0]
+    mesh.cards[lost] = card(5 * MIB)
+    after = mesh.settle()
+    assert lost not in {a.node for a in after.assignments}
+    assert {a for a in before.assignments if a.node != lost} <= set(after.assignments)
+    for name in hosts - {lost}:
+        mesh.cards[name] = card(5 * MIB)
+    mesh.settle()
+    assert all(core.shortages[MODEL_ID] for core in mesh.cores.values())
+
+
+def test_the_first_and_last_layer_go_to_those_who_may_see_the_text():
+    mesh = Mesh(*"abcd", models=[toy(ends_require=("trusted",), layers=12)])
+    for name in "ad":
+        mesh.cards[name] = card(5 * MIB, tags=("trusted",))
+    plan = mesh.settle()
+    assert {a.node for a in plan.assignments if a.start == 0 or a.end == 12} == {"a", "d"}
+
+
+def test_a_node_whose_owner_starts_to_use_it_hands_its_work_over_at_leisure():
+    mesh = Clocked("a", "b", memory_bytes=9 * MIB)
+    mesh.minutes(1)
+    ((host,),) = ([a.node for a in mesh.cores[mesh.first()].plans[MODEL_ID].assignments],)
+    assert mesh.minutes(5) == []
+    mesh.cards[host] = card(9 * MIB, tags=("owner-active",))
+    said = mesh.minutes(5)
+    assert [[span.node for span in publish.advert.spans] for publish in said] == [
+        ["b" if host == "a" else "a"]
+    ]
+
+
+@pytest.mark.parametrize("seconds", [{}, {"sessions": 40}])
+def test_open_sessions_hold_a_span_where_it_is(seconds):
+    """A move that would pay if nobody was served is put off while sessions are open there."""
+    mesh = Clocked("a", "b", memory_bytes=9 * MIB)
+    mesh.minutes(1)
+    host = mesh.cores[mesh.first()].plans[MODEL_ID].assignments[0].node
+    other = "b" if host == "a" else "a"
+    mesh.said(MODEL_ID, 0.0, **seconds)
+    mesh.cards[other] = replace(card(9 * MIB), read_bytes_per_s=1.65e10)
+    moved = [span.node for publish in mesh.minutes(5) for span in publish.advert.spans]
+    assert moved == ([] if seconds else [other])
+
+
+def test_measured_times_win_over_what_hardware_promises():
+    mesh = Clocked("a", "b", "c", memory_bytes=9 * MIB)
+    mesh.minutes(1)
+    host = mesh.cores[mesh.first()].plans[MODEL_ID].assignments[0].node
+    mesh.said(MODEL_ID, 0.0, plan_s_per_layer=5e-4)
+    assert mesh.minutes(5) == [], "the others may be just as slow"
+    mesh.hosts[MODEL_ID]["z"] = HostAdvert(0, 8, "ready", 1)
+    for name in set("abc") - {host}:
+        mesh.hosts[MODEL_ID][name] = HostAdvert(0, 8, "ready", 1, plan_s_per_layer=1e-4)
+    (publish,) = mesh.minutes(5)
+    assert host not in {span.node for span in publish.advert.spans}
+
+
+def test_a_node_that_comes_and_goes_loses_its_work_to_one_that_stays():
+    mesh = Clocked("a", "b", "c", memory_bytes=9 * MIB)
+    mesh.minutes(1)
+    planner = mesh.first()
+    host = mesh.cores[planner].plans[MODEL_ID].assignments[0].node
+    if host == planner:
+        mesh.cards[planner] = card(0)
+        mesh.minutes(3)
+        host = mesh.cores[planner].plans[MODEL_ID].assignments[0].node
+    for _ in range(90):
+        mesh.gone = {planner: {host}}
+        mesh.minutes(1)
+        mesh.gone = {}
+        mesh.minutes(1)
+    assert mesh.cores[planner].shape(host).reliability < 0.8
+    assert host not in {a.node for a in mesh.cores[planner].plans[MODEL_ID].assignments}
+
+
+def test_copies_follow_what_is_asked_and_a_shift_moves_one_copy():
+    models = [toy(), toy(OTHER_ID, "other", created_s=2)]
+    mesh = Clocked("a", "b", "c", memory_bytes=9 * MIB, models=models)
+    mesh.minutes(2)
+    core = mesh.cores[mesh.first()]
+
+    def copies():
+        return [min(coverage(core.plans[m])) for m in (MODEL_ID, OTHER_ID)]
+
+    assert copies() == [1, 1]
+    for busy, expected in (((0.9, 0.0), [2, 1]), ((0.0, 0.9), [1, 2])):
+        for _ in range(12):
+            for model, share in zip((MODEL_ID, OTHER_ID), busy, strict=True):
+                mesh.said(model, share)
+            mesh.minutes(1)
+        assert copies() == expected
+
+
+def test_nobody_asks_so_no_copy_is_made_that_was_not_wanted():
+    mesh = Clocked(*"abcdef", memory_bytes=9 * MIB)
+    mesh.minutes(1)
+    mesh.said(MODEL_ID, 0.1)
+    assert mesh.minutes(20) == []
+
+
+def test_a_restarted_node_does_not_go_back_behind_its_fences():
+    mesh = Mesh("a", "b", "c")
+    plan = mesh.settle()
+    name = next(n for n in mesh.cores if n != mesh.first())
+    back = Planning(name, fences=mesh.cores[name].fences)
+    older = PlanAdvert.of(replace(plan, epoch=plan.epoch - 1))
+    mesh.plans[MODEL_ID] = {mesh.first(): older}
+    back.handle(mesh.atlas(name), may_plan=False)
+    assert MODEL_ID not in back.plans
+    mesh.plans[MODEL_ID] = {mesh.first(): PlanAdvert.of(plan)}
+    back.handle(mesh.atlas(name), may_plan=False)
+    assert back.plans[MODEL_ID] == plan
+
+
+def test_what_would_go_where_is_said_with_what_each_must_fetch():
+    mesh = Mesh("a", "b", "c")
+    mesh.settle()
+    mesh.serve()
+    core, atlas = mesh.cores["a"], mesh.atlas("a")
+    here = preview_document(core, atlas, toy(), 1)
+    assert [(s["node"], s["start"], s["end"]) for s in here["spans"]] == [
+        (a.node, a.start, a.end) for a in sorted(core.plans[MODEL_ID].assignments, key=lambda a: a.start)
+    ]
+    assert all(s["serves"] and s["fetch_bytes"] == 0 for s in here["spans"])
+    assert (here["published"], here["shortage"], len(here["replicas"])) == (True, None, 1)
+    new = preview_document(core, atlas, toy(OTHER_ID, "other", layers=4), 1)
+    assert new["published"] is False
+    assert sum(s["fetch_bytes"] for s in new["spans"]) == 4 * MIB
+    short = preview_document(core, atlas, toy(OTHER_ID, "other", layers=40), 1)
+    assert short["spans"] == []
+    assert short["shortage"]["missing_bytes"] > 20 * MIB
+    assert mesh.settle() == core.plans[MODEL_ID]
 
 
 def test_uncovered_layers_are_found_with_how_many_hosts_they_lack():

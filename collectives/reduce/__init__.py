@@ -5,16 +5,21 @@
 
 from collectives.reduce.combine import weighted_mean
 from collectives.reduce.errors import FrameRefused, LayoutError, MisuseError, PlanError
-from collectives.reduce.exchange import Exchange, ExchangeSettings
+from collectives.reduce.exchange import Exchange
+from collectives.reduce.feedback import Feedback
 from collectives.reduce.frames import HEADER_BYTES, Frame, Header, Kind, header_of
 from collectives.reduce.layout import Layout, Vector
 from collectives.reduce.plan import ReducePlan, plan_reduce
 from collectives.reduce.result import Result, digest_of
+from collectives.reduce.robust import AGGREGATORS, capped, norm_of, outliers
+from collectives.reduce.settings import ExchangeSettings
 
 __all__ = [
+    "AGGREGATORS",
     "HEADER_BYTES",
     "Exchange",
     "ExchangeSettings",
+    "Feedback",
     "Frame",
     "FrameRefused",
     "Header",
@@ -26,8 +31,11 @@ __all__ = [
     "ReducePlan",
     "Result",
     "Vector",
+    "capped",
     "digest_of",
     "header_of",
+    "norm_of",
+    "outliers",
     "plan_reduce",
     "weighted_mean",
 ]

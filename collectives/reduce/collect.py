@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from blake3 import blake3
 
 from collectives.agreement import Member
 from collectives.codecs import Codec, CodecFault
@@ -21,6 +22,9 @@ from collectives.reduce.frames import IDENT_MASK
 from collectives.reduce.hold import Hold, Source
 from collectives.reduce.layout import Layout
 from collectives.reduce.plan import ReducePlan
+from collectives.reduce.result import HASH_BYTES
+from collectives.reduce.robust import aggregate
+from collectives.reduce.settings import ExchangeSettings
 
 OwnValues = Callable[[int], F32]
 Input = tuple[float, Source | F32]
@@ -42,11 +46,15 @@ def ident_of(plan: ReducePlan, unit: int) -> int:
 class Collector:
     """For the chunks that the plan gives to member `me`, as root or as head of its unit."""
 
-    def __init__(self, layout: Layout, codec: Codec, hold: Hold, own: OwnValues) -> None:
+    def __init__(
+        self, layout: Layout, codec: Codec, hold: Hold, own: OwnValues, settings: ExchangeSettings
+    ) -> None:
         self._layout = layout
         self._codec = codec
         self._hold = hold
         self._own = own
+        self._settings = settings
+        self._hashes: dict[Source, bytes] = {}
         self._scratch = np.empty(combine.SUM_SLAB, np.float32)
         exact = codec.relative_error == 0
         self._decoded = np.empty(0 if exact else min(layout.chunk_elements, layout.elements), np.float32)
@@ -54,6 +62,7 @@ class Collector:
         self._lacking: dict[int, set[Source]] = {}
         self._roles: dict[int, list[int]] = {}
         self._norms: dict[Source, float] = {}
+        self._counted: dict[Source, bytearray] = {}
         self.norm_limits: dict[str, float] = {}
         self.refused: dict[str, str] = {}
 
@@ -63,6 +72,7 @@ class Collector:
         self._me = me
         self.refused = {}
         self._norms = {}
+        self._counted = {}
         self._hold.relax()
         self._idents = {unit: ident_of(plan, unit) for unit in plan.heads}
         leaves = {leaf_of(member) for member in plan.members}
@@ -78,7 +88,7 @@ class Collector:
             mine |= set(np.flatnonzero(heads == me).tolist())
         ready = []
         for chunk in sorted(mine):
-            lacking = {source for source in self.sources(chunk) if not self._hold.need((source, chunk))}
+            lacking = {source for source in self.sources(chunk) if not self._ready(source, chunk)}
             if lacking:
                 self._lacking[chunk] = lacking
             elif plan.root(chunk) == me or self._groups(chunk):
@@ -139,13 +149,27 @@ class Collector:
         lacking = self._lacking.get(chunk)
         wanted = lacking is not None and source in lacking
         self._hold.put((source, chunk), payload, wanted)
-        if lacking is None or not wanted:
+        if lacking is None or not wanted or (self._settings.audit and source not in self._hashes):
             return False
+        return self._got(source, chunk, lacking)
+
+    def _got(self, source: Source, chunk: int, lacking: set[Source]) -> bool:
         lacking.discard(source)
         if lacking:
             return False
         del self._lacking[chunk]
         return True
+
+    def commit(self, source: Source, hashes: bytes) -> list[int]:
+        """What the values of `source` have to be, by chunk; the chunks that have everything now."""
+        if self._hashes.setdefault(source, hashes) is not hashes:
+            return []
+        held = [
+            (c, lacking)
+            for c, lacking in self._lacking.items()
+            if source in lacking and (source, c) in self._hold
+        ]
+        return sorted(chunk for chunk, lacking in held if self._got(source, chunk, lacking))
 
     def lost(self) -> dict[str, tuple[set[int], set[int]]]:
         """Inputs that came once and are needed again: by peer, chunks of its leaves and of its partials."""
@@ -161,16 +185,20 @@ class Collector:
         found: dict[str, tuple[set[int], set[int]]] = {}
         for chunk, lacking in self._lacking.items():
             for source in lacking:
-                if test(source, chunk):
+                if (source, chunk) not in self._hold and test(source, chunk):
                     found.setdefault(source.peer, (set(), set()))[source.partial].add(chunk)
         return found
 
     def again(self, chunk: int) -> bool:
         """A sum that was made is wanted once more: whether its inputs are here; if not they are lacking again."""
-        lacking = {source for source in self.sources(chunk) if not self._hold.need((source, chunk))}
+        lacking = {source for source in self.sources(chunk) if not self._ready(source, chunk)}
         if lacking:
             self._lacking[chunk] = lacking
         return not lacking
+
+    def _ready(self, source: Source, chunk: int) -> bool:
+        held = self._hold.need((source, chunk))
+        return held and not (self._settings.audit and source not in self._hashes)
 
     def lags(self, peer: str) -> bool:
         """Whether `peer` is among those that the chunks which came furthest still wait for."""
@@ -191,7 +219,9 @@ class Collector:
     def _sum(self, chunk: int, out: F32, total: float | None) -> bool:
         groups = self._groups(chunk)
         good = True
-        if not groups:
+        if groups and total is not None and self._settings.aggregator != "mean":
+            good = self._aggregate([group[0] for group in groups], chunk, out)
+        elif not groups:
             out.fill(0)
         elif len(groups) == 1:
             good = self._add(list(groups[0]), chunk, out, total)
@@ -229,6 +259,22 @@ class Collector:
             return False
         return self._check(inputs, norms, chunk)
 
+    def _aggregate(self, inputs: Sequence[tuple[float, Source]], chunk: int, out: F32) -> bool:
+        """out = the aggregate of the inputs, all decoded at a time."""
+        try:
+            # Where decoding goes through scratch memory, each has to be kept while the next one is decoded.
+            keep = self._codec.relative_error > 0
+            values = (self._values(what, chunk) for _, what in inputs)
+            terms = [(w, v.copy() if keep else v) for (w, _), v in zip(inputs, values, strict=True)]
+        except CodecFault as fault:
+            self.refused[fault.args[1]] = "mismatch"
+            return False
+        if not self._check(inputs, [combine.squares(values) for _, values in terms], chunk):
+            return False
+        settings = self._settings
+        aggregate(settings.aggregator, terms, out, trim=settings.trim, clip_factor=settings.clip_factor)
+        return True
+
     def _values(self, what: Source | F32, chunk: int) -> F32:
         """Values of an input. May be scratch memory of the collector unless the codec is exact."""
         if not isinstance(what, Source):
@@ -239,10 +285,21 @@ class Collector:
         size = self._layout.size(chunk)
         out = None if codec.relative_error == 0 else torch.from_numpy(self._decoded[:size])
         try:
-            values: F32 = codec.decode(self._hold.get((what, chunk)), size, out).numpy()
+            payload = self._hold.get((what, chunk))
+            self._compare(what, chunk, payload)
+            values: F32 = codec.decode(payload, size, out).numpy()
         except CodecFault as fault:
             raise CodecFault(str(fault), what.peer) from fault
         return values
+
+    def _compare(self, source: Source, chunk: int, payload: memoryview) -> None:
+        """CodecFault if the payload is not what its member has committed itself to."""
+        hashes = self._hashes.get(source)
+        if (
+            hashes is not None
+            and blake3(payload).digest() != hashes[HASH_BYTES * chunk : HASH_BYTES * (chunk + 1)]
+        ):
+            raise CodecFault("other bytes than those it has signed")
 
     def _check(self, inputs: Sequence[Input], norms: Sequence[float], chunk: int) -> bool:
         good = True
@@ -257,7 +314,11 @@ class Collector:
                 self.refused[what.peer] = "nonfinite"
                 good = False
                 continue
-            total = self._norms[what] = self._norms.get(what, 0.0) + square
+            total = self._norms.get(what, 0.0)
+            counted = self._counted.setdefault(what, bytearray(self._layout.chunks))
+            if not counted[chunk]:
+                counted[chunk] = 1
+                total = self._norms[what] = total + square
             limit = self.norm_limits.get(what.peer)
             if limit is not None and not what.partial and total > limit * limit:
                 self.refused[what.peer] = "norm"

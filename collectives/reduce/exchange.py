@@ -17,7 +17,7 @@ How a shell drives it, from one thread at a time:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ import torch
 from collectives.agreement import Declaration
 from collectives.codecs import Codec, CodecFault, codec
 from collectives.codecs.base import F32
-from collectives.reduce.collect import Collector, encoded
+from collectives.reduce.collect import Collector, encoded, leaf_of
 from collectives.reduce.errors import FrameRefused, MisuseError
+from collectives.reduce.feedback import Feedback
 from collectives.reduce.frames import (
     IDENT_MASK,
     KEY_BYTES,
@@ -42,28 +43,11 @@ from collectives.reduce.frames import (
 from collectives.reduce.hold import BufferPool, Hold, Source
 from collectives.reduce.layout import Layout, Vector
 from collectives.reduce.plan import ReducePlan, plan_reduce
-from collectives.reduce.result import Result
+from collectives.reduce.result import HASH_BYTES, Result
+from collectives.reduce.robust import capped, outliers
+from collectives.reduce.settings import DEFAULTS, ExchangeSettings
 
 SLAB_BYTES = 4 * 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ExchangeSettings:
-    """`extra_ratio`: memory beyond the tensors themselves, as a multiple of them, result included. `flat`: no LAN
-    groups. `norm_slack`: how much longer than claimed a contribution may be before its member is refused."""
-
-    extra_ratio: float = 1.5
-    flat: bool = False
-    norm_slack: float = 0.05
-    wants_max: int = 64  # times a peer may ask for things again
-
-    def __post_init__(self) -> None:
-        if not self.extra_ratio >= 1:
-            raise ValueError(f"extra_ratio must be at least 1, got {self.extra_ratio}")
-        if self.norm_slack < 0:
-            raise ValueError(f"norm_slack must not be negative, got {self.norm_slack}")
-        if self.wants_max < 1:
-            raise ValueError(f"wants_max must be positive, got {self.wants_max}")
 
 
 @dataclass(slots=True)
@@ -97,10 +81,11 @@ class Exchange:
         me: str,
         tensors: Sequence[torch.Tensor],
         declaration: Declaration,
-        settings: ExchangeSettings = ExchangeSettings(),
+        settings: ExchangeSettings = DEFAULTS,
         *,
         layout: Layout | None = None,
         out: Sequence[torch.Tensor] | None = None,
+        feedback: Feedback | None = None,
     ) -> None:
         self.me = me
         self.settings = settings
@@ -113,7 +98,8 @@ class Exchange:
         many = self.layout.tensor_bytes >= 8 * SLAB_BYTES
         pool = BufferPool(self._chunk_bytes, max(1, SLAB_BYTES // max(1, self._chunk_bytes)) if many else 1)
         self._hold = Hold(pool, self._budget(len(declaration.members)))
-        self._collector = Collector(self.layout, self.codec, self._hold, self._own)
+        self._feedback = feedback
+        self._collector = Collector(self.layout, self.codec, self._hold, self._own, settings)
         self._work = np.empty(min(self.layout.chunk_elements, self.layout.elements), np.float32)
         self._mine = np.empty_like(self._work)
         self._boxes: dict[str, _Outbox] = {}
@@ -161,6 +147,11 @@ class Exchange:
         """Members whose contributions cannot be used, and why: nonfinite, norm, mismatch. Without a rebase that leaves
         them out this exchange cannot finish."""
         return self._collector.refused
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each member weighs, after caps."""
+        return {member.peer: member.weight for member in self._members}
 
     @property
     def bytes_sent(self) -> int:
@@ -244,7 +235,7 @@ class Exchange:
             chunk = next(iter(box.leaves))
             del box.leaves[chunk]
             box.leaves_sent.add(chunk)
-            return frame_of(Kind.LEAF, chunk, self._nonce, self._key, [self._own_encoded(chunk)])
+            return frame_of(Kind.LEAF, chunk, self._nonce, self._key, [self.contribution(chunk)])
         return None
 
     def buffer_for(self, peer: str, header: bytes | memoryview, payload_bytes: int) -> memoryview:
@@ -401,9 +392,12 @@ class Exchange:
     # This member's own values.
 
     def _values(self, chunk: int, scratch: F32 | None) -> F32:
-        return self._vector.read(*self.layout.span(chunk), scratch)
+        start, end = self.layout.span(chunk)
+        values = self._vector.read(start, end, scratch)
+        return values if self._feedback is None else self._feedback.added(start, values, scratch)
 
-    def _own_encoded(self, chunk: int) -> memoryview:
+    def contribution(self, chunk: int) -> memoryview:
+        """What this member gives of `chunk`, encoded: the same bytes whenever it is asked."""
         return encoded(self.codec, self._values(chunk, None))
 
     def _own(self, chunk: int) -> F32:
@@ -447,6 +441,16 @@ class Exchange:
         }
         self._want(peer, leaves, partials, results)
 
+    def committed(self, peer: str, hashes: bytes) -> None:
+        """With `audit`: the hashes of `peer`'s contribution, chunk by chunk, as it has signed them. Its values are not
+        added up before. Nothing is done if they are known already: the first ones count."""
+        if len(hashes) != HASH_BYTES * self.layout.chunks:
+            raise FrameRefused(peer, "size", f"{len(hashes)} bytes of hashes for {self.layout.chunks} chunks")
+        member = self._declaration.member(peer)
+        if member is not None:
+            for chunk in self._collector.commit(leaf_of(member), hashes):
+                self._collected(chunk)
+
     def close(self) -> None:
         """Frees everything but the result."""
         self._hold.relax()
@@ -457,9 +461,11 @@ class Exchange:
         self._boxes.clear()
 
     def _adopt(self, declaration: Declaration) -> None:
-        plan = plan_reduce(
-            declaration, self.layout.elements, self.layout.chunk_elements, flat=self.settings.flat
-        )
+        settings = self.settings
+        members = capped(declaration.members, settings.weight_cap, settings.weight_share_max)
+        effective = replace(declaration, members=members)
+        layout = self.layout
+        plan = plan_reduce(effective, layout.elements, layout.chunk_elements, flat=not settings.groups)
         if self.me not in plan.number:
             raise MisuseError(f"{self.me} is no member of the declaration")
         self._plan = plan
@@ -473,10 +479,9 @@ class Exchange:
         self._strangers_ok |= set(before)
         others = [member.peer for member in plan.members if member.peer != self.me]
         self._boxes = {peer: before.get(peer) or _Outbox() for peer in others}
-        slack = 1 + 2 * self.codec.relative_error + self.settings.norm_slack
-        self._collector.norm_limits = {m.peer: m.norm * slack for m in plan.members if m.norm > 0}
         self._hold.bytes_max = self._budget(len(plan.members))
         ready = self._collector.adopt(plan, self._number)
+        self._set_norms(plan)
         self._queue_leaves()
         for peer, (leaves, partials) in self._collector.lost().items():
             self._want(peer, leaves, partials, set())
@@ -487,6 +492,15 @@ class Exchange:
         for chunk in ready:
             self._collected(chunk)
         self._woken.update(self._boxes)
+
+    def _set_norms(self, plan: ReducePlan) -> None:
+        settings = self.settings
+        slack = 1 + 2 * self.codec.relative_error + settings.norm_slack
+        claimed = {m.peer: m.norm for m in plan.members if m.norm > 0 or settings.norm_factor is not None}
+        self._collector.norm_limits = {peer: norm * slack for peer, norm in claimed.items()}
+        if settings.norm_factor is not None:
+            for peer in outliers(claimed, settings.norm_factor) - {self.me}:
+                self._collector.refused[peer] = "norm"
 
     def _queue_leaves(self) -> None:
         """Own values that nobody has been given yet, to whom the plan says."""

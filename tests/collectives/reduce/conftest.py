@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from collectives.agreement import Ballot, Declaration, Member
-from collectives.reduce import Exchange, ExchangeSettings, weighted_mean
+from collectives.reduce import Exchange, weighted_mean
 from collectives.reduce.layout import Layout, Vector
+from collectives.reduce.settings import DEFAULTS
 
 torch.set_num_threads(1)
 
@@ -36,7 +37,7 @@ def without(declaration, *gone):
 class Mesh:
     """Links are FIFO queues of copied frames. `step` moves one frame, chosen by `rng`."""
 
-    def __init__(self, tensors, declaration, settings=ExchangeSettings(), seed=None):
+    def __init__(self, tensors, declaration, settings=DEFAULTS, seed=None):
         self.tensors = tensors
         self.rng = random.Random(seed) if seed is not None else None
         self.nodes = {

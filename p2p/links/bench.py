@@ -51,7 +51,9 @@ async def _node(config: BenchConfig) -> AsyncIterator[tuple[Any, Links]]:
     identity = Identity.generate()
     async with open_host(identity, _MESH, _KEY, _LOOPBACK) as host, trio.open_nursery() as nursery:
         rpc = Rpc(host)
-        wanted = LinksConfig(direct=config.path == "direct", sockets=config.sockets, near_rtt_s=1e-9)
+        wanted = LinksConfig(
+            direct=config.path == "direct", sockets=config.sockets, sockets_near=config.sockets
+        )
         links = Links(host, rpc, identity, wanted)
         await nursery.start(rpc.run)
         await nursery.start(links.run)

@@ -71,16 +71,26 @@ def worth_dialling(offered: Sequence[str], addrs_max: int) -> list[Address]:
 
 
 async def dial(
-    link: Link, offered: Sequence[Address], generation: int, count: int
+    link: Link, offered: Sequence[Address], generation: int, rtt_s: float | None
 ) -> tuple[list[Carrier], int]:
-    """`count` sockets that the peer's listener took for the link, and the peer's position.
+    """Sockets that the peer's listener took for the link, and the peer's position.
 
-    Raises Unreachable. The deadline is the caller's.
+    One socket where the peer is near, going by the quicker of `rtt_s` and what the dialling itself took. Raises
+    Unreachable. The deadline is the caller's.
     """
+    config = link.config
     left = list(offered)
     attempts: dict[str, str] = {}
     while left:
+        began_s = trio.current_time()
         carrier, challenge, address = await _first_to_answer(link, left, attempts)
+        took_s = (
+            trio.current_time() - began_s
+        ) / 2  # a round trip to connect, half of one for the challenge, and us
+        near = (
+            ipaddress.ip_address(address[0]).is_loopback or min(took_s, rtt_s or took_s) < config.near_rtt_s
+        )
+        count = config.sockets_near if near else config.sockets
         carriers: list[Carrier] = [carrier]
         done = False
         try:

@@ -51,6 +51,8 @@ Buffer = bytes | bytearray | memoryview
 BATCH_BYTES = 512 << 10
 _READ_SLACK_BYTES = 512
 _ALL = 1 << 62
+_YIELD_BYTES = 1 << 20
+_CLOSES_MAX = 10
 _ECHO_EVERY_S = 0.25
 _ECHOES_MAX = 64
 _ACK_BYTES_MAX = 1 << 20
@@ -127,6 +129,7 @@ class Link:
         self._echo_last_s = -_ECHO_EVERY_S
         self._ping_due = False
         self._control_seq = 0
+        self._unyielded_bytes = 0
         self._progress_s = 0.0
         self._sending = trio.StrictFIFOLock()
         self._room = trio.lowlevel.ParkingLot()
@@ -186,6 +189,9 @@ class Link:
             for part in cut(pieces, self.terms.record_bytes):
                 waited = await self._wait_for_room(len(part)) or waited
                 self.outbox.part(part)
+                if self._unyielded_bytes >= _YIELD_BYTES:
+                    self._unyielded_bytes = 0
+                    await trio.lowlevel.checkpoint()
             done = True
             return waited
         finally:
@@ -219,6 +225,7 @@ class Link:
         pieces += self.outbox.take(_ALL)
         if not pieces:
             return
+        self._unyielded_bytes += sum(map(len, pieces))
         try:
             path.rest = path.carriers[0].send_now(pieces)
         except PeerLost as lost:
@@ -308,19 +315,26 @@ class Link:
     # ---- the end
 
     async def aclose(self) -> None:
-        """End the link: the peer receives what was sent, then EndOfChannel. Waits for its word, a short time only."""
+        """End the link: the peer receives what was sent, then EndOfChannel. Waits for its word, as long
+        as there is progress."""
         if self._closing or self.failure is not None:
             await trio.lowlevel.checkpoint_if_cancelled()
             self.fail(PeerLost(self.peer, "this link was closed here"))
             return
         self._closing = True
-        with trio.move_on_after(self.config.close_deadline_s, shield=True):
+        self._room.unpark_all()  # those who wait to send learn of it
+        deadline = trio.current_time() + _CLOSES_MAX * self.config.close_deadline_s
+        with trio.CancelScope(deadline=deadline, shield=True):
             async with self._sending:
                 if self.failure is None:
                     self.outbox.end()
-                self._work.unpark_all()
-            while self.failure is None and self.outbox.received < self.outbox.next_seq:
-                await self._room.park()
+                self._send_now()
+            received = -1
+            while self.failure is None and received < self.outbox.received < self.outbox.next_seq:
+                received = self.outbox.received
+                with trio.move_on_after(self.config.close_deadline_s):
+                    while self.failure is None and self.outbox.received == received:
+                        await self._room.park()
         self.fail(PeerLost(self.peer, "this link was closed here"))
 
     def fail(self, failure: P2pError) -> None:
@@ -416,7 +430,7 @@ class Link:
         decrypted while it is still in the processor's cache, and what is left over is cheap to move."""
         record_bytes = self.terms.record_bytes
         buffer = memoryview(bytearray(2 * (record_bytes + OVERHEAD_BYTES + _READ_SLACK_BYTES)))
-        have, wanted = 0, record_bytes + OVERHEAD_BYTES
+        have, wanted, unyielded_bytes = 0, record_bytes + OVERHEAD_BYTES, 0
         while True:
             count = await carrier.receive_into(buffer[have : wanted + _READ_SLACK_BYTES])
             if not count:
@@ -435,11 +449,15 @@ class Link:
                 self._on_record(head, buffer[at:end], path.heard_s)
                 at = end
                 if self.inbox.ready is not None and have - at >= HEAD_BYTES:
+                    unyielded_bytes = -count
                     await trio.lowlevel.checkpoint()  # let the receiver ask for the next one
             if at:
                 buffer[: have - at] = buffer[at:have]
                 have -= at
-            await trio.lowlevel.checkpoint_if_cancelled()
+            unyielded_bytes += count
+            if unyielded_bytes >= _YIELD_BYTES:
+                unyielded_bytes = 0
+                await trio.lowlevel.checkpoint()
 
     def _on_record(self, head: Head, record: memoryview, now: float) -> None:
         if head.kind >= ACK:
@@ -481,7 +499,7 @@ class Link:
             count = self.outbox.acknowledged(received, consumed)
             if count:
                 self._meter.outward.add(count, now)
-                if self.outbox.idle:
+                if self.outbox.next_seq - self.outbox.received < 2:  # the path ran dry: the pause is ours
                     self._meter.outward.pause()
             self._room.unpark_all()
         elif head.kind == ECHO and len(plain) == _ONE.size:

@@ -53,6 +53,7 @@ from p2p.links.link import Link, Terms
 from p2p.links.listen import Listener
 from p2p.links.meter import Meter
 from p2p.links.types import RECORD_BYTES_MAX, RECORD_BYTES_MIN, LinkReport, LinksConfig
+from p2p.pipe import stream_pair
 from p2p.rpc import Rpc, RpcHost
 from p2p.rpc_types import Call, Method
 
@@ -122,6 +123,7 @@ class _Entry:
     generation: int = 0
     pending: _Pending | None = None
     handler: Handler | None = None
+    handled: trio.Event | None = None
 
 
 class Links:
@@ -234,8 +236,7 @@ class Links:
     # ---- opening
 
     async def _open(self, peer: PeerId, service: str, deadline: float) -> Link:
-        if self._nursery is None:
-            raise LocalFault("Links.run is not running")
+        self._running()
         self._check_room(peer)
         exchange = Exchange()
         session = new_session()
@@ -279,11 +280,15 @@ class Links:
 
     def _add(self, registry: dict[bytes, _Entry], entry: _Entry) -> None:
         """Own a link from now on, until it is gone."""
-        if self._nursery is None:
-            raise LocalFault("Links.run is not running")
+        nursery = self._running()
         registry[entry.link.terms.session] = entry
         self._promised_bytes += entry.promised_bytes
-        self._nursery.start_soon(self._live, registry, entry)
+        nursery.start_soon(self._live, registry, entry)
+
+    def _running(self) -> trio.Nursery:
+        if self._nursery is None:
+            raise LocalFault("Links.run is not running")
+        return self._nursery
 
     async def _live(self, registry: dict[bytes, _Entry], entry: _Entry) -> None:
         link = entry.link
@@ -292,9 +297,11 @@ class Links:
                 if link.terms.opener:
                     nursery.start_soon(self._keep_path, nursery, entry)
                 else:
-                    nursery.start_soon(self._await_path, nursery, entry)
+                    nursery.start_soon(self._await_path, entry)
                 await link.gone.wait()
                 nursery.cancel_scope.cancel()
+            if entry.handled is not None:
+                await entry.handled.wait()  # what came before the end is still the handler's to receive
         finally:
             link.fail(PeerLost(link.peer, "this node ends its links"))
             self._drop_pending(entry)
@@ -307,8 +314,12 @@ class Links:
         """A direct path if it answers at once, a stream otherwise, and a direct one again as soon as there is one."""
         link = entry.link
         wait_s = self.config.upgrade_min_s
-        with trio.move_on_after(self.config.dial_grace_s):
-            await self._try_direct(nursery, entry)
+        meter = self._meter(link.peer)
+        if entry.offered and trio.current_time() >= meter.no_direct_until_s:
+            with trio.move_on_after(self.config.dial_grace_s):
+                await self._try_direct(nursery, entry)
+            if link.path_now is None:  # do not let the next links wait for it
+                meter.no_direct_until_s = trio.current_time() + self.config.direct_retry_s
         while link.failure is None:
             path = link.path_now
             if path is None:
@@ -329,6 +340,8 @@ class Links:
                         await self._try_direct(nursery, entry)
                     if link.path_now is path:
                         wait_s = self._longer(wait_s)
+                    else:
+                        meter.no_direct_until_s = 0.0
 
     def _longer(self, wait_s: float) -> float:
         return min(2 * wait_s, self.config.upgrade_max_s)
@@ -337,14 +350,11 @@ class Links:
         link = entry.link
         if not entry.offered:
             return
-        rtt_s = self.rpc.rtt_s(link.peer)
-        near = rtt_s is not None and rtt_s < self.config.near_rtt_s
-        count = 1 if near else self.config.sockets
         entry.generation += 1
         generation = entry.generation
         entry.generation += len(entry.offered)  # each address that fails uses one up
         try:
-            carriers, position = await dial(link, entry.offered, generation, count)
+            carriers, position = await dial(link, entry.offered, generation, self.rpc.rtt_s(link.peer))
         except Unreachable as unreachable:
             logger.debug("no direct path to %s: %s", link.peer, unreachable)
             return
@@ -376,7 +386,9 @@ class Links:
     async def _open_stream(self, link: Link) -> StreamCarrier:
         if link.peer != self.host.peer_id:
             return StreamCarrier(await self.host.open_stream(link.peer, PROTOCOL))
-        raise PeerLost(link.peer, "links to this very node are not made")
+        near, far = stream_pair(link.peer)
+        self._running().start_soon(self._on_stream, far)
+        return StreamCarrier(near)
 
     def _adopt(self, nursery: trio.Nursery, entry: _Entry, carriers: list[Carrier], position: int) -> None:
         try:
@@ -415,7 +427,7 @@ class Links:
         addrs = tuple(self._listener.addrs())[:_OFFERED_MAX] if self.config.direct else ()
         return LinkOpened(exchange.public, record_bytes, window_bytes, addrs)
 
-    async def _await_path(self, nursery: trio.Nursery, entry: _Entry) -> None:
+    async def _await_path(self, entry: _Entry) -> None:
         """The opener makes the paths; without one for too long, the link is over."""
         link = entry.link
         within_s = self.config.open_deadline_s
@@ -429,24 +441,26 @@ class Links:
             within_s = 2 * self.config.recover_deadline_s
             if entry.handler is not None:
                 handler, entry.handler = entry.handler, None
-                nursery.start_soon(self._handle, link, handler)
+                entry.handled = trio.Event()
+                self._running().start_soon(self._handle, link, handler, entry.handled)
             while link.path_now is not None and link.failure is None:
                 await link.changed.wait()
 
-    async def _handle(self, link: Link, handler: Handler) -> None:
+    async def _handle(self, link: Link, handler: Handler, handled: trio.Event) -> None:
         """The boundary around a service's own code: what it raises ends its link only."""
         try:
             await handler(link)
-        except EndOfChannel:
             await link.aclose()
-        except (RemoteFault, ResourceLimit) as fault:
-            logger.debug("a link of %s was given up: %s", link.peer, fault)
+        except Exception as error:  # a handler is anyone's code: its failure ends its link
+            if not _of_the_peer(error):
+                logger.exception("the handler of service %s failed for %s", link.service, link.peer)
+            elif all(isinstance(leaf, EndOfChannel) for leaf in _leaves(error)):
+                await link.aclose()
+            else:
+                logger.debug("a link of %s was given up: %s", link.peer, error)
             link.fail(PeerLost(link.peer, "the handler gave the link up"))
-        except Exception:  # a handler is anyone's code: its failure ends its link
-            logger.exception("the handler of service %s failed for %s", link.service, link.peer)
-            link.fail(PeerLost(link.peer, "the handler failed"))
-        else:
-            await link.aclose()
+        finally:
+            handled.set()
 
     # ---- sockets and streams that come in
 
@@ -509,6 +523,7 @@ class Links:
         if pending is None or hello.generation > pending.generation:
             self._drop_pending(entry)
             pending = entry.pending = _Pending(hello.generation, hello.count, hello.position)
+            self._running().start_soon(self._expire, entry, pending)
         if (
             hello.generation < pending.generation
             or hello.count != pending.count
@@ -525,8 +540,13 @@ class Links:
         entry.generation = pending.generation
         carriers = [pending.carriers[index] for index in range(pending.count)]
         path = link.adopt(pending.generation, carriers, pending.position)
-        if self._nursery is not None:
-            self._nursery.start_soon(link.run_path, path)
+        self._running().start_soon(link.run_path, path)
+
+    async def _expire(self, entry: _Entry, pending: _Pending) -> None:
+        await trio.sleep(self.config.handshake_deadline_s)
+        if entry.pending is pending:
+            self.faults["slow"] += 1
+            self._drop_pending(entry)
 
     def _drop_pending(self, entry: _Entry) -> None:
         pending, entry.pending = entry.pending, None
@@ -561,6 +581,17 @@ class Links:
             bytes_sent=meter.bytes_sent,
             bytes_received=meter.bytes_received,
         )
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for one in error.exceptions for leaf in _leaves(one)]
+    return [error]
+
+
+def _of_the_peer(error: Exception) -> bool:
+    """Whether the peer's doing, a limit or the clean end is all that ended a handler."""
+    return all(isinstance(leaf, RemoteFault | ResourceLimit | EndOfChannel) for leaf in _leaves(error))
 
 
 def check_terms(key: bytes, record_bytes: int, window_bytes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-_RTT_WEIGHT = 0.125
+_RTT_RISE = 0.02
 _RATE_WEIGHT = 0.3
 _SAMPLE_BYTES = 1 << 20
 _IDLE_S = 0.1
@@ -42,7 +42,7 @@ class Rate:
 class Meter:
     """What is known of the links to one peer."""
 
-    __slots__ = ("bytes_received", "bytes_sent", "inward", "loss", "outward", "rtt_s")
+    __slots__ = ("bytes_received", "bytes_sent", "inward", "loss", "no_direct_until_s", "outward", "rtt_s")
 
     def __init__(self) -> None:
         self.rtt_s: float | None = None
@@ -51,6 +51,11 @@ class Meter:
         self.inward = Rate()
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.no_direct_until_s = 0.0
 
     def add_rtt(self, took_s: float) -> None:
-        self.rtt_s = took_s if self.rtt_s is None else self.rtt_s + _RTT_WEIGHT * (took_s - self.rtt_s)
+        """A sample, which may have waited behind bulk: lower ones count at once, higher ones slowly."""
+        if self.rtt_s is None or took_s < self.rtt_s:
+            self.rtt_s = took_s
+        else:
+            self.rtt_s += _RTT_RISE * (took_s - self.rtt_s)

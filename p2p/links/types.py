@@ -20,14 +20,15 @@ class LinksConfig:
     """Every limit of links.
 
     `listen` are IP addresses, or IP:PORT, to be dialled at by direct paths; None follows where the host listens, on a
-    port of the system's choice, and () never listens. `sockets` stripe a direct path; peers whose round trip is below
-    `near_rtt_s` get one, which is cheaper. A link holds at most `window_bytes` in each direction; all links of a node
-    together promise `held_bytes_max` at most. Times are in seconds.
+    port of the system's choice, and () never listens. `sockets` stripe a direct path; where the round trip is below
+    `near_rtt_s` it is `sockets_near`, because a single one is the cheapest. A link holds at most `window_bytes` in each
+    direction; all links of a node together promise `held_bytes_max` at most. Times are in seconds.
     """
 
     listen: tuple[str, ...] | None = None
     direct: bool = True
     sockets: int = 4
+    sockets_near: int = 1
     near_rtt_s: float = 0.004
     record_bytes: int = 256 << 10
     window_bytes: int = 8 << 20
@@ -44,6 +45,7 @@ class LinksConfig:
     dial_deadline_s: float = 2.0
     dial_grace_s: float = 0.3
     dial_addrs_max: int = 16
+    direct_retry_s: float = 30.0
     recover_deadline_s: float = 5.0
     stall_deadline_s: float = 10.0
     close_deadline_s: float = 1.0
@@ -64,8 +66,11 @@ class LinksConfig:
             raise LocalFault(
                 f"LinksConfig.window_bytes must hold 4 records of {self.record_bytes}, got {self.window_bytes}"
             )
-        if self.sockets > SOCKETS_MAX:
-            raise LocalFault(f"LinksConfig.sockets must be at most {SOCKETS_MAX}, got {self.sockets}")
+        for name in ("sockets", "sockets_near"):
+            if getattr(self, name) > SOCKETS_MAX:
+                raise LocalFault(
+                    f"LinksConfig.{name} must be at most {SOCKETS_MAX}, got {getattr(self, name)}"
+                )
         if self.header_bytes_max > 1 << 20:
             raise LocalFault(
                 f"LinksConfig.header_bytes_max must be at most {1 << 20}, got {self.header_bytes_max}"

@@ -33,7 +33,7 @@ async def test_a_message_comes_back_as_it_was(nodes, size):
 @pytest.mark.parametrize("sockets", [1, 3])
 async def test_many_messages_keep_their_order_both_ways(nodes, sockets):
     config = LinksConfig(
-        sockets=sockets, near_rtt_s=1e-9, record_bytes=4096, window_bytes=64 << 10, header_bytes_max=2048
+        sockets=sockets, sockets_near=sockets, record_bytes=4096, window_bytes=64 << 10, header_bytes_max=2048
     )
     one, other = await nodes(2, config, config)
     other.links.serve("echo", echo)

@@ -101,9 +101,6 @@ def restarts_begin_with_ballot_zero(patch):
     def init(self, *given, old=Core.__init__):
         old(self, *given)
         self.zero_free = True
-        self.ledger.vote = None
-        self.ledger.promised = NO_BALLOT
-        self.top = ty.Ballot(0, self.config.seats[0].peer) if self.config else NO_BALLOT
 
     patch(Core, "__init__", init)
 

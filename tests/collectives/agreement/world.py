@@ -315,6 +315,8 @@ class World:
         if self.trap[1] > 0:
             return False
         self.trap = None
+        if self.rng.random() < 0.75:
+            self.trap = [self.rng.choice(KILL_AT), self.rng.randint(1, 8)]
         return True
 
     def perform(self, node, one):
@@ -337,12 +339,16 @@ class World:
     def fall(self, node):
         rng = self.rng
         chance = rng.random()
-        if chance < 0.6:
-            self.crash(node, rng.uniform(0.2, 3.0), keep_bytes=rng.random() < 0.3)
-        elif chance < 0.7 and "disk" in self.plan.kinds and self.plan.nodes > 3:
-            self.crash(node, rng.uniform(0.2, 3.0), lose_disk=True)
-        elif chance < 0.8 and "leave" in self.plan.kinds:
+        if chance < 0.2 and "disk" in self.plan.kinds and self.plan.nodes > 2:
+            self.crash(node, rng.uniform(0.2, 2.0), lose_disk=True)
+        elif chance < 0.3 and "leave" in self.plan.kinds:
             self.at(0.0, "leave", node.name)
+        elif chance < 0.5:
+            self.crash(node, rng.uniform(0.2, 3.0), keep_bytes=rng.random() < 0.3)
+        elif chance < 0.8:
+            others = [name for name in self.names if name != node.name]
+            pairs = {(node.name, one) for one in others} | {(one, node.name) for one in others}
+            self.block(pairs, rng.uniform(0.5, 3.0))
         else:
             self.pause(node, rng.uniform(0.5, 3.0))
 
@@ -678,7 +684,7 @@ class World:
         elif kind == "all" and rng.random() < 0.3:
             for one in list(self.nodes.values()):
                 self.crash(one, rng.uniform(0.1, 1.0), keep_bytes=rng.random() < 0.3)
-        elif kind == "disk" and self.plan.nodes > 3 and rng.random() < 0.5:
+        elif kind == "disk" and self.plan.nodes > 2 and rng.random() < 0.5:
             self.crash(node, rng.uniform(0.1, 2.0), lose_disk=True)
         elif kind == "pause":
             self.pause(node, rng.uniform(0.3, 4.0))

@@ -532,6 +532,10 @@ class Exchange:
             raise FrameRefused(peer, "flood", f"asked {box.asked} times for things it was sent")
         leaves, partials, results = unpack_wants(self.layout.chunks, payload)
         box.leaves.update(dict.fromkeys(leaves))
+        # Whoever asks may know a later declaration: what it lost must not count as sent once that one comes here.
+        box.leaves_sent.difference_update(leaves)
+        lost = set(partials)
+        box.partials_sent = {sent for sent in box.partials_sent if sent[0] not in lost}
         if head.key == self._key:
             for chunk in partials:
                 self._wanted_partial(box, peer, chunk)
@@ -546,7 +550,6 @@ class Exchange:
         root, head = self._plan.root(chunk), self._plan.head(self._unit, chunk)
         if self._members[root].peer != peer or head != self._number or self._unit not in self._plan.heads:
             return
-        box.partials_sent.discard((chunk, self._collector.partial(self._unit, chunk).ident))
         if self._collector.again(chunk):
             self._queue_partial(peer, chunk)
         for other, (lost, _) in self._collector.lost().items():

@@ -67,7 +67,7 @@ def grouped(names, groups, hidden=()):
     codec=st.sampled_from(["fp32", "fp32", "bf16", "int8", "topk"]),
     lag=st.booleans(),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_groups_clients_and_several_deaths_in_any_order(tools, seed, groups, hidden, deaths, codec, lag):
     names = [f"p{n}" for n in range(len(groups))]
     tensors = tensors_for(names, elements=17_000, seed=seed % 1000)

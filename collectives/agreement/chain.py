@@ -95,7 +95,7 @@ class Chain(Leading):
             case Met(peers):
                 self.meet(peers)
                 self.ask_at = now_s
-                self._ask(now_s)
+                self.ask(now_s)
             case Leave():
                 self._leave()
 
@@ -185,6 +185,7 @@ class Chain(Leading):
             return
         self.gather.add(self.me, self.ledger.incarnation, attempt.offer, now_s)
         self.following = None
+        self.ask_at = now_s + self.settings.takeover_s
         self.declined = False
         self.hint = None
         self.passed.discard(self.me)
@@ -219,7 +220,7 @@ class Chain(Leading):
         if self.round is not None and now_s >= self.round.deadline_s:
             self.expire()
         if self.ledger.decided is None or (self.round is not None and self.round.offer.epoch > self.epoch):
-            self._ask(now_s)
+            self.ask(now_s)
             return
         if self.entered:
             self._in_round(now_s)
@@ -233,7 +234,7 @@ class Chain(Leading):
             self._begin(now_s)
         if self.is_lonely():
             self.lonely_at = now_s if self.lonely_at is None else self.lonely_at
-            self._ask(now_s)  # it may be long decided that others hold the seats
+            self.ask(now_s)  # it may be long decided that others hold the seats
             if now_s >= self.lonely_at + self.settings.no_quorum_s:
                 self.fail(NoQuorum(f"too few of epoch {self.epoch}'s members are here", self.epoch + 1))
                 return
@@ -257,12 +258,6 @@ class Chain(Leading):
         if not self.ledger.seated:
             return 0.0
         return None if gather.quorum_at is None else gather.quorum_at + self.grace.seconds
-
-    def _ask(self, now_s: float) -> None:
-        if now_s < self.ask_at:
-            return
-        self.ask_at = now_s + self.settings.resend_s
-        self.send_all(self.contacts, Ask(self.epoch))
 
     @property
     def wake_s(self) -> float | None:

@@ -164,6 +164,12 @@ class Core:
         known.pop(self.me, None)
         self.contacts = tuple(known)[: self.settings.members_max]
 
+    def ask(self, now_s: float) -> None:
+        """Whoever knows more than I do answers."""
+        if now_s >= self.ask_at:
+            self.ask_at = now_s + self.settings.resend_s
+            self.send_all(self.contacts, Ask(self.epoch))
+
     # Bytes.
 
     def fetch(self, value: Value, holders: Iterable[str]) -> None:

@@ -259,6 +259,9 @@ class Following(Core):
             self.follow(now_s)
             return
         self.poke_at = now_s + self.settings.resend_s
+        if self.last_declared is None and now_s >= self.ask_at:  # perhaps all this was decided long ago
+            self.ask(now_s)
+            self.ask_at = now_s + self.settings.takeover_s
         seen = self.last_declared.ballot if self.last_declared is not None else NO_BALLOT
         resigned = self.ledger.notes()
         done = self.done is not None

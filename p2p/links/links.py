@@ -10,7 +10,8 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -28,27 +29,10 @@ from p2p.errors import (
 )
 from p2p.host import ByteStream
 from p2p.identity import PeerId
-from p2p.links.carriers import Carrier, SocketCarrier, StreamCarrier
-from p2p.links.connect import Address, dial, ips_of, release, worth_dialling
-from p2p.links.handshake import (
-    CHALLENGE_SIZE,
-    HELLO_SIZE,
-    MAGIC,
-    Hello,
-    challenge_of,
-    introduce,
-    read_hello,
-    welcome,
-)
-from p2p.links.keys import (
-    PUBLIC_BYTES,
-    SESSION_BYTES,
-    Exchange,
-    LinkKeys,
-    context_of,
-    new_challenge,
-    new_session,
-)
+from p2p.links.connect import ips_of, worth_dialling
+from p2p.links.door import Door, Seat
+from p2p.links.keeper import Keeper
+from p2p.links.keys import PUBLIC_BYTES, SESSION_BYTES, Exchange, LinkKeys, context_of, new_session
 from p2p.links.link import Link, Terms
 from p2p.links.listen import Listener
 from p2p.links.meter import Meter
@@ -61,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL = "links/1"
 _OFFERED_MAX = 32
-_STEADY_S = 30.0
+_RECORDS_PER_WINDOW_MIN = 4
 
 Handler = Callable[[Link], Awaitable[None]]
 
@@ -104,25 +88,12 @@ OPEN = Method("links/open", OpenLink, LinkOpened, body_bytes_max=8 << 10, deadli
 
 
 @dataclass(eq=False, slots=True)
-class _Pending:
-    """Carriers of a generation that is not complete yet, at the side that is dialled."""
-
-    generation: int
-    count: int
-    position: int
-    carriers: dict[int, Carrier] = field(default_factory=dict)
-
-
-@dataclass(eq=False, slots=True)
 class _Entry:
-    """What Links keeps of one link. `offered` are the peer's addresses, for the side that dials."""
+    """What Links keeps of one link, until it is over and its handler has returned."""
 
     link: Link
-    offered: list[Address]
     promised_bytes: int
-    generation: int = 0
-    pending: _Pending | None = None
-    handler: Handler | None = None
+    keep: Callable[[], Awaitable[None]]
     handled: trio.Event | None = None
 
 
@@ -137,16 +108,15 @@ class Links:
         self.host = host
         self.rpc = rpc
         self.config = config or LinksConfig()
-        self.faults: Counter[str] = Counter()
         self._services: dict[str, Handler] = {}
-        self._opened: dict[bytes, _Entry] = {}
-        self._served: dict[bytes, _Entry] = {}
+        self._entries: set[_Entry] = set()
         self._meters: OrderedDict[PeerId, Meter] = OrderedDict()
         self._promised_bytes = 0
         self._nursery: trio.Nursery | None = None
-        self._listener = Listener(self.config, self._on_socket)
+        self._door = Door(self.config, self._running)
+        self._listener = Listener(self.config, self._door.on_socket)
         rpc.serve(OPEN, self._on_open)
-        host.handle(PROTOCOL, self._on_stream)
+        host.handle(PROTOCOL, self._door.on_stream)
 
     # ---- the face
 
@@ -186,6 +156,13 @@ class Links:
         """What is known of each peer with which there were links, sorted by peer."""
         return tuple(self._report(peer, meter) for peer, meter in sorted(self._meters.items()))
 
+    @property
+    def faults(self) -> Counter[str]:
+        """Sockets and streams that were refused, by reason: refused (no proof), slow, lost, crowded."""
+        counted = Counter(self._door.faults)
+        counted["crowded"] = self._listener.refused
+        return counted
+
     def addrs(self) -> tuple[str, ...]:
         """IP:PORT at which direct paths are taken now."""
         return tuple(self._listener.addrs())
@@ -208,11 +185,8 @@ class Links:
         finally:
             self._nursery = None
             self._listener.close()
-            for entry in self._entries():
+            for entry in list(self._entries):
                 entry.link.fail(PeerLost(entry.link.peer, "this node ends its links"))
-
-    def _entries(self) -> list[_Entry]:
-        return [*self._opened.values(), *self._served.values()]
 
     async def _watch_peers(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """A peer that is no longer connected, and with that no longer a proven member, has no links."""
@@ -228,7 +202,7 @@ class Links:
                         self._drop_lost()
 
     def _drop_lost(self) -> None:
-        for entry in self._entries():
+        for entry in list(self._entries):
             peer = entry.link.peer
             if peer != self.host.peer_id and not self.host.is_connected(peer):
                 entry.link.fail(PeerLost(peer, f"the connection to {peer} is gone"))
@@ -251,22 +225,29 @@ class Links:
                 raise ResourceLimit(f"{peer} has no room for a link", refused.retry_after_s or 1.0) from None
             raise Unreachable({str(peer): f"{refused.code}: {refused.message}"}) from None
         record_bytes = min(config.record_bytes, reply.record_bytes)
-        check_terms(reply.key, record_bytes, reply.window_bytes)
+        send_window_bytes = min(reply.window_bytes, config.window_bytes)
+        check_terms(reply.key, record_bytes, min(window_bytes, send_window_bytes))
         context = context_of(session, service, self.host.peer_id, peer, (exchange.public, reply.key))
         keys = LinkKeys(exchange.finish(reply.key, context), opener=True)
-        terms = Terms(
-            session, service, record_bytes, min(reply.window_bytes, config.window_bytes), window_bytes, True
-        )
-        link = Link(peer, terms, keys, config, self._meter(peer))
+        terms = Terms(session, service, record_bytes, send_window_bytes, window_bytes, True)
+        meter = self._meter(peer)
+        link = Link(peer, terms, keys, config, meter)
         direct = config.direct and peer != self.host.peer_id
         offered = worth_dialling(reply.addrs, config.dial_addrs_max) if direct else []
-        entry = _Entry(link, offered, terms.send_window_bytes + window_bytes)
-        self._add(self._opened, entry)
+        keeper = Keeper(link, offered, partial(self._stream_to, peer), partial(self.rpc.rtt_s, peer), meter)
+        self._add(_Entry(link, send_window_bytes + window_bytes, keeper.run))
         return link
 
+    async def _stream_to(self, peer: PeerId) -> ByteStream:
+        if peer != self.host.peer_id:
+            return await self.host.open_stream(peer, PROTOCOL)
+        near, far = stream_pair(peer)
+        self._running().start_soon(self._door.on_stream, far)
+        return near
+
     def _check_room(self, peer: PeerId) -> None:
-        of_peer = sum(1 for entry in self._entries() if entry.link.peer == peer)
-        total = len(self._opened) + len(self._served)
+        of_peer = sum(1 for entry in self._entries if entry.link.peer == peer)
+        total = len(self._entries)
         if total >= self.config.links_max or of_peer >= self.config.links_per_peer_max:
             raise ResourceLimit(f"{of_peer} links to {peer} and {total} in all are open")
 
@@ -274,131 +255,37 @@ class Links:
         """A window of at most `wanted_bytes`, out of what all links may hold. Raises ResourceLimit."""
         left_bytes = (self.config.held_bytes_max - self._promised_bytes) // 4
         granted = min(self.config.window_bytes, wanted_bytes, left_bytes)
-        if granted < 4 * RECORD_BYTES_MIN:
+        if granted < _RECORDS_PER_WINDOW_MIN * RECORD_BYTES_MIN:
             raise ResourceLimit(f"links may hold {self.config.held_bytes_max} bytes, and all are promised")
         return granted
 
-    def _add(self, registry: dict[bytes, _Entry], entry: _Entry) -> None:
-        """Own a link from now on, until it is gone."""
-        nursery = self._running()
-        registry[entry.link.terms.session] = entry
+    def _add(self, entry: _Entry) -> None:
+        """Own a link from now on, until it is over."""
+        self._running().start_soon(self._live, entry)
+        self._entries.add(entry)
         self._promised_bytes += entry.promised_bytes
-        nursery.start_soon(self._live, registry, entry)
 
     def _running(self) -> trio.Nursery:
         if self._nursery is None:
             raise LocalFault("Links.run is not running")
         return self._nursery
 
-    async def _live(self, registry: dict[bytes, _Entry], entry: _Entry) -> None:
+    async def _live(self, entry: _Entry) -> None:
         link = entry.link
         try:
             async with trio.open_nursery() as nursery:
-                if link.terms.opener:
-                    nursery.start_soon(self._keep_path, nursery, entry)
-                else:
-                    nursery.start_soon(self._await_path, entry)
+                nursery.start_soon(entry.keep)
                 await link.gone.wait()
                 nursery.cancel_scope.cancel()
             if entry.handled is not None:
                 await entry.handled.wait()  # what came before the end is still the handler's to receive
         finally:
             link.fail(PeerLost(link.peer, "this node ends its links"))
-            self._drop_pending(entry)
-            del registry[link.terms.session]
+            seat = None if link.terms.opener else self._door.seats.pop(link.terms.session, None)
+            if seat is not None:
+                seat.drop_pending()
+            self._entries.discard(entry)
             self._promised_bytes -= entry.promised_bytes
-
-    # ---- paths, at the side that opened the link
-
-    async def _keep_path(self, nursery: trio.Nursery, entry: _Entry) -> None:
-        """A direct path if it answers at once, a stream otherwise, and a direct one again as soon as there is one."""
-        link = entry.link
-        wait_s = self.config.upgrade_min_s
-        meter = self._meter(link.peer)
-        if entry.offered and trio.current_time() >= meter.no_direct_until_s:
-            with trio.move_on_after(self.config.dial_grace_s):
-                await self._try_direct(nursery, entry)
-            if link.path_now is None:  # do not let the next links wait for it
-                meter.no_direct_until_s = trio.current_time() + self.config.direct_retry_s
-        while link.failure is None:
-            path = link.path_now
-            if path is None:
-                await self._fall_back(nursery, entry)
-            elif path.name == "direct" or not entry.offered:
-                changed = link.changed
-                await changed.wait()
-                if path.name == "direct" and link.path_now is None:
-                    logger.info("a direct path to %s broke: %s", link.peer, path.reason)
-                    steady = trio.current_time() - path.began_s >= _STEADY_S
-                    wait_s = self.config.upgrade_min_s if steady else self._longer(wait_s)
-            else:
-                with trio.move_on_after(wait_s):
-                    while link.path_now is path and link.failure is None:
-                        await link.changed.wait()
-                if link.path_now is path and link.failure is None:
-                    with trio.move_on_after(self.config.dial_deadline_s):
-                        await self._try_direct(nursery, entry)
-                    if link.path_now is path:
-                        wait_s = self._longer(wait_s)
-                    else:
-                        meter.no_direct_until_s = 0.0
-
-    def _longer(self, wait_s: float) -> float:
-        return min(2 * wait_s, self.config.upgrade_max_s)
-
-    async def _try_direct(self, nursery: trio.Nursery, entry: _Entry) -> None:
-        link = entry.link
-        if not entry.offered:
-            return
-        entry.generation += 1
-        generation = entry.generation
-        entry.generation += len(entry.offered)  # each address that fails uses one up
-        try:
-            carriers, position = await dial(link, entry.offered, generation, self.rpc.rtt_s(link.peer))
-        except Unreachable as unreachable:
-            logger.debug("no direct path to %s: %s", link.peer, unreachable)
-            return
-        self._adopt(nursery, entry, carriers, position)
-
-    async def _fall_back(self, nursery: trio.Nursery, entry: _Entry) -> None:
-        """A stream to the peer. Without one, the link is over."""
-        link = entry.link
-        try:
-            with trio.fail_after(self.config.recover_deadline_s):
-                carrier = await self._open_stream(link)
-                entry.generation += 1
-                hello = Hello(link.terms.session, entry.generation, 0, 1, link.inbox.received)
-                done = False
-                try:
-                    challenge = challenge_of(await carrier.receive_exactly(CHALLENGE_SIZE))
-                    position = await introduce(carrier, link.keys, hello, challenge)
-                    done = True
-                finally:
-                    if not done:
-                        carrier.close()
-        except trio.TooSlowError:
-            link.fail(PeerLost(link.peer, f"no path to {link.peer} could be made in time"))
-        except RemoteFault as fault:
-            link.fail(PeerLost(link.peer, f"no path to {link.peer}: {fault}"))
-        else:
-            self._adopt(nursery, entry, [carrier], position)
-
-    async def _open_stream(self, link: Link) -> StreamCarrier:
-        if link.peer != self.host.peer_id:
-            return StreamCarrier(await self.host.open_stream(link.peer, PROTOCOL))
-        near, far = stream_pair(link.peer)
-        self._running().start_soon(self._on_stream, far)
-        return StreamCarrier(near)
-
-    def _adopt(self, nursery: trio.Nursery, entry: _Entry, carriers: list[Carrier], position: int) -> None:
-        try:
-            path = entry.link.adopt(entry.generation, carriers, position)
-        except ProtocolViolation as violation:
-            for carrier in carriers:
-                carrier.close()
-            entry.link.fail(violation)
-            return
-        nursery.start_soon(entry.link.run_path, path)
 
     # ---- serving
 
@@ -406,15 +293,18 @@ class Links:
         handler = self._services.get(wish.service)
         if handler is None:
             raise RpcRefusal("not_found", f"no service {wish.service[:128]!r} is served here")
-        if len(wish.session) != SESSION_BYTES or wish.session in self._served:
+        if len(wish.session) != SESSION_BYTES or wish.session in self._door.seats:
             raise RpcRefusal("invalid", "a session must be new, and 16 bytes")
-        record_bytes = min(self.config.record_bytes, wish.record_bytes)
-        check_terms(wish.key, record_bytes, wish.window_bytes)
-        self._check_room(call.peer)
         if self._nursery is None:
             raise RpcRefusal("unavailable", "links are not running here")
+        self._check_room(call.peer)
         window_bytes = self._grant(self.config.window_bytes)
         send_window_bytes = min(wish.window_bytes, self.config.window_bytes)
+        least_bytes = min(window_bytes, send_window_bytes)
+        record_bytes = min(
+            self.config.record_bytes, wish.record_bytes, least_bytes // _RECORDS_PER_WINDOW_MIN
+        )
+        check_terms(wish.key, record_bytes, least_bytes)
         exchange = Exchange()
         context = context_of(
             wish.session, wish.service, call.peer, self.host.peer_id, (wish.key, exchange.public)
@@ -422,14 +312,14 @@ class Links:
         keys = LinkKeys(exchange.finish(wish.key, context), opener=False)
         terms = Terms(wish.session, wish.service, record_bytes, send_window_bytes, window_bytes, False)
         link = Link(call.peer, terms, keys, self.config, self._meter(call.peer))
-        entry = _Entry(link, [], send_window_bytes + window_bytes, handler=handler)
-        self._add(self._served, entry)
+        entry = _Entry(link, send_window_bytes + window_bytes, partial(self._await_path, link))
+        self._door.seats[wish.session] = Seat(link, partial(self._seated, entry, handler))
+        self._add(entry)
         addrs = tuple(self._listener.addrs())[:_OFFERED_MAX] if self.config.direct else ()
         return LinkOpened(exchange.public, record_bytes, window_bytes, addrs)
 
-    async def _await_path(self, entry: _Entry) -> None:
+    async def _await_path(self, link: Link) -> None:
         """The opener makes the paths; without one for too long, the link is over."""
-        link = entry.link
         within_s = self.config.open_deadline_s
         while link.failure is None:
             with trio.move_on_after(within_s):
@@ -437,14 +327,13 @@ class Links:
                     await link.changed.wait()
             if link.path_now is None:
                 link.fail(PeerLost(link.peer, f"{link.peer} made no path within {within_s:g} s"))
-                return
             within_s = 2 * self.config.recover_deadline_s
-            if entry.handler is not None:
-                handler, entry.handler = entry.handler, None
-                entry.handled = trio.Event()
-                self._running().start_soon(self._handle, link, handler, entry.handled)
             while link.path_now is not None and link.failure is None:
                 await link.changed.wait()
+
+    def _seated(self, entry: _Entry, handler: Handler) -> None:
+        entry.handled = trio.Event()
+        self._running().start_soon(self._handle, entry.link, handler, entry.handled)
 
     async def _handle(self, link: Link, handler: Handler, handled: trio.Event) -> None:
         """The boundary around a service's own code: what it raises ends its link only."""
@@ -462,98 +351,6 @@ class Links:
         finally:
             handled.set()
 
-    # ---- sockets and streams that come in
-
-    async def _on_socket(self, sock: trio.socket.SocketType) -> None:
-        """One accepted socket: it proves its link within the deadline, or is closed."""
-        carrier = SocketCarrier(release(sock), PeerId("an unproven peer"))
-        with trio.move_on_after(self.config.handshake_deadline_s) as scope:
-            await self._introduced(carrier, None)
-            return
-        if scope.cancelled_caught:
-            self._fault("slow", carrier)
-
-    async def _on_stream(self, stream: ByteStream) -> None:
-        carrier = StreamCarrier(stream)
-        with trio.move_on_after(self.config.handshake_deadline_s) as scope:
-            taken = await self._introduced(carrier, stream.peer)
-        if scope.cancelled_caught:
-            self._fault("slow", carrier)
-        elif taken:
-            await carrier.closed.wait()
-
-    def _fault(self, reason: str, carrier: Carrier) -> None:
-        self.faults[reason] += 1
-        carrier.close()
-
-    async def _introduced(self, carrier: Carrier, peer: PeerId | None) -> bool:
-        challenge = new_challenge()
-        done = False
-        try:
-            await carrier.send([MAGIC + challenge])
-            hello, proof = read_hello(await carrier.receive_exactly(HELLO_SIZE))
-            entry = self._served.get(hello.session)
-            if entry is None or (peer is not None and entry.link.peer != peer):
-                raise ProtocolViolation("a hello for a link that is not open here")
-            link = entry.link
-            if not link.keys.proves(b"hello", challenge, hello.said(), proof):
-                raise ProtocolViolation("a hello without proof")
-            if isinstance(carrier, SocketCarrier):
-                carrier.peer = link.peer
-            await carrier.send([welcome(link.keys, hello, challenge, link.inbox.received)])
-            self._attach(entry, hello, carrier)
-            done = True
-            return True
-        except ProtocolViolation as violation:
-            self.faults["refused"] += 1
-            logger.info("a path was refused: %s", violation)
-        except PeerLost:
-            self.faults["lost"] += 1
-        finally:
-            if not done:
-                carrier.close()
-        return False
-
-    def _attach(self, entry: _Entry, hello: Hello, carrier: Carrier) -> None:
-        """One more carrier of a generation; complete, it becomes the path. Raises ProtocolViolation."""
-        link = entry.link
-        pending = entry.pending
-        if link.failure is not None or hello.generation <= entry.generation:
-            raise ProtocolViolation("a hello for a path that is over")
-        if pending is None or hello.generation > pending.generation:
-            self._drop_pending(entry)
-            pending = entry.pending = _Pending(hello.generation, hello.count, hello.position)
-            self._running().start_soon(self._expire, entry, pending)
-        if (
-            hello.generation < pending.generation
-            or hello.count != pending.count
-            or hello.index in pending.carriers
-        ):
-            raise ProtocolViolation("a hello that does not fit the others of its path")
-        if hello.position > link.outbox.next_seq:
-            raise ProtocolViolation("a hello with more records than were sent")
-        pending.carriers[hello.index] = carrier
-        pending.position = min(pending.position, hello.position)
-        if len(pending.carriers) < pending.count:
-            return
-        entry.pending = None
-        entry.generation = pending.generation
-        carriers = [pending.carriers[index] for index in range(pending.count)]
-        path = link.adopt(pending.generation, carriers, pending.position)
-        self._running().start_soon(link.run_path, path)
-
-    async def _expire(self, entry: _Entry, pending: _Pending) -> None:
-        await trio.sleep(self.config.handshake_deadline_s)
-        if entry.pending is pending:
-            self.faults["slow"] += 1
-            self._drop_pending(entry)
-
-    def _drop_pending(self, entry: _Entry) -> None:
-        pending, entry.pending = entry.pending, None
-        if pending is not None:
-            for carrier in pending.carriers.values():
-                carrier.close()
-
     # ---- what is known of peers
 
     def _meter(self, peer: PeerId) -> Meter:
@@ -564,7 +361,7 @@ class Links:
         return meter
 
     def _report(self, peer: PeerId, meter: Meter) -> LinkReport:
-        links = [entry.link for entry in self._entries() if entry.link.peer == peer]
+        links = [entry.link for entry in self._entries if entry.link.peer == peer]
         for link in links:
             link.sample_loss()
         paths = [link.path_now for link in links if link.path_now is not None]
@@ -600,7 +397,7 @@ def check_terms(key: bytes, record_bytes: int, window_bytes: int) -> None:
         raise ProtocolViolation(f"a key of {len(key)} bytes")
     if not RECORD_BYTES_MIN <= record_bytes <= RECORD_BYTES_MAX:
         raise ProtocolViolation(f"records of {record_bytes} bytes")
-    if window_bytes < 4 * RECORD_BYTES_MIN:
+    if window_bytes < _RECORDS_PER_WINDOW_MIN * record_bytes:
         raise ProtocolViolation(f"a window of {window_bytes} bytes")
 
 

@@ -10,7 +10,7 @@ from p2p.identity import PeerId
 
 PathName = Literal["direct", "stream", "none"]
 
-RECORD_BYTES_MIN = 1 << 10
+RECORD_BYTES_MIN = 4 << 10
 RECORD_BYTES_MAX = 1 << 20
 SOCKETS_MAX = 16
 

@@ -9,6 +9,7 @@ torch, and does not know what is trained.
         await run.publish(state)                            # joiners and latecomers: await run.fetch_state()
 """
 
+from collectives.agreement import Settings
 from collectives.config import RunConfig
 from collectives.errors import (
     BadContribution,
@@ -50,6 +51,7 @@ __all__ = [
     "RoundFailed",
     "Run",
     "RunConfig",
+    "Settings",
     "Snapshot",
     "StateEntry",
     "Superseded",

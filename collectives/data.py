@@ -22,7 +22,7 @@ from collectives.data_links import SERVICE, Purpose, introduce
 from collectives.errors import CollectiveError, LocalFault, NonFinite, RemoteFault
 from collectives.reduce import Exchange, ExchangeSettings, FrameRefused, Layout, Result
 from collectives.reduce.frames import KEY_BYTES
-from collectives.values import RETRY_S, fetch_value
+from collectives.values import RETRY_S, fetch_value, value_digest
 from p2p import Link, P2pError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Whole:
     """A result that is here in full."""
 
     result: Result
+    epoch: int
     bytes_sent: int = 0
     bytes_received: int = 0
 
@@ -181,7 +182,7 @@ class Plane:
         exchange = self._exchange
         if exchange is None or exchange.declaration.key == declaration.key:
             return
-        if exchange.done and exchange.digest in self._wholes:
+        if any(whole.result is exchange.result for whole in self._wholes.values()):
             exchange.result = Result(given.layout, given.tensors)
         exchange.rebase(declaration)
 
@@ -191,6 +192,10 @@ class Plane:
         if self._epoch != declaration.epoch:
             self._keys.clear()
             self._touched.clear()
+            # The epoch before is decided. Whoever missed it transfers the state: its result makes room for the next.
+            self._wholes = {
+                digest: whole for digest, whole in self._wholes.items() if whole.epoch >= declaration.epoch
+            }
         self._epoch = declaration.epoch
         self._linked.clear()
         settings = ExchangeSettings()
@@ -226,13 +231,13 @@ class Plane:
             while True:
                 try:
                     result = await fetch_value(
-                        self._service.rpc, self._run_id, self._tag, digest, declaration.layout, holders, like
+                        self._service.rpc, self._run_id, self._tag, value, holders, like
                     )
                 except RemoteFault as problem:
                     log.info("epoch %d: %s; trying on", declaration.epoch, problem)
                     await trio.sleep(RETRY_S)
                     continue
-                self._wholes[digest] = Whole(result, 0, declaration_bytes(result))
+                self._wholes[digest] = Whole(result, declaration.epoch, 0, declaration_bytes(result))
                 self.tell(Held(declaration.epoch, digest))
                 break
         if self._fetches.get(digest) is scope:
@@ -282,8 +287,10 @@ class Plane:
             return
         if exchange.done:
             self._reported = True
-            digest = exchange.digest
-            self._wholes[digest] = Whole(exchange.result, exchange.bytes_sent, exchange.bytes_received)
+            digest = value_digest(exchange.declaration, exchange.digest)
+            self._wholes[digest] = Whole(
+                exchange.result, self._epoch, exchange.bytes_sent, exchange.bytes_received
+            )
             self.tell(Reduced(self._ballot, digest))
         elif exchange.refused:
             self._reported = True
@@ -351,10 +358,7 @@ class Plane:
             line.scope.cancel()
         with trio.CancelScope() as scope:
             line.scope, line.link = scope, link
-            exchange = self._exchange
-            if exchange is not None and peer in exchange.peers and peer in self._linked:
-                exchange.relinked(peer)
-                self._after()
+            self._relink(peer)
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write, peer, line, link)
@@ -367,6 +371,12 @@ class Plane:
                     line.scope = line.link = None
                 if self._exchange is not None:
                     self._exchange.dropped(peer)
+
+    def _relink(self, peer: str) -> None:
+        exchange = self._exchange
+        if exchange is not None and peer in exchange.peers and peer in self._linked:
+            exchange.relinked(peer)
+            self._after()
 
     async def _write(self, peer: str, line: _Line, link: Link) -> None:
         while True:
@@ -381,6 +391,7 @@ class Plane:
                     continue
                 if exchange.done and self._input is None and exchange.drained:
                     self._close_exchange()
+            exchange = frame = None  # their memory may go while this waits
             await line.kick.wait()
 
     async def _read(self, peer: str, line: _Line, link: Link) -> None:
@@ -409,6 +420,7 @@ class Plane:
                     line.gap_s = max(0.98 * line.gap_s, now_s - line.moved_s)
                 line.moved_s = now_s
                 exchange.arrived(peer, memoryview(header)[_EPOCH.size :], payload)
+                del exchange, payload
                 self._after()
         except FrameRefused as fault:
             log.warning("the data link is closed: %s", fault)

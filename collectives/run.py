@@ -394,7 +394,13 @@ async def open_run(
     if not 0 < len(run_id) <= RUN_CHARS_MAX:
         raise LocalFault(f"a run's id must be 1 to {RUN_CHARS_MAX} characters, got {run_id!r}")
     run = Run(service, run_id, config or RunConfig(), founders, contacts, journal_dir)
+    failure: BaseException | None = None
     async with trio.open_nursery() as nursery:
         await nursery.start(run.run)
-        yield run
+        try:
+            yield run
+        except BaseException as raised:  # noqa: BLE001 - raised again below, as it is and not in a group
+            failure = raised
         nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure

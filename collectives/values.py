@@ -13,9 +13,12 @@ from dataclasses import dataclass
 
 import torch
 import trio
+from blake3 import blake3
 
+from collectives.agreement import Declaration, Value
 from collectives.errors import CollectiveError, RemoteFault
-from collectives.reduce import Layout, Result
+from collectives.reduce import Layout, Result, digest_of
+from collectives.reduce.result import HASH_BYTES
 from p2p import Call, Method, P2pError, Rpc, RpcRefusal, Tensor
 
 log = logging.getLogger("shoal.collectives")
@@ -60,6 +63,12 @@ CHUNK = Method(
     deadline_s=60.0, lane="bulk",
 )  # fmt: skip
 
+
+def value_digest(declaration: Declaration, result: bytes) -> bytes:
+    """What is voted on: these bytes (`result`: their digest) as the mean over this declaration, and over no other."""
+    return blake3(b"shoal value 1\0" + declaration.key + result).digest()
+
+
 Lookup = Callable[[str, str, bytes], Result | None]
 
 
@@ -97,18 +106,23 @@ async def fetch_value(
     rpc: Rpc,
     run: str,
     tag: str,
-    digest: bytes,
-    layout_digest: bytes,
+    value: Value,
     holders: Sequence[str],
     like: Sequence[torch.Tensor] | None,
 ) -> Result:
-    """The whole result with `digest`, from the first holders that have it. Raises collectives' RemoteFault when none
+    """The whole result of `value`, from the first holders that have it. Raises collectives' RemoteFault when none
     of them gives all of it. `like`: tensors whose devices the result's shall have."""
+    digest, declaration = value.digest, value.declaration
     for peer in holders:
         try:
             head = await rpc.call(peer, HEAD, AskValue(run, tag, digest, -1))
-            result = Result(_layout(peer, head, layout_digest), like)
-            hashes = result.check_hashes(peer, head.hashes, digest)
+            layout = _layout(peer, head, declaration.layout)
+            if (
+                len(head.hashes) != HASH_BYTES * layout.chunks
+                or value_digest(declaration, digest_of(layout, head.hashes)) != digest
+            ):
+                raise RemoteFault(f"{peer} lists hashes that are not those of the decided result")
+            result, hashes = Result(layout, like), head.hashes
         except (P2pError, CollectiveError) as problem:
             log.info("no decided result from %s: %s", peer, problem)
             continue

@@ -18,6 +18,7 @@ from collectives.codecs import Codec, CodecFault
 from collectives.codecs.base import F32
 from collectives.errors import NonFinite
 from collectives.reduce import combine
+from collectives.reduce.contribution import Contribution
 from collectives.reduce.frames import IDENT_MASK
 from collectives.reduce.hold import Hold, Source
 from collectives.reduce.layout import Layout
@@ -26,7 +27,6 @@ from collectives.reduce.result import HASH_BYTES
 from collectives.reduce.robust import aggregate
 from collectives.reduce.settings import ExchangeSettings
 
-OwnValues = Callable[[int], F32]
 Input = tuple[float, Source | F32]
 SOURCES_MAX = 16  # a peer's values, and its sums under this plan and others
 
@@ -47,7 +47,7 @@ class Collector:
     """For the chunks that the plan gives to member `me`, as root or as head of its unit."""
 
     def __init__(
-        self, layout: Layout, codec: Codec, hold: Hold, own: OwnValues, settings: ExchangeSettings
+        self, layout: Layout, codec: Codec, hold: Hold, own: Contribution, settings: ExchangeSettings
     ) -> None:
         self._layout = layout
         self._codec = codec
@@ -65,6 +65,10 @@ class Collector:
         self._counted: dict[Source, bytearray] = {}
         self.norm_limits: dict[str, float] = {}
         self.refused: dict[str, str] = {}
+
+    def close(self) -> None:
+        """Lets go of the exchange, so that nothing waits for the cycle collector to be freed."""
+        self._own = _nothing
 
     def adopt(self, plan: ReducePlan, me: int) -> list[int]:
         """Takes a plan over; returns the chunks for which everything needed is here already."""
@@ -280,7 +284,7 @@ class Collector:
         if not isinstance(what, Source):
             return what
         if what.peer == self._plan.members[self._me].peer:
-            return self._own(chunk)
+            return self._own.values(chunk)
         codec = self._codec.result if what.partial else self._codec
         size = self._layout.size(chunk)
         out = None if codec.relative_error == 0 else torch.from_numpy(self._decoded[:size])
@@ -324,8 +328,3 @@ class Collector:
                 self.refused[what.peer] = "norm"
                 good = False
         return good
-
-
-def encoded(codec: Codec, values: F32) -> memoryview:
-    """`values` encoded; the memory of `values` itself for fp32."""
-    return codec.encode(torch.from_numpy(values))

@@ -17,15 +17,16 @@ How a shell drives it, from one thread at a time:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
+from blake3 import blake3
 
 from collectives.agreement import Declaration
 from collectives.codecs import Codec, CodecFault, codec
-from collectives.codecs.base import F32
-from collectives.reduce.collect import Collector, encoded, leaf_of
+from collectives.reduce.collect import Collector, leaf_of
+from collectives.reduce.contribution import Contribution, encoded
 from collectives.reduce.errors import FrameRefused, MisuseError
 from collectives.reduce.feedback import Feedback
 from collectives.reduce.frames import (
@@ -41,36 +42,14 @@ from collectives.reduce.frames import (
     want_bytes,
 )
 from collectives.reduce.hold import BufferPool, Hold, Source
-from collectives.reduce.layout import Layout, Vector
+from collectives.reduce.layout import Layout
+from collectives.reduce.outbox import Outbox
 from collectives.reduce.plan import ReducePlan, plan_reduce
 from collectives.reduce.result import HASH_BYTES, Result
 from collectives.reduce.robust import capped, outliers
 from collectives.reduce.settings import DEFAULTS, ExchangeSettings
 
 SLAB_BYTES = 4 * 1024 * 1024
-
-
-@dataclass(slots=True)
-class _Outbox:
-    """What a peer is to be sent, in the order results, sums, own values; dicts are ordered sets of chunks."""
-
-    results: dict[int, None] = field(default_factory=dict)
-    partials: dict[int, None] = field(default_factory=dict)
-    leaves: dict[int, None] = field(default_factory=dict)
-    wants: tuple[set[int], set[int], set[int]] | None = None
-    leaves_sent: set[int] = field(default_factory=set)
-    partials_sent: set[tuple[int, int]] = field(default_factory=set)  # chunk, ident
-    asked: int = 0
-    pinned: int | None = None  # the chunk of the result whose memory the last frame is
-    early: dict[bytes, set[int]] = field(
-        default_factory=dict
-    )  # results of a declaration that is not known here yet
-    frames_in: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-
-    def empty(self) -> bool:
-        return not (self.results or self.partials or self.leaves or self.wants)
 
 
 class Exchange:
@@ -91,18 +70,15 @@ class Exchange:
         self.settings = settings
         self.layout = layout if layout is not None else Layout.of(tensors)
         self.codec: Codec = codec(declaration.codec)
-        self._tensors = tensors
-        self._vector = Vector(self.layout, tensors)
         self.result = Result(self.layout, tensors, out)
         self._chunk_bytes = self.codec.bytes_for(min(self.layout.chunk_elements, self.layout.elements))
         many = self.layout.tensor_bytes >= 8 * SLAB_BYTES
         pool = BufferPool(self._chunk_bytes, max(1, SLAB_BYTES // max(1, self._chunk_bytes)) if many else 1)
         self._hold = Hold(pool, self._budget(len(declaration.members)))
-        self._feedback = feedback
+        self._own = Contribution(self.layout, tensors, self.codec, feedback)
         self._collector = Collector(self.layout, self.codec, self._hold, self._own, settings)
         self._work = np.empty(min(self.layout.chunk_elements, self.layout.elements), np.float32)
-        self._mine = np.empty_like(self._work)
-        self._boxes: dict[str, _Outbox] = {}
+        self._boxes: dict[str, Outbox] = {}
         self._past: set[bytes] = set()
         self._strangers_ok: set[str] = set()
         self._encoded: dict[int, memoryview] = {}
@@ -196,11 +172,6 @@ class Exchange:
             }
         return frozenset(lacking - {self.me})
 
-    @property
-    def lacks_inputs(self) -> bool:
-        """Whether this member itself waits for contributions, not only for results that others make."""
-        return bool(self._collector.missing())
-
     # Frames.
 
     def next_frame(self, peer: str) -> Frame | None:
@@ -212,7 +183,7 @@ class Exchange:
             box.bytes_out += frame.payload_bytes
         return frame
 
-    def _pick(self, box: _Outbox, peer: str) -> Frame | None:
+    def _pick(self, box: Outbox, peer: str) -> Frame | None:
         if box.wants is not None:
             payload = pack_wants(self.layout.chunks, *box.wants)
             box.wants = None
@@ -344,7 +315,7 @@ class Exchange:
         head = plan.head(self._unit, chunk)
         return root if head == self._number or plan.unit_of[root] == self._unit else head
 
-    def _take_result(self, box: _Outbox, peer: str, head: Header, payload: memoryview) -> None:
+    def _take_result(self, box: Outbox, peer: str, head: Header, payload: memoryview) -> None:
         if head.key != self._key:
             if head.key not in self._past and (head.key in box.early or len(box.early) < 4):
                 box.early.setdefault(head.key, set()).add(head.chunk)
@@ -380,34 +351,35 @@ class Exchange:
         if takers:
             self._spread(chunk)
 
-    def _result_payload(self, box: _Outbox, chunk: int) -> memoryview:
+    def _result_payload(self, box: Outbox, chunk: int) -> memoryview:
+        exact = self.codec.result.relative_error == 0
+        if exact and self.result.vector.direct(*self.layout.span(chunk)) is not None:
+            box.pinned = chunk
+        return self._encoded_result(chunk)
+
+    def _encoded_result(self, chunk: int) -> memoryview:
         kept = self._encoded.get(chunk)
         if kept is not None:
             return kept
-        start, end = self.layout.span(chunk)
-        if self.codec.result.relative_error == 0 and self.result.vector.direct(start, end) is not None:
-            box.pinned = chunk
-        return encoded(self.codec.result, self.result.vector.read(start, end))
+        return encoded(self.codec.result, self.result.vector.read(*self.layout.span(chunk)))
 
-    # This member's own values.
-
-    def _values(self, chunk: int, scratch: F32 | None) -> F32:
-        start, end = self.layout.span(chunk)
-        values = self._vector.read(start, end, scratch)
-        return values if self._feedback is None else self._feedback.added(start, values, scratch)
+    # For audits.
 
     def contribution(self, chunk: int) -> memoryview:
         """What this member gives of `chunk`, encoded: the same bytes whenever it is asked."""
-        return encoded(self.codec, self._values(chunk, None))
+        return self._own.encoded(chunk)
 
-    def _own(self, chunk: int) -> F32:
-        """What the others are given of it: as the codec leaves it, whoever adds it up."""
-        values = self._values(chunk, self._mine)
-        if self.codec.relative_error:
-            size = self.layout.size(chunk)
-            data = encoded(self.codec, values)
-            values = self.codec.decode(data, size, torch.from_numpy(self._mine[:size])).numpy()
-        return values
+    def contribution_hashes(self) -> bytes:
+        """32 bytes a chunk of what this member gives, encoded: what it signs if there are audits."""
+        return b"".join([blake3(self.contribution(chunk)).digest() for chunk in range(self.layout.chunks)])
+
+    def result_hashes(self) -> bytes:
+        """32 bytes for each chunk this member is root of: of the results it gave out, encoded. MisuseError before they
+        are there."""
+        roots = np.flatnonzero(self._plan.roots == self._number).tolist()
+        if not all(self.result.has(chunk) for chunk in roots):
+            raise MisuseError("results that this member is to make are missing")
+        return b"".join([blake3(self._encoded_result(chunk)).digest() for chunk in roots])
 
     # When things change.
 
@@ -459,6 +431,7 @@ class Exchange:
         self._encoded.clear()
         self._later.clear()
         self._boxes.clear()
+        self._collector.close()
 
     def _adopt(self, declaration: Declaration) -> None:
         settings = self.settings
@@ -478,7 +451,7 @@ class Exchange:
         before = self._boxes
         self._strangers_ok |= set(before)
         others = [member.peer for member in plan.members if member.peer != self.me]
-        self._boxes = {peer: before.get(peer) or _Outbox() for peer in others}
+        self._boxes = {peer: before.get(peer) or Outbox() for peer in others}
         self._hold.bytes_max = self._budget(len(plan.members))
         ready = self._collector.adopt(plan, self._number)
         self._set_norms(plan)
@@ -525,7 +498,7 @@ class Exchange:
         box.wants = (had[0] | leaves, had[1] | partials, had[2] | results)
         self._woken.add(peer)
 
-    def _wanted(self, box: _Outbox, peer: str, head: Header, payload: memoryview) -> None:
+    def _wanted(self, box: Outbox, peer: str, head: Header, payload: memoryview) -> None:
         """`peer` asks again."""
         box.asked += 1
         if box.asked > self.settings.wants_max:
@@ -546,7 +519,7 @@ class Exchange:
             )
         self._woken.add(peer)
 
-    def _wanted_partial(self, box: _Outbox, peer: str, chunk: int) -> None:
+    def _wanted_partial(self, box: Outbox, peer: str, chunk: int) -> None:
         root, head = self._plan.root(chunk), self._plan.head(self._unit, chunk)
         if self._members[root].peer != peer or head != self._number or self._unit not in self._plan.heads:
             return
@@ -567,7 +540,7 @@ class Exchange:
     def _pinned(self, chunk: int) -> bool:
         return any(box.pinned == chunk for box in self._boxes.values())
 
-    def _unpin(self, box: _Outbox) -> None:
+    def _unpin(self, box: Outbox) -> None:
         chunk, box.pinned = box.pinned, None
         if chunk is not None and chunk in self._later and not self._pinned(chunk):
             self._later.pop(chunk)()

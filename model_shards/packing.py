@@ -186,10 +186,10 @@ def _piece(
     index: CheckpointIndex, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], why: str = "expected"
 ) -> tuple[str, TensorInfo]:
     info = index.tensor(name)
-    if info.shape != shape:
-        raise CheckpointError(info.file, name, f"shape {list(info.shape)}, {why} {list(shape)}")
     if info.dtype not in dtypes:
         raise CheckpointError(info.file, name, f"dtype {info.dtype}, expected one of {', '.join(dtypes)}")
+    if info.shape != shape:
+        raise CheckpointError(info.file, name, f"shape {list(info.shape)}, {why} {list(shape)}")
     return name, info
 
 

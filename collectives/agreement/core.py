@@ -321,6 +321,8 @@ class Core:
     def is_lonely(self) -> bool:
         """No quorum is left among those not suspected."""
         config = self.ledger.config
+        if not self.suspected and not self.ledger.resigned:
+            return False
         alive = [peer for peer in config.peers if peer == self.me or peer not in self.suspected]
         return not config.is_quorum(alive, self.ledger.resigned)
 

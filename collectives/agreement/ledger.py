@@ -45,10 +45,7 @@ class Ledger:
                 self.incarnation = saved.incarnation
                 self.promised = saved.promised
                 self.vote = saved.vote
-
-    @property
-    def epoch(self) -> int:
-        return -1 if self.decided is None else self.decided.config.epoch
+        self.epoch = -1 if self.decided is None else self.decided.config.epoch
 
     @property
     def config(self) -> Config:
@@ -102,6 +99,7 @@ class Ledger:
         gone = {digest for digest in self.held if digest != keep}
         self.held -= gone
         self.decided = decided
+        self.epoch = decided.config.epoch
         self.promised = NO_BALLOT
         self.vote = None
         resigned = self.departed | self.resigned

@@ -186,7 +186,7 @@ class World:
         members = set()
         unheld = False
         for node in self.nodes.values():
-            vote = None if node.gone else node.chain.ledger.vote
+            vote = node.chain.ledger.vote  # a leaver's too
             if vote is not None and node.chain.epoch == top:
                 unheld = unheld or not any(
                     vote.value.digest in one.results for one in self.nodes.values() if not one.gone

@@ -5,6 +5,16 @@
 
 from collectives.reduce.combine import weighted_mean
 from collectives.reduce.errors import FrameRefused, LayoutError, MisuseError, PlanError
+from collectives.reduce.evidence import (
+    Accusation,
+    Equivocation,
+    Statement,
+    Verdict,
+    audited,
+    contribution_statement,
+    recheck,
+    result_statement,
+)
 from collectives.reduce.exchange import Exchange
 from collectives.reduce.feedback import Feedback
 from collectives.reduce.frames import HEADER_BYTES, Frame, Header, Kind, header_of
@@ -17,6 +27,8 @@ from collectives.reduce.settings import ExchangeSettings
 __all__ = [
     "AGGREGATORS",
     "HEADER_BYTES",
+    "Accusation",
+    "Equivocation",
     "Exchange",
     "ExchangeSettings",
     "Feedback",
@@ -30,12 +42,18 @@ __all__ = [
     "PlanError",
     "ReducePlan",
     "Result",
+    "Statement",
     "Vector",
+    "Verdict",
+    "audited",
     "capped",
+    "contribution_statement",
     "digest_of",
     "header_of",
     "norm_of",
     "outliers",
     "plan_reduce",
+    "recheck",
+    "result_statement",
     "weighted_mean",
 ]

@@ -66,10 +66,6 @@ class Collector:
         self.norm_limits: dict[str, float] = {}
         self.refused: dict[str, str] = {}
 
-    def close(self) -> None:
-        """Lets go of the exchange, so that nothing waits for the cycle collector to be freed."""
-        self._own = _nothing
-
     def adopt(self, plan: ReducePlan, me: int) -> list[int]:
         """Takes a plan over; returns the chunks for which everything needed is here already."""
         self._plan = plan

@@ -125,6 +125,11 @@ class Exchange:
         return self._collector.refused
 
     @property
+    def lacks_inputs(self) -> bool:
+        """Whether this member itself waits for contributions, not only for results that others make."""
+        return bool(self._collector.missing())
+
+    @property
     def weights(self) -> dict[str, float]:
         """What each member weighs, after caps."""
         return {member.peer: member.weight for member in self._members}
@@ -431,7 +436,6 @@ class Exchange:
         self._encoded.clear()
         self._later.clear()
         self._boxes.clear()
-        self._collector.close()
 
     def _adopt(self, declaration: Declaration) -> None:
         settings = self.settings

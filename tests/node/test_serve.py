@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import asynccontextmanager
 
 import pytest
 import torch
 import trio
 
-from model_shards import CheckpointIndex, Engine, ModelConfig, Tokenizer, load_span
+from model_shards import CheckpointIndex, Engine, ModelConfig, Tokenizer, load_span, tensor_to_bytes
 from node import embedded
 from node.adverts import HostAdvert, ModelAdvert, NodeAdvert
 from node.atlas import Atlas
-from node.errors import ContextTooLong, GatewayError, ModelNotReady, Overloaded, StageLost, UnknownModel
+from node.errors import (
+    ContextTooLong,
+    DeadlinePassed,
+    GatewayError,
+    ModelNotReady,
+    Overloaded,
+    StageLost,
+    UnknownModel,
+)
 from node.gateway import GenerateRequest
 from node.metrics import Metrics
 from node.serve.compute import Compute
 from node.serve.gateway import MeshGateway
-from node.serve.protocol import RETURN, SESSION, ReturnOpen, SamplingSpec, SessionOpen, StageRef, TokenOut
+from node.serve.prefixes import marks_of
+from node.serve.protocol import (
+    PIECE_TOKENS,
+    RETURN,
+    SESSION,
+    Prompt,
+    ReturnOpen,
+    SamplingSpec,
+    SessionInput,
+    SessionOpen,
+    StageRef,
+    TokenOut,
+)
 from node.serve.returns import Returns
 from node.serve.stage import StageService
-from p2p import CallFailed, Rpc, RpcRefusal
+from p2p import CallFailed, Rpc, RpcRefusal, Tensor
 from p2p.testing import MemoryNetwork
 
 MANIFEST = "m" * 64
@@ -68,17 +89,30 @@ class Ring:
         self.network, self.nodes, self.entry = network, nodes, gateway
         self.spans = spans
         self.suspects = set()
+        self.metrics = Metrics()
         self.gateway = MeshGateway(
-            gateway.rpc, gateway.me, gateway.returns, None, self.atlas, lambda model: "", dict, Metrics()
+            gateway.rpc, gateway.me, gateway.returns, None, self.atlas, lambda model: "", dict, self.metrics
         )
+
+    def count(self, name):
+        lines = self.metrics.text().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
 
     def atlas(self):
         card = NodeAdvert("n", "0", (), None, True, 1, 1.0, 1.0, "cpu")
         nodes = {node.me: card for node in [*self.nodes, self.entry]}
         hosts = {}
         for node, (start, end) in zip(self.nodes, self.spans, strict=True):
-            free = node.computes[MANIFEST].engine.kv_tokens_free()
-            hosts[node.me] = HostAdvert(start, end, "ready", 1, kv_tokens_free=free)
+            compute = node.computes[MANIFEST]
+            hosts[node.me] = HostAdvert(
+                start,
+                end,
+                "ready",
+                1,
+                kv_tokens_free=compute.engine.kv_tokens_free(),
+                kv_tokens_yielding=compute.tokens_yielding(),
+                prefixes=compute.held.summary(),
+            )
         advert = ModelAdvert(
             "toy", MANIFEST, 1, "bfloat16", "none", 1, 4, 1024, 8, 1, 1, 1, True, 1.0, 384, 256
         )
@@ -146,7 +180,7 @@ def alone(model):
         engine.open("s", 0, 8, len(request.prompt) + request.max_tokens)
         found, given, position = [], request.prompt, 0
         while len(found) < request.max_tokens:
-            chunk, given = given[:512], given[512:]
+            chunk, given = given[:PIECE_TOKENS], given[PIECE_TOKENS:]
             result = engine.run([Step("s", position, chunk, None, None if given else sampling)])[0]
             position += len(chunk)
             if not given:
@@ -283,7 +317,7 @@ async def test_without_room_the_gateway_says_when_to_come_back(model, prompt):
                     node.computes[MANIFEST].engine.open(f"hog{free}", *span, 1024)
                     free += 1
             with pytest.raises(Overloaded) as full:
-                await tokens_of(ring, wish(prompt, max_tokens=1000))
+                await tokens_of(ring, wish(prompt, max_tokens=1000, first_token_s=0.5))
             assert full.value.retry_after_s > 0
 
 
@@ -376,3 +410,171 @@ def ring_refusals():
 def test_a_gateway_error_is_one_tree():
     assert issubclass(StageLost, GatewayError)
     assert issubclass(Overloaded, GatewayError)
+
+
+LONG = tuple(range(7, 7 + 300))
+
+
+def fill(ring, leave):
+    """Sessions on every stage that leave room for so many tokens."""
+    made = []
+    for number, node in enumerate(ring.nodes):
+        engine = node.computes[MANIFEST].engine
+        while (free := engine.kv_tokens_free()) > leave:
+            engine.open(f"hog{free}", *ring.spans[number], min(1024, free - leave))
+            made.append((number, f"hog{free}"))
+    return made
+
+
+def computed(ring):
+    """Tokens that each stage's engine ran so far."""
+    return [node.computes[MANIFEST].tokens for node in ring.nodes]
+
+
+@pytest.mark.parametrize("cut", ["one", "four"])
+async def test_a_prompt_that_begins_like_an_earlier_one_is_recomputed_in_part_only(model, alone, cut):
+    first, second = wish(LONG, max_tokens=3), wish((*LONG[:280], 5, 6, 7), max_tokens=6)
+    async with ring_of(model, CUTS[cut]) as ring:
+        await tokens_of(ring, first)
+        before = computed(ring)
+        assert [event.token for event in await tokens_of(ring, second)] == alone(second)
+        again = [b - a for a, b in zip(before, computed(ring), strict=True)]
+        assert again == [283 - 2 * PIECE_TOKENS + 5] * len(ring.nodes)
+        assert ring.count("shoal_prefix_cache_hits_total") == 2 * PIECE_TOKENS
+        assert ring.count("shoal_prefix_cache_queries_total") == 300 + 283
+
+
+async def test_of_two_replicas_the_one_that_holds_the_prompt_gets_it(model, alone):
+    async with ring_of(model, CUTS["two"], copies=2) as ring:
+        await tokens_of(ring, wish(LONG, max_tokens=2))
+        before = computed(ring)
+        for _ in range(4):
+            await tokens_of(ring, wish(LONG, max_tokens=2))
+        grown = [b - a for a, b in zip(before, computed(ring), strict=True)]
+        assert sorted(count > 0 for count in grown) == [False, False, True, True]
+        assert max(grown) == 4 * (300 - 2 * PIECE_TOKENS + 1)
+
+
+async def test_another_gateway_learns_from_adverts_who_holds_a_prompt(model, alone):
+    async with ring_of(model, CUTS["two"], copies=2) as ring:
+        await tokens_of(ring, wish(LONG, max_tokens=2))
+        own = Ring(ring.network, ring.nodes, ring.nodes[0], ring.spans)
+        assert [event.token for event in await tokens_of(own, wish(LONG))] == alone(wish(LONG))
+        assert own.count("shoal_prefix_cache_hits_total") == 2 * PIECE_TOKENS
+
+
+async def test_a_cache_that_lost_what_it_told_of_costs_one_more_try_and_no_answer(model, alone):
+    async with ring_of(model, CUTS["two"]) as ring:
+        await tokens_of(ring, wish(LONG, max_tokens=2))
+        hogs = fill(ring, leave=0)
+        for number, name in hogs:
+            ring.nodes[number].computes[MANIFEST].engine.close(name)
+        assert [event.token for event in await tokens_of(ring, wish(LONG))] == alone(wish(LONG))
+        assert ring.count("shoal_prefix_cache_hits_total") == 0
+        assert ring.gateway.standings()[ring.nodes[1].me].state == "good", "no failure of the node"
+
+
+async def test_a_gateway_cannot_put_other_tokens_under_a_mark(model):
+    async with ring_of(model, CUTS["two"]) as ring:
+        prompt = LONG[:130]
+        request = opening(ring, prompt_tokens=130, marks=marks_of(tuple(reversed(prompt))))
+        with ring.entry.returns.expect("s", "gateway", ring.nodes[-1].me), trio.fail_after(5):
+            async with ring.entry.rpc.open(ring.nodes[0].me, SESSION, request) as channel:
+                ids = torch.tensor(prompt[:PIECE_TOKENS], dtype=torch.int32)
+                await channel.send(SessionInput(prompt=Prompt(0, Tensor(*tensor_to_bytes(ids)))))
+                with pytest.raises(CallFailed, match="not that of its tokens"):
+                    await channel.receive()
+        await ring.quiet()
+        assert computed(ring) == [0, 0]
+
+
+async def test_only_the_stage_before_opens_a_later_stage(model):
+    async with ring_of(model, CUTS["two"]) as ring:
+        request = opening(ring, index=1)
+        with pytest.raises(CallFailed) as refused, trio.fail_after(5):
+            async with ring.entry.rpc.open(ring.nodes[1].me, SESSION, request) as channel:
+                await channel.receive()
+        assert refused.value.code == "denied"
+
+
+async def test_the_gateway_sees_what_every_stage_takes(model, prompt):
+    async with ring_of(model, CUTS["four"]) as ring:
+        slow, run = ring.nodes[2].computes[MANIFEST], ring.nodes[2].computes[MANIFEST].engine.run
+
+        def slowly(steps, check_cancelled):
+            threading.Event().wait(0.03)
+            return run(steps, check_cancelled=check_cancelled)
+
+        slow.engine.run = slowly
+        for _ in range(2):
+            await tokens_of(ring, wish(prompt, max_tokens=40))
+        standings = ring.gateway.standings()
+        assert set(standings) == {node.me for node in ring.nodes}
+        assert {name for name, seen in standings.items() if seen.state == "slow"} == {ring.nodes[2].me}
+
+
+async def test_a_lost_stage_counts_against_its_node(model, prompt):
+    async with ring_of(model, CUTS["two"], copies=2) as ring:
+        ring.network.kill(ring.nodes[0].host.peer_id)
+        for _ in range(6):
+            await tokens_of(ring, wish(prompt))
+        standings = ring.gateway.standings()
+        assert standings[ring.nodes[0].me].state == "out"
+        assert standings[ring.nodes[1].me].state == "good"
+
+
+async def test_background_work_gives_its_room_to_another_gateways_request_and_goes_on(model, alone, prompt):
+    late = wish(prompt, max_tokens=150, priority="background")
+    async with ring_of(model, CUTS["two"]) as ring:
+        hogs = fill(ring, leave=240)
+        other = Ring(ring.network, ring.nodes, ring.nodes[0], ring.spans)
+        found = []
+        async with trio.open_nursery() as nursery, ring.gateway.generate(late) as events:
+            found.append(await anext(events))
+            nursery.start_soon(tokens_of, other, wish(prompt, max_tokens=200))
+            async for event in events:
+                found.append(event)
+        assert ring.count("shoal_num_preemptions_total") >= 1
+        assert [event.index for event in found] == list(range(150))
+        assert found[-1].finish == "length"
+        assert found[0].token == alone(late)[0]
+        with trio.fail_after(5):
+            while ring.busy() > len(hogs):
+                await trio.lowlevel.checkpoint()
+
+
+async def test_interactive_work_takes_no_room_from_its_like(model, prompt):
+    async with ring_of(model, CUTS["two"]) as ring:
+        fill(ring, leave=240)
+        other = Ring(ring.network, ring.nodes, ring.nodes[0], ring.spans)
+        async with ring.gateway.generate(wish(prompt, max_tokens=150)) as events:
+            await anext(events)
+            with pytest.raises(Overloaded):
+                await tokens_of(other, wish(prompt, max_tokens=200, first_token_s=0.2))
+            async for event in events:
+                last = event
+        assert last.finish == "length"
+
+
+async def test_a_deadline_ends_a_request_wherever_it_is(model, prompt):
+    async with ring_of(model, CUTS["two"]) as ring:
+        hold, run = threading.Event(), ring.nodes[1].computes[MANIFEST].engine.run
+
+        def held(steps, check_cancelled):
+            hold.wait(0.4)
+            return run(steps, check_cancelled=check_cancelled)
+
+        ring.nodes[1].computes[MANIFEST].engine.run = held
+        with pytest.raises(DeadlinePassed), trio.fail_after(10):
+            await tokens_of(ring, wish(prompt, max_tokens=3, deadline_s=0.15))
+        await ring.quiet()
+
+
+@pytest.mark.parametrize("limit", [{"deadline_s": 0.001}, {"first_token_s": 0.0001}])
+async def test_what_cannot_be_kept_is_refused_before_anything_is_done(model, prompt, limit):
+    async with ring_of(model, CUTS["two"]) as ring:
+        with pytest.raises(Overloaded) as refused:
+            await tokens_of(ring, wish(prompt, max_tokens=500, **limit))
+        assert refused.value.retry_after_s >= 1.0
+        assert "longer than it may" in str(refused.value)
+        assert computed(ring) == [0, 0]

@@ -75,9 +75,10 @@ class Inbox:
     # ---- the receiver
 
     def post(self, sink: Sink | None) -> None:
-        """Somebody waits for the next message. Raises what the sink raises."""
-        self._posted, self._sink = True, sink
-        self._pump()
+        """Somebody waits for the next message; one that is ready is the next."""
+        if self.ready is None:
+            self._posted, self._sink = True, sink
+            self._pump()
 
     def unpost(self) -> None:
         """Nobody waits: no buffer is written to until somebody does."""
@@ -113,7 +114,10 @@ class Inbox:
             and seq not in message.placed
             and seq not in self._held
         ):
-            open_into(self._cipher, head, record, self._place(message, seq, head.length - TAG_BYTES))
+            place = self._place(message, seq)
+            if len(place) != head.length - TAG_BYTES:
+                raise self._misfit(head, record, len(place))
+            open_into(self._cipher, head, record, place)
             self.taken_bytes += len(record)
             self._placed(message, seq)
             self._advance()
@@ -123,23 +127,26 @@ class Inbox:
         if seq < self.received or seq in self._held or (message is not None and seq in message.placed):
             return
         size = len(record)
+        plain = open_record(self._cipher, head, record)  # what follows is held against the peer: it said it
         if self._held_bytes + size > self.window_bytes + self.record_bytes + OVERHEAD_BYTES:
             raise ProtocolViolation(f"the peer sends more than its window of {self.window_bytes} bytes")
         if seq >= self.consumed + RECORDS_AHEAD_MAX + 4:
             raise ProtocolViolation(f"the peer sends record {seq}, and {self.consumed} were taken")
-        self._held[seq] = (head, open_record(self._cipher, head, record))
+        self._held[seq] = (head, plain)
         self._held_bytes += size
         if head.kind == END and self._end_seq is None:
             self._end_seq = seq
         self._advance()
         self._pump()
 
-    def _place(self, message: _Message, seq: int, length: int) -> memoryview:
+    def _place(self, message: _Message, seq: int) -> memoryview:
         start = (seq - message.first) * self.record_bytes
-        place = message.buffer[start : start + self.record_bytes]
-        if len(place) != length:
-            raise ProtocolViolation(f"a piece of {length} bytes where {len(place)} belong")
-        return place
+        return message.buffer[start : start + self.record_bytes]
+
+    def _misfit(self, head: Head, record: memoryview, wanted_bytes: int) -> ProtocolViolation:
+        """What to say of a piece of the wrong size: RecordRefused if the peer did not seal it."""
+        open_record(self._cipher, head, record)
+        return ProtocolViolation(f"a piece of {head.length - TAG_BYTES} bytes where {wanted_bytes} belong")
 
     def _placed(self, message: _Message, seq: int) -> None:
         if seq != self.consumed:
@@ -178,7 +185,10 @@ class Inbox:
                 self.consumed += 1
                 self._finish_if_empty()
             elif head.kind == PART and head.message == message.number:
-                self._place(message, head.seq, len(plain))[:] = plain
+                place = self._place(message, head.seq)
+                if head.seq > message.last or len(place) != len(plain):
+                    raise ProtocolViolation(f"a piece of {len(plain)} bytes where {len(place)} belong")
+                place[:] = plain
                 self._drop(head.seq)
                 self._placed(message, head.seq)
             elif head.kind == ABORT and head.message == message.number:

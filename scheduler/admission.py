@@ -146,17 +146,18 @@ class Admission:
         """Tokens that the requests served now may come to hold."""
         return self._used()
 
-    def expected_wait_s(self, kind: Class = "interactive", tokens: int = 0) -> float:
-        """Seconds until a request of so many tokens that came now would start.
+    def expected_wait_s(self, kind: Class = "interactive", tokens: int = 0, client: str = "") -> float:
+        """Seconds until a request of so many tokens that a client sent now would start.
 
         What must end before that: whatever of those running, of those that wait before it and of itself does not
-        fit at once; over the rate at which it is done. Background work stands in nobody's way but its own.
+        fit at once; over the rate at which it is done. Of another client's queue no more is served before it than of
+        its own, give or take a quantum. Background work stands in nobody's way but its own.
         """
         both = kind == "background"
-        before = [w.ticket for w in self._waiting.values() if both or w.ticket.kind == "interactive"]
         busy = [t for t in self._running.values() if both or t.kind == "interactive"]
-        used = sum(map(_tokens, busy))
-        excess = used + sum(map(_tokens, before)) + tokens - self._capacity.tokens if busy or before else 0
+        before = self._before(client, tokens, fair=not both)
+        used, ahead = sum(map(_tokens, busy)), sum(before)
+        excess = used + ahead + tokens - self._capacity.tokens if busy or before else 0
         crowd = len(busy) + len(before) + 1 - self._capacity.requests
         if crowd > 0 and busy:
             excess = max(excess, math.ceil(crowd * used / len(busy)))
@@ -165,6 +166,26 @@ class Admission:
         if excess <= 0:
             return 0.0
         return excess / self._capacity.tokens_per_s if self._capacity.tokens_per_s > 0 else float("inf")
+
+    def _before(self, client: str, tokens: int, *, fair: bool) -> list[int]:
+        """Tokens of each waiting request that is probably served before a new one of a client."""
+        if not fair:
+            return [_tokens(w.ticket) for w in self._waiting.values()]
+        queues: dict[str, list[int]] = {}
+        for w in self._waiting.values():
+            if w.ticket.kind == "interactive":
+                queues.setdefault(w.ticket.client, []).append(_tokens(w.ticket))
+        own = queues.pop(client, [])
+        share = sum(own) + tokens + self.config.quantum_tokens
+        before = own
+        for queue in queues.values():
+            served = 0
+            for size in queue:
+                if served >= share:
+                    break
+                served += size
+                before.append(size)
+        return before
 
     def validate(self) -> None:
         """Raise LocalFault unless every bound holds."""
@@ -181,7 +202,7 @@ class Admission:
         mine = sum(w.ticket.client == ticket.client for w in self._waiting.values())
         if mine >= self.config.waiting_a_client_max:
             return Reject(ticket.request, "this client has too many requests waiting", self._retry_s())
-        wait_s = self.expected_wait_s(ticket.kind, _tokens(ticket))
+        wait_s = self.expected_wait_s(ticket.kind, _tokens(ticket), ticket.client)
         if ticket.target_s is not None and wait_s > ticket.target_s:
             late = wait_s - ticket.target_s
             return Reject(

@@ -63,6 +63,18 @@ def test_what_is_free_now_counts_for_the_wait():
     assert Admission().expected_wait_s(tokens=1) == float("inf")
 
 
+def test_a_client_does_not_expect_to_wait_for_the_whole_queue_of_another():
+    admission = opened(tokens=100, rate=10.0, quantum_tokens=200.0)
+    admission.handle(Submit(ticket("run", "flood")), 0.0)
+    for k in range(50):
+        admission.handle(Submit(ticket(f"flood/{k}", "flood")), 0.0)
+    assert admission.expected_wait_s(tokens=100, client="flood") == pytest.approx(510.0)
+    assert admission.expected_wait_s(tokens=100, client="calm") == pytest.approx(40.0)
+    assert admission.handle(Submit(ticket("calm", "calm", target_s=45.0)), 0.0) == []
+    admission.handle(Submit(ticket("calm/2", "calm")), 0.0)
+    assert admission.expected_wait_s(tokens=100, client="calm") == pytest.approx(10 * (1 + 5 + 2))
+
+
 def test_no_more_run_at_once_than_may_however_small_they_are():
     admission = Admission()
     admission.handle(Capacity(10_000, 100.0, requests=2), 0.0)

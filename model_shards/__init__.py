@@ -27,6 +27,7 @@ from model_shards.safetensors_header import TensorInfo, header_range
 from model_shards.sampler import Sampling
 from model_shards.span import Span, load_span, shape_of
 from model_shards.tokens import IncrementalDecoder, StopMatcher, Tokenizer
+from model_shards.weight_cache import WeightCache
 
 __all__ = [
     "CheckpointError",
@@ -51,6 +52,7 @@ __all__ = [
     "TensorInfo",
     "Tokenizer",
     "TokenizerError",
+    "WeightCache",
     "header_range",
     "load_span",
     "micro_benchmark",

@@ -39,6 +39,10 @@ class Int8Weight:
     def nbytes(self) -> int:
         return self.q.nbytes + self.scale.nbytes
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that the weight is made of, by name."""
+        return {"q": self.q, "scale": self.scale}
+
     def fill(self, row: int, values: torch.Tensor) -> None:
         """Quantises ``values`` [n, width] float32 into rows from ``row`` on."""
         # The scale is rounded first, so that the integers fit the scale that will be used.
@@ -96,6 +100,10 @@ class Int4Weight:
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scales.nbytes
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that the weight is made of, by name."""
+        return {"packed": self.packed, "scales": self.scales}
 
     def fill(self, row: int, values: torch.Tensor) -> None:
         """Quantises ``values`` [n, width] float32 into rows from ``row`` on; both in whole blocks where

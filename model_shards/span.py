@@ -23,6 +23,7 @@ from model_shards.layers import DecoderLayer, build_layer
 from model_shards.linear import AnyLinear, RmsNorm, linear_over
 from model_shards.quant import QUANTS, Int8Weight
 from model_shards.reader import TensorReader
+from model_shards.weight_cache import WeightCache
 from model_shards.weights import Part, held_bytes, load_parts
 
 
@@ -95,9 +96,11 @@ def load_span(
     dtype: str = "bfloat16",
     quant: str = "none",
     progress: Callable[[int, int], None] | None = None,
+    cache: WeightCache | None = None,
 ) -> Span:
     """Loads layers [start, end) into ``device`` in ``dtype``, its matrices in ``quant``; only the span's byte
-    ranges of the files are read.
+    ranges of the files are read. Matrices that are packed in four bits stay so where that can be, whatever
+    ``quant`` says. What is quantised here is kept in ``cache`` and next time taken from there.
 
     ``progress(done, total)`` is called with bytes after each piece; what it raises ends the load. Raises
     CheckpointError, LocalFault (span, dtype or quant).
@@ -117,10 +120,17 @@ def load_span(
             progress(done, total)
 
     with torch.inference_mode(), TensorReader(dir, index, report, config.packing) as reader:
-        embed = load_parts(reader, embed_tensors(config), kind, place, quant)["embed"] if start == 0 else None
+        embed = (
+            load_parts(reader, embed_tensors(config), kind, place, quant, cache)["embed"]
+            if start == 0
+            else None
+        )
         layers = [
             build_layer(
-                config, layer, load_parts(reader, layer_tensors(config, layer), kind, place, quant), kind
+                config,
+                layer,
+                load_parts(reader, layer_tensors(config, layer), kind, place, quant, cache),
+                kind,
             )
             for layer in range(start, end)
         ]
@@ -128,7 +138,7 @@ def load_span(
         if end == config.layers:
             shared = {"embed": embed} if config.tied and embed is not None else {}
             specs = [spec for spec in head_tensors(config) if spec.part not in shared]
-            parts = load_parts(reader, specs, kind, place, quant) | shared
+            parts = load_parts(reader, specs, kind, place, quant, cache) | shared
             weight = parts["norm"]
             if isinstance(weight, torch.Tensor):
                 norm = RmsNorm(weight, config.norm_eps, kind, config.norm_offset, wide=config.wide_norms)

@@ -8,11 +8,12 @@ What the parameters mean is `layers.py`'s.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from model_shards.checkpoint import CheckpointIndex
+from model_shards.dtypes import dtype_name
 from model_shards.families import TensorSpec
 from model_shards.packing import Packing, Stored, kept_group, locate
 from model_shards.quant import (
@@ -27,6 +28,7 @@ from model_shards.quant import (
 )
 from model_shards.reader import TensorReader
 from model_shards.unpack import PackedRows, open_source
+from model_shards.weight_cache import WeightCache
 
 CHUNK_ELEMENTS = 1 << 20
 
@@ -94,10 +96,12 @@ def load_parts(
     dtype: torch.dtype,
     device: torch.device,
     quant: str = "none",
+    cache: WeightCache | None = None,
 ) -> dict[str, Part]:
     """The parameters that ``specs`` fill, by part name; parts of several tensors are fused along their rows.
-    Norms and wide parts keep float32; matrices are quantised as they come, plain ones excepted."""
-    loader = _Loader(reader, dtype, device, quant)
+    Norms and wide parts keep float32; matrices are quantised as they come, plain ones excepted, or come out of
+    ``cache``, where they had been quantised before."""
+    loader = _Loader(reader, dtype, device, quant, cache)
     return {part: loader.load(part, fused) for part, fused in by_part(specs).items()}
 
 
@@ -107,6 +111,7 @@ class _Loader:
     dtype: torch.dtype
     device: torch.device
     quant: str
+    cache: WeightCache | None
 
     def load(self, part: str, specs: list[TensorSpec]) -> Part:
         reader = self.reader
@@ -141,13 +146,42 @@ class _Loader:
     def _quantise(self, specs: list[TensorSpec], stored: list[Stored], kind: str) -> QuantWeight:
         width = specs[0].shape[1]
         weight = new_weight(kind, _pieces(specs), width, self.dtype, self.device)
+        key = self._key(specs, stored, weight) if self.cache is not None else ""
+        if self.cache is not None and self.cache.fetch(key, weight.tensors()):
+            infos = [info for found in stored for _, info in found.pieces.values()]
+            self.reader.skipped(sum(info.end - info.start for info in infos))
+            return weight
         for spec, found in zip(specs, stored, strict=True):
             source = open_source(self.reader, spec, found)
             for first, count in _chunks(spec):
                 values = torch.empty(count, width)
                 source.read(first, values)
                 weight.fill(spec.row + first, values.to(self.device))
+        if self.cache is not None:
+            self.cache.store(key, weight.tensors())
         return weight
+
+    def _key(self, specs: list[TensorSpec], stored: list[Stored], weight: QuantWeight) -> str:
+        """The cache's name for ``weight``: every setting and place that its bytes depend on."""
+        if self.cache is None:
+            return ""
+        blocked, group = (weight.blocked, weight.group) if isinstance(weight, Int4Weight) else (False, 0)
+        places = [
+            [name, role, info.file, info.dtype, info.shape, info.start, info.end]
+            for found in stored
+            for role, (name, info) in found.pieces.items()
+        ]
+        files = {str(place[2]): self.reader.directory / str(place[2]) for place in places}
+        settings = {
+            "kind": type(weight).__name__,
+            "dtype": dtype_name(self.dtype),
+            "blocked": blocked,
+            "group": group,
+            "specs": [asdict(spec) for spec in specs],
+            "packing": asdict(self.reader.packing) if self.reader.packing is not None else None,
+            "places": places,
+        }
+        return self.cache.key(settings, files)
 
     def _keep(self, specs: list[TensorSpec], stored: list[Stored], holding: Holding) -> Int4Weight | None:
         """The part as packed, or None where the data order inputs in a way the config did not tell of."""

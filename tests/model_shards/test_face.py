@@ -32,6 +32,7 @@ def test_the_face_is_pinned():
         "TensorInfo",
         "Tokenizer",
         "TokenizerError",
+        "WeightCache",
         "header_range",
         "load_span",
         "micro_benchmark",

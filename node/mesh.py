@@ -61,6 +61,7 @@ SETTLE_S = 1.5
 JOIN_WAIT_S = 8.0
 LINKS_EVERY_S = 10.0
 BYE_S = 0.8
+INLINE_NODES_MAX = 32
 NO_MANIFEST = "0" * 64
 NAME_OTHER = re.compile(r"[^A-Za-z0-9._:/-]")
 
@@ -110,6 +111,7 @@ class MeshNode:
         self._settled_s = float("inf")
         self._seqs: dict[PeerId, int] = {}
         self._fences = self.planning.fences
+        self._planning_turn = trio.Lock()
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -218,10 +220,11 @@ class MeshNode:
                 name=NAME_OTHER.sub("-", (await directory.resolve()).name)[:128].lstrip("-._:/") or "model",
                 manifest_id=NO_MANIFEST, created_s=int(self.gossip.now_s()), copies=copies or self.config.copies,
             )  # fmt: skip
-        self._plan_once()
-        return await trio.to_thread.run_sync(
-            partial(preview_document, self.planning, self.atlas(), known, copies or known.copies, here=here)
-        )
+        async with self._planning_turn:
+            said = partial(
+                preview_document, self.planning, self.atlas(), known, copies or known.copies, here=here
+            )
+            return await trio.to_thread.run_sync(said)
 
     def set_tags(self, tags: tuple[str, ...]) -> None:
         """What this node says of itself from now on."""
@@ -396,19 +399,23 @@ class MeshNode:
         while True:
             self._changed = trio.Event()
             try:
-                self._plan_once()
+                async with self._planning_turn:
+                    await self._plan_once()
             except SchedulerError as problem:
                 log.warning("what the mesh says cannot be planned with: %s", problem)
             with trio.move_on_after(TICK_S):
                 await self._changed.wait()
             await trio.sleep(0.05)
 
-    def _plan_once(self) -> None:
+    async def _plan_once(self) -> None:
+        """One look at the mesh. A large one is planned on a thread, so that the connections stay alive meanwhile."""
         now = trio.current_time()
         self._note_renewals(now)
         atlas = read_atlas(self.view, self.gossip.now_s(), self.suspects.gone(now))
         self.suspects.forget(atlas.nodes_known)
-        for publish in self.planning.handle(atlas, may_plan=now >= self._settled_s, now_s=now):
+        look = partial(self.planning.handle, atlas, may_plan=now >= self._settled_s, now_s=now)
+        large = len(atlas.nodes) > INLINE_NODES_MAX
+        for publish in await trio.to_thread.run_sync(look) if large else look():
             self._say(adverts.PLAN, publish.manifest_id, publish.advert, self.config.model_ttl_s)
         if self.planning.fences != self._fences:
             self._fences = self.planning.fences

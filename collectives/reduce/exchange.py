@@ -26,6 +26,7 @@ from blake3 import blake3
 from collectives.agreement import Declaration
 from collectives.codecs import Codec, CodecFault, codec
 from collectives.reduce.collect import Collector, leaf_of
+from collectives.reduce.combine import SUM_SLAB
 from collectives.reduce.contribution import Contribution, encoded
 from collectives.reduce.errors import FrameRefused, MisuseError
 from collectives.reduce.feedback import Feedback
@@ -167,8 +168,9 @@ class Exchange:
         return self._collector.lags(peer)
 
     def waiting_for(self) -> frozenset[str]:
-        """Whose contributions are lacking here; if none, those who owe results. Empty if done."""
-        lacking = set(self._collector.missing())
+        """Whose contributions are lacking here, but for those who are not read from now; if none, those who owe
+        results. Empty if done."""
+        lacking = {peer for peer in self._collector.missing() if self.wants_frames(peer)}
         if not lacking:
             lacking = {
                 self._members[self._giver(c)].peer
@@ -536,10 +538,9 @@ class Exchange:
         """Bytes for others' contributions: what the result, the frames under way and scratch leave of the allowance,
         and never less than two chunks of everybody."""
         spare = int((self.settings.extra_ratio - 1) * self.layout.tensor_bytes)
-        return max(
-            spare - (members + 2) * self._chunk_bytes - 3 * 4 * self.layout.chunk_elements,
-            2 * members * self._chunk_bytes,
-        )
+        under_way = (members + 2) * self._chunk_bytes
+        scratch = 4 * (4 * self.layout.chunk_elements + SUM_SLAB)
+        return max(spare - under_way - scratch, 2 * members * self._chunk_bytes)
 
     def _pinned(self, chunk: int) -> bool:
         return any(box.pinned == chunk for box in self._boxes.values())

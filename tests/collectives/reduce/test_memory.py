@@ -37,10 +37,9 @@ def reduce_directly(tools, names, codec, slow=None, victim=None, dtype=torch.flo
             return True
 
         def go_on(some):
-            pairs = [(a, b) for a in some for b in some if a != b]
-            while any([move(a, b) for a, b in pairs if a != slow]) or any(
-                [move(a, b) for a, b in pairs if a == slow]
-            ):
+            quick = [(a, b) for a in some for b in some if a != b and a != slow]
+            late = [(slow, b) for b in some if slow in some and b != slow]
+            while sum(move(a, b) for a, b in quick) or sum(move(a, b) for a, b in late):
                 pass
 
         go_on(names)

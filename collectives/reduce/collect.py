@@ -55,7 +55,7 @@ class Collector:
         self._own = own
         self._settings = settings
         self._hashes: dict[Source, bytes] = {}
-        self._scratch = np.empty(combine.SUM_SLAB, np.float32)
+        self._scratch = np.empty(min(combine.SUM_SLAB, layout.chunk_elements), np.float32)
         exact = codec.relative_error == 0
         self._decoded = np.empty(0 if exact else min(layout.chunk_elements, layout.elements), np.float32)
         self._seen: dict[Source, bytearray] = {}

@@ -539,7 +539,7 @@ class Exchange:
         and never less than two chunks of everybody."""
         spare = int((self.settings.extra_ratio - 1) * self.layout.tensor_bytes)
         under_way = (members + 2) * self._chunk_bytes
-        scratch = 4 * (4 * self.layout.chunk_elements + SUM_SLAB)
+        scratch = 4 * (4 * self.layout.chunk_elements + min(SUM_SLAB, self.layout.chunk_elements))
         return max(spare - under_way - scratch, 2 * members * self._chunk_bytes)
 
     def _pinned(self, chunk: int) -> bool:

@@ -307,10 +307,9 @@ class Link:
             return
         with trio.CancelScope(deadline=self._progress_s + self.config.stall_deadline_s) as scope:
             await self._arrivals.park()
-        if scope.cancelled_caught:
-            stalled_s = trio.current_time() - self._progress_s
-            if stalled_s >= self.config.stall_deadline_s:
-                self.fail(PeerLost(self.peer, f"{self.peer} stalled in mid-message for {stalled_s:.1f} s"))
+        if scope.cancelled_caught and trio.current_time() >= self._progress_s + self.config.stall_deadline_s:
+            stalled_s = self.config.stall_deadline_s
+            self.fail(PeerLost(self.peer, f"{self.peer} stalled in mid-message for {stalled_s:g} s"))
 
     # ---- the end
 

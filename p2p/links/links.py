@@ -175,8 +175,8 @@ class Links:
         if self._nursery is not None:
             raise LocalFault("these Links are running already")
         try:
+            await self._listener.open(ips_of(self.host.addrs()))
             async with trio.open_nursery() as nursery:
-                await self._listener.open(ips_of(self.host.addrs()))
                 self._nursery = nursery
                 nursery.start_soon(self._listener.run)
                 await nursery.start(self._watch_peers)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import trio
+import trio.lowlevel
 
 from p2p import HostConfig, Identity, Links, LinksConfig, Rpc, open_host
 from p2p.testing import MemoryNetwork
@@ -81,3 +82,75 @@ async def real_nodes():
 async def memory_nodes():
     async for one in _nodes(MemoryNetwork()):
         yield one
+
+
+class Proxy:
+    """A stranger between dialler and listener: it may record, change, withhold or cut what passes."""
+
+    def __init__(self, nursery, target):
+        self.nursery = nursery
+        self.target = target
+        self.said = []
+        self.flowing = trio.Event()
+        self.flowing.set()
+        self.corrupt_after = None
+        self.open = []
+
+    async def start(self):
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.nursery.start_soon(trio.serve_listeners, self._serve, [listener])
+        return f"127.0.0.1:{listener.socket.getsockname()[1]}"
+
+    async def _serve(self, near):
+        host, _, port = self.target.rpartition(":")
+        far = await trio.open_tcp_stream(host, int(port))
+        self.open += [near, far]
+        async with near, far, trio.open_nursery() as nursery:
+            nursery.start_soon(self._pass, near, far, True)
+            nursery.start_soon(self._pass, far, near, False)
+
+    async def _pass(self, source, target, record):
+        passed = 0
+        try:
+            async for data in source:
+                await self.flowing.wait()
+                if record:
+                    self.said.append(bytes(data))
+                if record and self.corrupt_after is not None and passed + len(data) > self.corrupt_after:
+                    changed = bytearray(data)
+                    changed[-1] ^= 1
+                    data, self.corrupt_after = bytes(changed), None
+                passed += len(data)
+                await target.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        await target.aclose()
+
+    async def cut(self):
+        for stream in self.open:
+            await stream.aclose()
+        self.open.clear()
+
+
+@pytest.fixture
+def proxy_to(nursery):
+    """`await proxy_to(node)` puts a Proxy in front of a node's listener; only its address is offered then."""
+
+    async def make(node):
+        proxy = Proxy(nursery, node.links.addrs()[0])
+        node.links._listener._offered = [await proxy.start()]
+        return proxy
+
+    return make
+
+
+@pytest.fixture
+def until():
+    """Poll until something holds."""
+
+    async def wait(condition):
+        with trio.fail_after(10):
+            while not condition():
+                await trio.lowlevel.checkpoint()
+
+    return wait

@@ -28,8 +28,9 @@ def add_up(
     norms: list[float] | None = None,
     total: float | None = None,
 ) -> None:
-    """out = sum of weight * values, divided by `total` if given. At least one term; `scratch` [SUM_SLAB, or as `out` if that is less]; `out` may be
-    the first term, and overlaps no other. The sum of squares of each term's values is added to `norms`."""
+    """out = sum of weight * values, divided by `total` if given. At least one term; `scratch` [SUM_SLAB, or as long as
+    `out`]; `out` may be the first term, and overlaps no other. The sum of squares of each term's values is added to
+    `norms`."""
     with np.errstate(over="ignore", invalid="ignore"):  # others' values: infinity and NaN show in `norms`
         for start in range(0, len(out), SUM_SLAB):
             acc = out[start : start + SUM_SLAB]

@@ -38,6 +38,7 @@ _EARLY_WAIT_S = 1.0
 _OPEN_WITHIN_S = 5.0
 UNSOLICITED_BYTES_MAX = 8 << 20
 STALL_MIN_S = 1.5
+FINISH_STALL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,9 @@ class Plane:
         self._keys: set[bytes] = set()  # of this epoch's declarations so far
         self._changed = trio.Event()
         self._gated = False
+        self._finishing: Value | None = None
+        self._whole_here = trio.Event()
+        self._drained = trio.Event()
         self._nursery: trio.Nursery | None = None
 
     async def run(self) -> None:
@@ -218,6 +222,7 @@ class Plane:
             return
         if self._nursery is None:
             return
+        self._finishing = value
         old = self._fetches.pop(digest, None)
         if old is not None:
             old.cancel()
@@ -228,7 +233,8 @@ class Plane:
         digest, declaration = value.digest, value.declaration
         like = None if self._input is None else self._input.tensors
         with scope:
-            while True:
+            await self._finish_alone(value)
+            while digest not in self._wholes:
                 try:
                     result = await fetch_value(
                         self._service.rpc, self._run_id, self._tag, value, holders, like
@@ -239,9 +245,33 @@ class Plane:
                     continue
                 self._wholes[digest] = Whole(result, declaration.epoch, 0, declaration_bytes(result))
                 self.tell(Held(declaration.epoch, digest))
-                break
         if self._fetches.get(digest) is scope:
             del self._fetches[digest]
+
+    async def _finish_alone(self, value: Value) -> None:
+        """The reduction that is under way gives these very bytes: as long as it gets on, nothing is quicker."""
+        marks, since_s = -1, trio.current_time()
+        while trio.current_time() - since_s < FINISH_STALL_S:
+            exchange = self._exchange
+            if exchange is None or exchange.done or exchange.declaration.key != value.declaration.key:
+                return
+            if exchange.bytes_received != marks:
+                marks, since_s = exchange.bytes_received, trio.current_time()
+            with trio.move_on_after(_LOOK_S):
+                await self._whole_here.wait()
+
+    async def drain(self, deadline_s: float) -> None:
+        """Until the others have been given all they need from here, or nobody takes it any more, or the deadline."""
+        sent, since_s = -1, trio.current_time()
+        while trio.current_time() < min(deadline_s, since_s + FINISH_STALL_S):
+            exchange = self._exchange
+            if exchange is None or exchange.drained:
+                return
+            if exchange.bytes_sent != sent:
+                sent, since_s = exchange.bytes_sent, trio.current_time()
+            self._drained = trio.Event()
+            with trio.move_on_after(_LOOK_S):
+                await self._drained.wait()
 
     def release(self, digest: bytes) -> None:
         """These bytes need not be kept, nor fetched."""
@@ -389,8 +419,10 @@ class Plane:
                     await self._uplink.take(len(frame.header) + _EPOCH.size + frame.payload_bytes)
                     await link.send(_EPOCH.pack(self._epoch) + frame.header, frame.payload)
                     continue
-                if exchange.done and self._input is None and exchange.drained:
-                    self._close_exchange()
+                if exchange.done and exchange.drained:
+                    self._drained.set()
+                    if self._input is None:
+                        self._close_exchange()
             exchange = frame = None  # their memory may go while this waits
             await line.kick.wait()
 

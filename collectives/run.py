@@ -110,6 +110,7 @@ class Run:
         try:
             offer = self._offer(shell, nonce, weight, layout.digest)
             outcome = await shell.attempt_round(offer, deadline_s)
+            await shell.plane.drain(deadline_s)
         finally:
             shell.plane.close_attempt(nonce)
         shell.caller_epoch = outcome.epoch

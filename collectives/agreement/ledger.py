@@ -154,15 +154,15 @@ class Ledger:
         return self.config.is_quorum(promised, self.resigned)
 
     def may_decide(self, voters: Mapping[str, int], ballot: Ballot, value: Value, members: Config) -> bool:
-        """These votes in `ballot` decide `value`: a quorum of the acceptors, and one of those who form the next
-        configuration (`members`), so that whoever decides the next epoch includes somebody who holds this one's bytes.
-        `voters`: peer -> incarnation."""
+        """These votes in `ballot` decide `value`: a quorum of the acceptors, and more than half of those who form the
+        next configuration (`members`), so that whoever decides the next epoch includes somebody who holds this one's
+        bytes, and two hold them wherever there are two. `voters`: peer -> incarnation."""
         acceptors = [peer for peer, number in voters.items() if self.has_seat(peer, number)]
         if not self.config.is_quorum(acceptors, self.abstaining(ballot)):
             return False
         holders = [seat.peer for seat in members.seats if voters.get(seat.peer) == seat.incarnation]
         gone = [seat.peer for seat in members.seats if self.has_resigned(seat.peer, seat.incarnation)]
-        return members.is_quorum(holders, gone)
+        return 2 * len(set(holders) - set(gone)) > len(members.seats) - len(gone)
 
     def certifies(self, decided: Decided) -> bool:
         """Whether the certificate of the next epoch holds, as far as can be told from here."""

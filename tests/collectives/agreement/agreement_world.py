@@ -12,62 +12,17 @@ import random
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from agreement_checks import Checks, Violation, digest_of
+from agreement_trouble import Trouble, plan_of
+
 from collectives.agreement import chain as chain_module
 from collectives.agreement import events as ev
-from collectives.agreement import messages as ms
 from collectives.agreement.types import Offer, Settings, founding
 
 RUN, TAG = "run", "outer"
 SETTINGS = Settings(
     resend_s=0.3, takeover_s=1.0, grace_first_s=0.2, grace_max_s=1.0, hurry_s=0.3, no_quorum_s=2.0
 )
-KILL_AT = (ms.Ready, ms.Declare, ms.Prepare, ms.Promise, ms.Accept, ms.Voted, ms.Commit, ev.Persist)
-
-
-class Violation(AssertionError):
-    """A rule was broken."""
-
-
-KINDS = {
-    "mixed": "crash crash bytes disk pause pause split split cut oneway leave join wrong trap all",
-    "duels": "wrong wrong pause pause oneway cut trap trap crash split",
-    "comers and goers": "leave leave join join pause trap crash split",
-    "losses": "bytes bytes disk disk crash crash all trap pause split",
-}
-
-
-@dataclass
-class Plan:
-    """How hard the world is, drawn from the seed."""
-
-    kinds: list
-    nodes: int
-    loss: float
-    double: float
-    slow: float  # share of messages that take up to seconds
-    delay_s: float
-    reduce_s: float
-    faults_until_s: float
-    faults: int
-    wrong: int  # suspicions of nobody in particular
-    epochs_after: int = 2
-
-
-def plan_of(rng):
-    name = rng.choice(list(KINDS))
-    duels = name == "duels"
-    return Plan(
-        kinds=KINDS[name].split(),
-        nodes=rng.choice((2, 3, 3, 3, 4, 4, 5)),
-        loss=rng.choice((0.0, 0.0, 0.02, 0.1, 0.25)),
-        double=rng.choice((0.0, 0.05)),
-        slow=rng.choice((0.02, 0.1, 0.3) if duels else (0.0, 0.02, 0.08)),
-        delay_s=rng.choice((0.01, 0.05, 0.2) if duels else (0.002, 0.01, 0.05)),
-        reduce_s=rng.choice((0.01, 0.05) if duels else (0.02, 0.2, 0.6)),
-        faults_until_s=rng.choice((3.0, 6.0)),
-        faults=rng.randint(1, 8),
-        wrong=rng.randint(5, 40) if duels else 0,
-    )
 
 
 @dataclass
@@ -100,7 +55,9 @@ class Node:
     odd: bool = False  # offers on a state that nobody else has
 
 
-class World:
+class World(Trouble, Checks):
+    node_type = Node
+
     def __init__(self, seed, settings=SETTINGS, chain=None):
         self.rng = random.Random(seed)
         self.seed = seed
@@ -167,46 +124,6 @@ class World:
             for node in self.nodes.values()
         }
 
-    def excuse(self):
-        """What nobody could mend: too many seats without their journal, or all bytes of an epoch lost."""
-        top = max(self.decided)
-        if all(node.state_epoch < top for node in self.nodes.values() if not node.gone):
-            return "every copy of a decided result was lost at once"
-        config = self.decided[top][1]
-        seated, resigned = set(), set()
-        for node in self.nodes.values():
-            seat = config.seat(node.name)
-            if seat is not None and not node.gone and seat.incarnation == node.chain.ledger.incarnation:
-                seated.add(node.name)
-            if not node.gone and node.chain.epoch == top:
-                resigned |= set(node.chain.ledger.resigned)
-        if not config.is_quorum(seated, resigned):
-            return "a quorum of seats lost their journals or left"
-        dead = {seat.peer for seat in config.seats} - seated - resigned
-        members = set()
-        unheld = False
-        for node in self.nodes.values():
-            vote = node.chain.ledger.vote  # a leaver's too
-            if vote is not None and node.chain.epoch == top:
-                unheld = unheld or not any(
-                    vote.value.digest in one.results for one in self.nodes.values() if not one.gone
-                )
-                owners = vote.value.declaration.config()
-                alive = {
-                    one.name
-                    for one in self.nodes.values()
-                    if not one.gone
-                    and (seat := owners.seat(one.name))
-                    and seat.incarnation == one.chain.ledger.incarnation
-                }
-                if not owners.is_quorum(alive):
-                    members.add(node.name)
-        if unheld and dead:
-            return "the bytes of a vote are lost, and so is a seat that might know more"
-        if members:
-            return "most members of a value that was voted for are lost for good"
-        return None
-
     # Nodes.
 
     def boot(self, node):
@@ -231,24 +148,6 @@ class World:
             for digest, epoch in sorted(node.results.items()):
                 self.tell(node, ev.Held(epoch, digest))
         self.at(self.rng.random() * 0.3, "enter", node.name, node.boot)
-
-    def crash(self, node, back_after, keep_bytes=False, lose_disk=False):
-        if not node.up or node.gone:
-            return
-        self.log("crash", node.name, "disk lost" if lose_disk else "")
-        node.up = False
-        node.paused_until = 0.0
-        if not keep_bytes:
-            node.results = {}
-        if lose_disk:
-            node.disk = None
-            node.founder = False
-            node.incarnation = 1_000_000 + self.count
-            node.results = {}
-            node.state_epoch, node.state = -1, b""
-            node.last_committed = 0
-        self.changed(node.name)
-        self.at(back_after, "restart", node.name)
 
     def do_restart(self, name):
         node = self.nodes[name]
@@ -307,18 +206,6 @@ class World:
             self.tell(node, event)
         self.tell(node, ev.Tick())
 
-    def sprung(self, node, kind):
-        """Whether the trap kills this node here."""
-        if self.trap is None or self.trap[0] is not kind or self.healed:
-            return False
-        self.trap[1] -= 1
-        if self.trap[1] > 0:
-            return False
-        self.trap = None
-        if self.rng.random() < 0.75:
-            self.trap = [self.rng.choice(KILL_AT), self.rng.randint(1, 8)]
-        return True
-
     def perform(self, node, one):
         kind = type(one)
         what = type(one.message) if kind is ev.Send else kind
@@ -336,41 +223,6 @@ class World:
         if sprung:
             self.fall(node)
 
-    def fall(self, node):
-        rng = self.rng
-        chance = rng.random()
-        if chance < 0.2 and "disk" in self.plan.kinds and self.plan.nodes > 2:
-            self.crash(node, rng.uniform(0.2, 2.0), lose_disk=True)
-        elif chance < 0.3 and "leave" in self.plan.kinds:
-            self.at(0.0, "leave", node.name)
-        elif chance < 0.5:
-            self.crash(node, rng.uniform(0.2, 3.0), keep_bytes=rng.random() < 0.3)
-        elif chance < 0.8:
-            others = [name for name in self.names if name != node.name]
-            pairs = {(node.name, one) for one in others} | {(one, node.name) for one in others}
-            self.block(pairs, rng.uniform(0.5, 3.0))
-        else:
-            self.pause(node, rng.uniform(0.5, 3.0))
-
-    def check_send(self, node, message):
-        """What is said must be on disk."""
-        kind = type(message)
-        disk = node.disk
-        if kind is ms.Voted:
-            vote = disk and disk.vote
-            if not vote or vote.ballot != message.ballot or vote.value.digest != message.digest:
-                raise Violation(f"seed {self.seed}: {node.name} says a vote that is not on disk")
-        elif kind is ms.Promise:
-            if disk is None or disk.promised < message.ballot or disk.vote != message.vote:
-                raise Violation(f"seed {self.seed}: {node.name} promises what is not on disk")
-        elif kind is ms.Commit and message.decided.value is not None:
-            self.check_commit(node, message.decided.config.epoch)
-
-    def check_commit(self, node, epoch):
-        disk = node.disk
-        if disk is None or disk.decided is None or disk.decided.config.epoch < epoch:
-            raise Violation(f"seed {self.seed}: {node.name} tells a commit that is not on disk")
-
     def on_persist(self, node, one):
         saved = one.saved
         if saved.vote is not None and (node.disk is None or node.disk.vote != saved.vote):
@@ -380,36 +232,6 @@ class World:
         if saved.decided is not None and (node.disk is None or node.disk.decided != saved.decided):
             self.check_decided(saved.decided)
         node.disk = saved
-
-    def check_decided(self, decided):
-        epoch, value = decided.config.epoch, decided.value
-        if value is None:
-            return
-        key = (value.declaration.key, value.digest)
-        known = self.decided.get(epoch)
-        if known is not None:
-            if known[0] != key or known[1] != decided.config:
-                raise Violation(f"seed {self.seed}: epoch {epoch} is decided twice")
-            return
-        self.stats["commits"] += 1
-        self.decided[epoch] = (key, decided.config)
-        self.check_value(epoch, value)
-
-    def check_value(self, epoch, value):
-        total = Fraction(0)
-        weights = 0
-        for member in value.declaration.members:
-            offer = self.offers.get((member.peer, member.nonce))
-            if offer is None or offer[0] != epoch - 1 or offer[2] != member.weight:
-                raise Violation(f"seed {self.seed}: epoch {epoch} names an offer of {member.peer} never made")
-            if offer[3] != self.states.get(epoch - 1):
-                raise Violation(f"seed {self.seed}: {member.peer} took part in {epoch} on another state")
-            if offer[4]:
-                raise Violation(f"seed {self.seed}: epoch {epoch} holds a contribution that is not finite")
-            total += offer[1] * offer[2]
-            weights += offer[2]
-        if value.digest != digest_of(total / weights):
-            raise Violation(f"seed {self.seed}: epoch {epoch} is not the mean over its members")
 
     # The network.
 
@@ -650,111 +472,3 @@ class World:
                     self.tell(node, ev.Held(epoch, digest))
                     return
         self.at(0.3 + self.rng.random() * 0.1, "fetch", name, boot, digest)
-
-    # Faults.
-
-    def schedule_faults(self):
-        rng, plan = self.rng, self.plan
-        if rng.random() < 0.6:
-            self.trap = [rng.choice(KILL_AT), rng.randint(1, 3 * plan.nodes)]
-        for _ in range(plan.faults):
-            self.at(rng.uniform(0.0, plan.faults_until_s), "fault")
-        for _ in range(plan.wrong):
-            self.at(rng.uniform(0.0, plan.faults_until_s), "wrong")
-        self.at(plan.faults_until_s, "heal")
-
-    def do_wrong(self):
-        """Somebody is suspected, or trusted, for no reason."""
-        one, other = self.rng.choice(self.names), self.rng.choice(self.names)
-        if one != other:
-            node = self.nodes[one]
-            self.judge(node, other, other in node.told_down)
-            self.at(self.rng.uniform(0.2, 1.0), "detect", one, other)
-
-    def do_leave(self, name):
-        self.leave(self.nodes[name])
-
-    def do_fault(self):
-        rng = self.rng
-        node = self.nodes[rng.choice(self.names)]
-        kind = rng.choice(self.plan.kinds)
-        self.log("fault", kind, node.name)
-        if kind in ("crash", "bytes"):
-            self.crash(node, rng.uniform(0.1, 3.0), keep_bytes=kind == "crash")
-        elif kind == "all" and rng.random() < 0.3:
-            for one in list(self.nodes.values()):
-                self.crash(one, rng.uniform(0.1, 1.0), keep_bytes=rng.random() < 0.3)
-        elif kind == "disk" and self.plan.nodes > 2 and rng.random() < 0.5:
-            self.crash(node, rng.uniform(0.1, 2.0), lose_disk=True)
-        elif kind == "pause":
-            self.pause(node, rng.uniform(0.3, 4.0))
-        elif kind == "split":
-            side = {name for name in self.names if rng.random() < 0.5}
-            pairs = {(a, b) for a in self.names for b in self.names if (a in side) != (b in side)}
-            self.block(pairs, rng.uniform(0.3, 3.0))
-        elif kind in ("cut", "oneway"):
-            other = rng.choice(self.names)
-            if other != node.name:
-                pairs = {(node.name, other)} | ({(other, node.name)} if kind == "cut" else set())
-                self.block(pairs, rng.uniform(0.3, 3.0))
-        elif kind == "leave":
-            self.leave(node)
-        elif kind == "join" and len(self.nodes) < 7:
-            self.join(f"j{len(self.nodes)}")
-        elif kind == "wrong":
-            self.do_wrong()
-        elif kind == "trap" and self.trap is None:
-            self.trap = [rng.choice(KILL_AT), rng.randint(1, 6)]
-
-    def leave(self, node):
-        if sum(not one.gone for one in self.nodes.values()) > 2:
-            self.tell(node, ev.Leave())
-            self.changed(node.name)
-
-    def join(self, name):
-        node = Node(name, founder=False, incarnation=5000 + self.count, state_epoch=-1, state=b"")
-        self.nodes[name] = node
-        self.names.append(name)
-        self.boot(node)
-
-    def pause(self, node, seconds):
-        if node.up and not node.gone:
-            node.paused_until = self.now + seconds
-            self.at(seconds, "resume", node.name, node.boot)
-            self.changed(node.name)
-
-    def block(self, pairs, seconds):
-        self.blocked |= pairs
-        for name in sorted({a for a, _ in pairs}):
-            self.changed(name)
-        self.at(seconds, "unblock", pairs)
-
-    def do_unblock(self, pairs):
-        self.blocked -= pairs
-        for name in sorted({a for a, _ in pairs}):
-            self.changed(name)
-
-    def do_heal(self):
-        self.healed = True
-        self.trap = None
-        self.blocked = set()
-        self.heal_epoch = max(self.decided)
-        for node in self.nodes.values():
-            if node.paused_until > self.now:
-                node.paused_until = self.now
-                self.at(0.0, "resume", node.name, node.boot)
-            self.at(0.5, "restart", node.name)
-        for node in list(self.nodes):
-            self.changed(node)
-        self.at(1.2, "settle")
-
-    def do_settle(self):
-        """The detectors tell the truth by now."""
-        for one in self.nodes:
-            for other in self.nodes:
-                if one != other:
-                    self.do_detect(one, other)
-
-
-def digest_of(mean):
-    return hashlib.blake2b(f"{mean.numerator}/{mean.denominator}".encode(), digest_size=16).digest()

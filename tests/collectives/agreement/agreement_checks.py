@@ -1,0 +1,107 @@
+"""What must always hold in the simulated world, and what nobody could mend."""
+
+import hashlib
+from fractions import Fraction
+
+from collectives.agreement import messages as ms
+
+
+class Violation(AssertionError):
+    """A rule was broken."""
+
+
+def digest_of(mean):
+    return hashlib.blake2b(f"{mean.numerator}/{mean.denominator}".encode(), digest_size=16).digest()
+
+
+class Checks:
+    """Of a world: mixed into it."""
+
+    def check_send(self, node, message):
+        """What is said must be on disk."""
+        kind = type(message)
+        disk = node.disk
+        if kind is ms.Voted:
+            vote = disk and disk.vote
+            if not vote or vote.ballot != message.ballot or vote.value.digest != message.digest:
+                raise Violation(f"seed {self.seed}: {node.name} says a vote that is not on disk")
+        elif kind is ms.Promise:
+            if disk is None or disk.promised < message.ballot or disk.vote != message.vote:
+                raise Violation(f"seed {self.seed}: {node.name} promises what is not on disk")
+        elif kind is ms.Commit and message.decided.value is not None:
+            self.check_commit(node, message.decided.config.epoch)
+
+    def check_commit(self, node, epoch):
+        disk = node.disk
+        if disk is None or disk.decided is None or disk.decided.config.epoch < epoch:
+            raise Violation(f"seed {self.seed}: {node.name} tells a commit that is not on disk")
+
+    def check_decided(self, decided):
+        epoch, value = decided.config.epoch, decided.value
+        if value is None:
+            return
+        key = (value.declaration.key, value.digest)
+        known = self.decided.get(epoch)
+        if known is not None:
+            if known[0] != key or known[1] != decided.config:
+                raise Violation(f"seed {self.seed}: epoch {epoch} is decided twice")
+            return
+        self.stats["commits"] += 1
+        self.decided[epoch] = (key, decided.config)
+        self.check_value(epoch, value)
+
+    def check_value(self, epoch, value):
+        total = Fraction(0)
+        weights = 0
+        for member in value.declaration.members:
+            offer = self.offers.get((member.peer, member.nonce))
+            if offer is None or offer[0] != epoch - 1 or offer[2] != member.weight:
+                raise Violation(f"seed {self.seed}: epoch {epoch} names an offer of {member.peer} never made")
+            if offer[3] != self.states.get(epoch - 1):
+                raise Violation(f"seed {self.seed}: {member.peer} took part in {epoch} on another state")
+            if offer[4]:
+                raise Violation(f"seed {self.seed}: epoch {epoch} holds a contribution that is not finite")
+            total += offer[1] * offer[2]
+            weights += offer[2]
+        if value.digest != digest_of(total / weights):
+            raise Violation(f"seed {self.seed}: epoch {epoch} is not the mean over its members")
+
+    def excuse(self):
+        """What nobody could mend: too many seats without their journal, or all bytes of an epoch lost."""
+        top = max(self.decided)
+        if all(node.state_epoch < top for node in self.nodes.values() if not node.gone):
+            return "every copy of a decided result was lost at once"
+        config = self.decided[top][1]
+        seated, resigned = set(), set()
+        for node in self.nodes.values():
+            seat = config.seat(node.name)
+            if seat is not None and not node.gone and seat.incarnation == node.chain.ledger.incarnation:
+                seated.add(node.name)
+            if not node.gone and node.chain.epoch == top:
+                resigned |= set(node.chain.ledger.resigned)
+        if not config.is_quorum(seated, resigned):
+            return "a quorum of seats lost their journals or left"
+        dead = {seat.peer for seat in config.seats} - seated - resigned
+        members = set()
+        unheld = False
+        for node in self.nodes.values():
+            vote = node.chain.ledger.vote  # a leaver's too
+            if vote is not None and node.chain.epoch == top:
+                unheld = unheld or not any(
+                    vote.value.digest in one.results for one in self.nodes.values() if not one.gone
+                )
+                owners = vote.value.declaration.config()
+                alive = {
+                    one.name
+                    for one in self.nodes.values()
+                    if not one.gone
+                    and (seat := owners.seat(one.name))
+                    and seat.incarnation == one.chain.ledger.incarnation
+                }
+                if not owners.is_quorum(alive):
+                    members.add(node.name)
+        if unheld and dead:
+            return "the bytes of a vote are lost, and so is a seat that might know more"
+        if members:
+            return "most members of a value that was voted for are lost for good"
+        return None

@@ -164,9 +164,26 @@ class DataDir:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
-    def remember_fences(self, mesh_id: str, fences: Mapping[str, tuple[int, str]]) -> None:
-        """Keep them for the next start; those of other meshes are not kept."""
-        self._write("plans.json", {"version": 1, "fences": {mesh_id: dict(fences)}})
+    def planned(self, mesh_id: str) -> dict[str, list[tuple[str, int, int]]]:
+        """By model the (host, start, end) of that plan; none where the file cannot be read."""
+        try:
+            document = json.loads((self.root / "plans.json").read_bytes())["spans"][mesh_id]
+            return {
+                str(model): [(str(host), int(start), int(end)) for host, start, end in spans]
+                for model, spans in document.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def remember_plans(
+        self,
+        mesh_id: str,
+        fences: Mapping[str, tuple[int, str]],
+        spans: Mapping[str, Iterable[tuple[str, int, int]]],
+    ) -> None:
+        """Keep both for the next start; those of other meshes are not kept."""
+        kept = {model: list(planned) for model, planned in spans.items()}
+        self._write("plans.json", {"version": 1, "fences": {mesh_id: dict(fences)}, "spans": {mesh_id: kept}})
 
     def announce(self, api: str, peer: str) -> None:
         """Tell the command line where the running daemon is."""

@@ -52,7 +52,7 @@ from p2p import (
     RpcConfig,
     open_host,
 )
-from scheduler import SchedulerError, device_id, node_of
+from scheduler import Assignment, SchedulerError, device_id, node_of
 
 log = logging.getLogger("shoal.mesh")
 VERSION = "0.1.0"
@@ -96,7 +96,13 @@ class MeshNode:
         self.hosts = Hosts(self.library, hardware.devices, self._publish_host)
         self.tags = config.tags
         self.planning = Planning(
-            self.me, rebalance_s=config.rebalance_s, fences=data.fences(membership.mesh_id)
+            self.me,
+            rebalance_s=config.rebalance_s,
+            fences=data.fences(membership.mesh_id),
+            remembered={
+                model: [Assignment(*span) for span in spans]
+                for model, spans in data.planned(membership.mesh_id).items()
+            },
         )
         self.suspects = Suspects(grace_s=config.suspect_grace_s)
         returns = Returns(self.rpc)
@@ -419,7 +425,11 @@ class MeshNode:
             self._say(adverts.PLAN, publish.manifest_id, publish.advert, self.config.model_ttl_s)
         if self.planning.fences != self._fences:
             self._fences = self.planning.fences
-            self._data.remember_fences(self.membership.mesh_id, self._fences)
+            spans = {
+                model: [(a.node, a.start, a.end) for a in plan.assignments]
+                for model, plan in self.planning.plans.items()
+            }
+            self._data.remember_plans(self.membership.mesh_id, self._fences, spans)
         if not self.config.serve:
             return
         self.hosts.keep_only({model.manifest_id for model in atlas.models.values()})

@@ -7,14 +7,14 @@ with their measured times, and the plans that others published.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from node.adverts import HostAdvert, ModelAdvert, PlanAdvert
 from node.atlas import Atlas, device_shapes
 from node.demand import Demand
 from node.presence import Presence
-from scheduler import Facts, Link, Links, MeshPlanner, NodeShape, Plan, Wanted
+from scheduler import Assignment, Facts, Link, Links, MeshPlanner, NodeShape, Plan, Wanted
 from scheduler.online import (
     Event,
     Joined,
@@ -29,6 +29,8 @@ from scheduler.online import (
 )
 
 REBALANCE_S = 60.0
+SPANS_KEPT = 3
+"""So many spans that a host once held are still thought to be on its disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +47,13 @@ class _Told:
 
     nodes: dict[str, NodeShape] = field(default_factory=dict)
     models: dict[str, Wanted] = field(default_factory=dict)
+    held: dict[str, dict[str, list[tuple[int, int]]]] = field(default_factory=dict)
 
 
 class Planning:
     """The plans this node holds to. `handle(atlas)` adopts what others published and says what to publish.
 
-    `fences` are by model the epoch and planner of the newest plan held to in an earlier life.
+    `fences` are by model the epoch and planner of the newest plan held to in an earlier life, `remembered` its spans.
     """
 
     def __init__(
@@ -59,10 +62,13 @@ class Planning:
         *,
         rebalance_s: float = REBALANCE_S,
         fences: Mapping[str, tuple[int, str]] | None = None,
+        remembered: Mapping[str, Sequence[Assignment]] | None = None,
     ) -> None:
         self._me = me
         self._links: Links = lambda _a, _b: Link(0.0, 1e12)
-        self._planner = MeshPlanner(me, self._link, second_thoughts_s=rebalance_s, fences=fences)
+        self._planner = MeshPlanner(
+            me, self._link, second_thoughts_s=rebalance_s, fences=fences, remembered=remembered
+        )
         self._demand = Demand(rebalance_s)
         self._presence = Presence()
         self._told = _Told()
@@ -117,14 +123,22 @@ class Planning:
             hosts = atlas.live_hosts(model.manifest_id)
             self._demand.note(model.manifest_id, model.layers, hosts.values(), now_s)
             most = self._demand.copies_max(model.manifest_id, model.copies)
-            events.append(
-                Observed(model.manifest_id, facts_of(hosts), self._demand.of(model.manifest_id), most)
-            )
+            facts = replace(facts_of(hosts), held=self._on_disk(model.manifest_id, hosts))
+            events.append(Observed(model.manifest_id, facts, self._demand.of(model.manifest_id), most))
             for signer, advert in sorted(
                 atlas.plans.get(model.manifest_id, []), key=lambda item: (item[1].epoch, item[0])
             ):
                 events.append(PlanSeen(advert.plan(model.manifest_id, signer)))
         return [*events, Tick()]
+
+    def _on_disk(self, manifest_id: str, hosts: Mapping[str, HostAdvert]) -> dict[str, list[tuple[int, int]]]:
+        """Spans by host whose weights should be on its disk: what it holds, and what it held not long ago."""
+        held = self._told.held.setdefault(manifest_id, {})
+        for name, host in hosts.items():
+            span, before = (host.start, host.end), held.get(name, [])
+            if host.state in ("loading", "ready") and before[:1] != [span]:
+                held[name] = [span, *(old for old in before if old != span)][:SPANS_KEPT]
+        return {name: held[name] for name in held if name in self._told.nodes}
 
     def _node_events(self, atlas: Atlas) -> list[Event]:
         told, shapes = self._told.nodes, dict[str, NodeShape]()
@@ -142,6 +156,8 @@ class Planning:
         }
         gone: list[Event] = [ModelDropped(name) for name in sorted(told) if name not in models]
         self._told.models = models
+        for name in [name for name in self._told.held if name not in models]:
+            del self._told.held[name]
         return gone + [ModelAdded(name, w) for name, w in sorted(models.items()) if told.get(name) != w]
 
     def _wanted(self, model: ModelAdvert, offers: int) -> Wanted:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from scheduler.balance import Changes, in_order, make_room, share_out
-from scheduler.board import Board, Facts, Spans
+from scheduler.board import NOTHING, Board, Facts, Spans
 from scheduler.errors import LocalFault, Shortage
 from scheduler.judge import SideBySide
+from scheduler.mend import fetch_bytes
 from scheduler.placement import SECOND_THOUGHTS_NODES_MAX
 from scheduler.planner import MESH, adopt, planner_rank
 from scheduler.relief import relieve
@@ -117,7 +118,8 @@ class _State:
     short: dict[str, str] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
     fences: dict[str, tuple[int, str]] = field(default_factory=dict)
-    rivals: set[str] = field(default_factory=set)
+    rivals: dict[str, Plan] = field(default_factory=dict)
+    remembered: dict[str, Spans] = field(default_factory=dict)
     weighed_s: dict[str, float] = field(default_factory=dict)
     answered_s: dict[str, float] = field(default_factory=dict)
     proposals: dict[str, int] = field(default_factory=dict)
@@ -135,11 +137,13 @@ class MeshPlanner:
         *,
         second_thoughts_s: float = SECOND_THOUGHTS_S,
         fences: Mapping[str, tuple[int, str]] | None = None,
+        remembered: Mapping[str, Spans] | None = None,
     ) -> None:
-        """`fences` are those of an earlier life, so that it does not go back behind them or use an epoch twice."""
+        """From an earlier life: `fences`, so that it does not go back behind them or use an epoch twice, and the spans
+        of the plans it held to, for the case that the whole mesh starts again."""
         self._me = me
         self._board = Board(links)
-        self._state = _State(fences=dict(fences or {}))
+        self._state = _State(fences=dict(fences or {}), remembered=dict(remembered or {}))
         self._state.seen.update({model: epoch for model, (epoch, _) in self._state.fences.items()})
         self._every_s = second_thoughts_s
         self._members: tuple[frozenset[str], str] = (frozenset({me}), me)
@@ -257,6 +261,9 @@ class MeshPlanner:
         if old is not None and old.shape != wanted.shape:
             board.plans.pop(model, None)
             board.broken.pop(model, None)
+        remembered = Plan(model, 0, "", tuple(self._state.remembered.pop(model, ())))
+        if old is None and remembered.assignments and is_whole(remembered, wanted.shape.layers):
+            board.broken[model] = remembered
         return True
 
     def _forget(self, model: str) -> None:
@@ -264,7 +271,7 @@ class MeshPlanner:
                       self._state.short, self._state.weighed_s, self._state.proposals,
                       self._state.answered_s):  # fmt: skip
             table.pop(model, None)
-        self._state.rivals.discard(model)
+        self._state.rivals.pop(model, None)
 
     def _count_members(self) -> None:
         members = frozenset({node_of(name) for name in self._board.nodes} | {self._me})
@@ -298,7 +305,9 @@ class MeshPlanner:
             if now_s < state.answered_s.get(plan.model, now_s):
                 return False
             state.answered_s[plan.model] = now_s + self._every_s
-        state.rivals.add(plan.model)
+        rival = state.rivals.get(plan.model)
+        if rival is None or plan.epoch >= rival.epoch:
+            state.rivals[plan.model] = plan
         return True
 
     def _hold(self, plan: Plan) -> None:
@@ -322,6 +331,8 @@ class MeshPlanner:
         board = self._board
         out: list[Instruction] = []
         shortages: dict[str, Shortage] = {}
+        for rival in self._state.rivals.values():
+            self._side_with_hosts(rival)
         for model in in_order(board, board.models):
             out += self._mend(model, now_s, shortages)
         for model in in_order(board, shortages):
@@ -334,6 +345,22 @@ class MeshPlanner:
         for model, short in shortages.items():
             out += self._report(model, short)
         return _last_of_each(out)
+
+    def _side_with_hosts(self, rival: Plan) -> None:
+        """Where hosts follow the plan of another member (it planned while this one was not there, say), go on from
+        that one: the plan stands that has less to be fetched."""
+        board, model = self._board, rival.model
+        own = board.plans.get(model)
+        if own is None or model not in board.models or not rival.assignments:
+            return
+        shape, held = board.models[model].shape, board.facts.get(model, NOTHING).held
+
+        def missing_bytes(plan: Plan) -> int:
+            spans = [(a.node, (a.start, a.end)) for a in plan.assignments]
+            return sum(fetch_bytes(shape, None, span, held.get(node, ())) for node, span in spans)
+
+        if missing_bytes(rival) < missing_bytes(own):
+            board.plans[model] = replace(own, assignments=rival.assignments)
 
     def _mend(self, model: str, now_s: float, shortages: dict[str, Shortage]) -> list[Instruction]:
         """Keep what stands, add what is short; new spans only where additions cannot do."""
@@ -386,8 +413,7 @@ class MeshPlanner:
         spans = tuple(sorted(assignments, key=lambda a: (a.start, a.end, a.node)))
         old = self._board.plans.get(model)
         state.weighed_s.setdefault(model, now_s)
-        rival = model in state.rivals
-        state.rivals.discard(model)
+        rival = state.rivals.pop(model, None) is not None
         if old is not None and old.assignments == spans and old.planner in self._members[0] and not rival:
             return []
         plan = self._next(model, spans)

@@ -51,7 +51,9 @@ def make_plan(
     hop = hops_between(model, [node.id for node in ordered], links)
     mender = Mender(model, seats, held or {}, {node.id: fetch_factor(node) for node in ordered if node.tags})
     kept = still_valid(model, previous, mender, {node.id for node in ordered})
-    chosen = mender.mend(kept, copies) if kept else None
+    # Where nothing stands, weights on disks are still something to go on from.
+    from_disks = not kept and any((held or {}).values())
+    chosen = mender.mend(kept, copies) if kept or from_disks else None
     if chosen is None or len(ordered) <= SECOND_THOUGHTS_NODES_MAX:
         fresh = plan_afresh(model, seats, hop, mender, copies, _where(previous, held or {}))
         if fresh is None and chosen is None:
@@ -59,6 +61,8 @@ def make_plan(
         if fresh is not None:
             judge = Judge(seats, model.layers, hop, copies)
             cost = move_cost(model, kept, fresh, held or {}, sessions or {})
+            if from_disks and chosen is not None:
+                cost = max(0.0, cost - move_cost(model, kept, chosen, held or {}, sessions or {}))
             if chosen is None or _worth_it(judge, model.layers, copies, chosen, fresh, cost):
                 chosen = fresh
     spans = sorted(chosen or (), key=lambda a: (a.start, a.end, a.node))

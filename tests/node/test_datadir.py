@@ -77,15 +77,21 @@ def test_what_is_offered_to_one_mesh_is_not_offered_to_another(tmp_path):
         assert (data.offers("home"), data.offers("mesh 0")) == ([], [b"x"])
 
 
-def test_fences_survive_and_those_of_another_mesh_do_not_count(tmp_path):
+def test_plans_survive_and_those_of_another_mesh_do_not_count(tmp_path):
     with DataDir.open(tmp_path) as data:
         assert data.fences("home") == {}
-        data.remember_fences("home", {"model": (7, "planner")})
+        data.remember_plans("home", {"model": (7, "planner")}, {"model": [("a", 0, 4), ("b#1", 4, 8)]})
         assert data.fences("home") == {"model": (7, "planner")}
-        assert data.fences("work") == {}
-        for damage in (b"{", b"[]", b'{"fences": {"home": {"model": 7}}}', b'{"fences": {"home": 3}}'):
+        assert data.planned("home") == {"model": [("a", 0, 4), ("b#1", 4, 8)]}
+        assert (data.fences("work"), data.planned("work")) == ({}, {})
+        for damage in (
+            b"{",
+            b"[]",
+            b'{"fences": {"home": {"model": 7}}, "spans": {"home": {"model": [["a", 1]]}}}',
+            b'{"fences": {"home": 3}, "spans": {"home": [5]}}',
+        ):
             (tmp_path / "plans.json").write_bytes(damage)
-            assert data.fences("home") == {}
+            assert (data.fences("home"), data.planned("home")) == ({}, {})
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch):

@@ -482,6 +482,64 @@ def test_a_restarted_node_does_not_go_back_behind_its_fences():
     assert back.plans[MODEL_ID] == plan
 
 
+def test_a_newcomer_that_planned_before_it_saw_the_mesh_goes_on_from_what_is_hosted():
+    mesh = Mesh("a", "b", "c", memory_bytes=9 * MIB)
+    for _ in range(3):
+        # Some moves, so that the plan is not the one that anybody would make from nothing.
+        lost = mesh.settle().assignments[0].node
+        mesh.cards[lost] = card(0)
+        mesh.settle()
+        mesh.cards[lost] = card(9 * MIB)
+    before = mesh.settle()
+    mesh.serve()
+    name = next(n for n in (f"z{k}" for k in range(999)) if planner_rank(MESH, [*mesh.cards, n])[0] == n)
+    mesh.cards[name], mesh.cores[name] = card(9 * MIB), Planning(name)
+    seen, mesh.plans, mesh.hosts = (mesh.plans, mesh.hosts), {}, {}
+    mesh.tick(name)
+    blind = mesh.cores[name].plans[MODEL_ID]
+    assert blind.assignments != before.assignments
+    said, (mesh.plans, mesh.hosts) = mesh.plans, seen
+    for model, by in said.items():
+        mesh.plans.setdefault(model, {}).update(by)
+    after = mesh.settle()
+    assert (after.assignments, after.planner) == (before.assignments, name)
+
+
+def test_when_a_whole_mesh_starts_again_each_goes_on_with_its_own_span():
+    mesh = Mesh("a", "b", "c", memory_bytes=9 * MIB)
+    lost = mesh.settle().assignments[0].node
+    mesh.cards[lost] = card(0)
+    before = mesh.settle()
+    mesh.cards[lost] = card(9 * MIB)
+    fresh = Mesh("a", "b", "c", memory_bytes=9 * MIB).settle()
+    assert before.assignments != fresh.assignments
+    mesh.plans, mesh.hosts = {}, {}
+    for name, core in list(mesh.cores.items()):
+        spans = {model: plan.assignments for model, plan in core.plans.items()}
+        mesh.cores[name] = Planning(name, fences=core.fences, remembered=spans)
+    after = mesh.settle()
+    assert after.assignments == before.assignments
+    assert after.epoch > before.epoch
+
+
+def test_a_span_goes_to_who_held_it_once_and_has_its_weights_on_the_disk():
+    mesh = Mesh(*"abcd", memory_bytes=0)
+
+    def hosts():
+        mesh.serve()
+        return {a.node for a in mesh.settle().assignments}
+
+    mesh.cards["c"] = card(9 * MIB)
+    mesh.settle()
+    assert hosts() == {"c"}
+    mesh.cards |= {"c": card(0), "b": card(9 * MIB)}
+    mesh.settle()
+    assert hosts() == {"b"}
+    mesh.cards |= {name: card(9 * MIB) for name in "acd"} | {"b": card(0)}
+    mesh.settle()
+    assert hosts() == {"c"}
+
+
 def test_what_would_go_where_is_said_with_what_each_must_fetch():
     mesh = Mesh("a", "b", "c")
     mesh.settle()

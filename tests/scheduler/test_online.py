@@ -374,6 +374,33 @@ def test_what_would_go_where_is_said_without_doing_it():
     assert set(planner.preview("a", Wanted(shape())).spans) == set(before["a"].assignments)
 
 
+def test_two_planners_that_do_not_see_each_other_do_not_outbid_each_other_without_end():
+    planner, _ = grown(9, 9, me=first_of(["n0", "n1"]))
+    held = planner.plans["m"]
+
+    def seen(epoch, now_s):
+        return planner.handle(PlanSeen(replace(held, epoch=epoch, planner="hidden")), now_s)
+
+    (answer,) = seen(5, 1.0)
+    assert (answer.plan.epoch, answer.plan.assignments) == (6, held.assignments)
+    assert seen(6, 2.0) == []
+    assert seen(7, 30.0) == []
+    (answer,) = seen(7, 62.0)
+    assert answer.plan.epoch == 8
+
+
+def test_a_planner_does_not_go_back_behind_a_fence_of_an_earlier_life():
+    me = first_of(["n0", "n1"])
+    old = Plan("m", 7, me, (Assignment("n0", 0, 8),))
+    planner = MeshPlanner(me, link, fences={"m": (7, me)}, remembered={"m": old.assignments})
+    events = [Joined(node("n0", 9)), Joined(node("n1", 9)), ModelAdded("m", Wanted(shape()))]
+    planner.handle_all(events, 0.0, may_plan=False)
+    planner.handle_all([PlanSeen(replace(old, epoch=6))], 1.0, may_plan=False)
+    assert planner.plans == {}
+    (publish,) = planner.handle(Tick(), 2.0)
+    assert (publish.plan.epoch, publish.plan.assignments) == (8, old.assignments)
+
+
 def test_pinned_hosts_keep_their_span_and_their_loss_is_mended():
     planner = MeshPlanner(ME, link)
     planner.handle(Joined(replace(node("n0", 1), pinned=(0, 5))), 0.0)

@@ -291,7 +291,7 @@ class Link:
                 raise EndOfChannel(f"{self.peer} has ended the link")
             if self.failure is not None:
                 raise self.failure.with_traceback(None)
-            await self._next_arrival()
+            await self._arrivals.park()
             parked = True
 
     def _post(self, sink: Sink | None) -> None:
@@ -300,16 +300,6 @@ class Link:
         except ProtocolViolation as violation:
             self.fail(violation)
         self._note_progress()
-
-    async def _next_arrival(self) -> None:
-        if not self.inbox.in_message:
-            await self._arrivals.park()
-            return
-        with trio.CancelScope(deadline=self._progress_s + self.config.stall_deadline_s) as scope:
-            await self._arrivals.park()
-        if scope.cancelled_caught and trio.current_time() >= self._progress_s + self.config.stall_deadline_s:
-            stalled_s = self.config.stall_deadline_s
-            self.fail(PeerLost(self.peer, f"{self.peer} stalled in mid-message for {stalled_s:g} s"))
 
     # ---- the end
 
@@ -366,6 +356,7 @@ class Link:
             old.end("a better path took over")
         self._ack_due = True
         self._echo = None
+        self._progress_s = now
         self.notify()
         return path
 
@@ -533,18 +524,21 @@ class Link:
         return record
 
     async def _watch(self, path: Path) -> None:
-        """Ask where an answer is due, and give the path up when none comes."""
+        """Ask where an answer is due, give the path up when none comes, and the link when a message does not go on."""
         every_s = self.config.stall_deadline_s / 4
         while True:
             await trio.sleep(every_s)
-            silent_s = trio.current_time() - path.heard_s
             if self.outbox.idle and not self.inbox.in_message:
                 continue
-            if silent_s >= self.config.stall_deadline_s + every_s:
+            now = trio.current_time()
+            silent_s, stalled_s = now - path.heard_s, now - self._progress_s
+            if silent_s >= self.config.stall_deadline_s:
                 path.end(f"nothing came for {silent_s:.1f} s")
+            elif self.inbox.in_message and stalled_s >= self.config.stall_deadline_s:
+                self.fail(PeerLost(self.peer, f"{self.peer} stalled in mid-message for {stalled_s:.1f} s"))
             elif silent_s >= every_s:
                 self._ping_due = True
-                self._work.unpark_all()
+                self._send_now()
 
     def _note_loss(self, path: Path) -> None:
         for carrier in path.carriers:

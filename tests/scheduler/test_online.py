@@ -302,6 +302,18 @@ def test_copies_beyond_those_wanted_go_when_demand_falls():
     assert (copies_of(planner, "a"), copies_of(planner, "b")) == (2, 6)
 
 
+def test_a_copy_that_demand_brought_is_replaced_at_once_when_its_host_goes():
+    planner = MeshPlanner(ME, link)
+    for k in range(5):
+        planner.handle(Joined(node(f"n{k}", 7)), 0.0)
+    planner.handle(ModelAdded("a", Wanted(shape(), copies_max=2)), 0.0)
+    at_leisure(planner, 4)
+    assert copies_of(planner, "a") == 2
+    lost = planner.plans["a"].assignments[0].node
+    planner.handle(Left(lost), 1000.0)
+    assert copies_of(planner, "a") == 2
+
+
 def test_a_model_takes_at_once_the_copies_that_another_can_spare():
     planner = full_mesh()
     out = planner.handle(ModelAdded("c", Wanted(shape())), 2000.0)

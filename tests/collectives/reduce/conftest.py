@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,6 +116,24 @@ class Mesh:
                 self.nodes[name].rebase(declaration)
 
 
+def reference(groups):
+    """The weighted mean as its definition reads, in plain numpy: groups of (weight, values)."""
+    sums = []
+    for group in groups:
+        terms = [np.float32(weight) * values for weight, values in group if weight > 0]
+        if terms:
+            acc = terms[0]
+            for term in terms[1:]:
+                acc = acc + term
+            sums.append(acc)
+    if not sums:
+        return np.zeros_like(groups[0][0][1])
+    acc = sums[0]
+    for term in sums[1:]:
+        acc = acc + term
+    return acc / np.float32(math.fsum(weight for group in groups for weight, _ in group))
+
+
 def expected(tensors, declaration, plan=None, codec=None):
     """The definition, applied to whole vectors: flat, or grouped as the plan groups."""
     layout = Layout.of(tensors[declaration.members[0].peer])
@@ -125,7 +145,8 @@ def expected(tensors, declaration, plan=None, codec=None):
         [(declaration.members[n].weight, vectors[declaration.members[n].peer]) for n in unit]
         for unit in units
     ]
-    mean = weighted_mean(groups)
+    mean = reference(groups)
+    assert weighted_mean(groups).tobytes() == mean.tobytes()
     out = layout.empty()
     Vector(layout, out).write(0, mean)
     return out

@@ -348,16 +348,17 @@ class MeshPlanner:
 
     def _side_with_hosts(self, rival: Plan) -> None:
         """Where hosts follow the plan of another member (it planned while this one was not there, say), go on from
-        that one: the plan stands that has less to be fetched."""
+        that one: the plan stands that has less to be fetched. What that member says of itself is no vote for it."""
         board, model = self._board, rival.model
         own = board.plans.get(model)
         if own is None or model not in board.models or not rival.assignments:
             return
         shape, held = board.models[model].shape, board.facts.get(model, NOTHING).held
+        votes = {node: spans for node, spans in held.items() if node_of(node) != rival.planner}
 
         def missing_bytes(plan: Plan) -> int:
             spans = [(a.node, (a.start, a.end)) for a in plan.assignments]
-            return sum(fetch_bytes(shape, None, span, held.get(node, ())) for node, span in spans)
+            return sum(fetch_bytes(shape, None, span, votes.get(node, ())) for node, span in spans)
 
         if missing_bytes(rival) < missing_bytes(own):
             board.plans[model] = replace(own, assignments=rival.assignments)

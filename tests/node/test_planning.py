@@ -157,6 +157,16 @@ def test_a_plan_of_a_lower_ranked_member_moves_nobody():
     assert after.epoch == plan.epoch + 8
 
 
+def test_a_member_that_gives_all_to_itself_and_says_it_holds_it_moves_nobody():
+    mesh = Mesh("a", "b", "c", "d")
+    plan = mesh.settle()
+    last = planner_rank(MESH, mesh.cards)[-1]
+    mesh.say(last, Publish(MODEL_ID, PlanAdvert(plan.epoch + 7, (PlanSpan(last, 0, 8),))))
+    mesh.hosts[MODEL_ID] = {last: HostAdvert(0, 8, "ready", plan.epoch + 7)}
+    mesh.cores.pop(last)
+    assert mesh.settle().assignments == plan.assignments
+
+
 def test_two_halves_of_a_mesh_that_meet_hold_one_plan():
     mesh = Mesh("a", "b", "c", "d", memory_bytes=9 * MIB)
     halves = ("a", "b"), ("c", "d")
@@ -483,17 +493,17 @@ def test_a_restarted_node_does_not_go_back_behind_its_fences():
 
 
 def test_a_newcomer_that_planned_before_it_saw_the_mesh_goes_on_from_what_is_hosted():
-    mesh = Mesh("a", "b", "c", memory_bytes=9 * MIB)
+    mesh = Mesh(*"abcde", memory_bytes=5 * MIB)
     for _ in range(3):
         # Some moves, so that the plan is not the one that anybody would make from nothing.
         lost = mesh.settle().assignments[0].node
         mesh.cards[lost] = card(0)
         mesh.settle()
-        mesh.cards[lost] = card(9 * MIB)
+        mesh.cards[lost] = card(5 * MIB)
     before = mesh.settle()
     mesh.serve()
     name = next(n for n in (f"z{k}" for k in range(999)) if planner_rank(MESH, [*mesh.cards, n])[0] == n)
-    mesh.cards[name], mesh.cores[name] = card(9 * MIB), Planning(name)
+    mesh.cards[name], mesh.cores[name] = card(5 * MIB), Planning(name)
     seen, mesh.plans, mesh.hosts = (mesh.plans, mesh.hosts), {}, {}
     mesh.tick(name)
     blind = mesh.cores[name].plans[MODEL_ID]

@@ -17,9 +17,10 @@ from collectives.codecs.errors import CodecFault, UnknownCodec
 Buffer: TypeAlias = bytes | bytearray | memoryview
 F32: TypeAlias = npt.NDArray[np.float32]
 
-# Elements that are worked on at a time: their fp32 values and one temporary stay in a core's own cache, and torch does
-# not wake its thread pool for so few.
-SLAB = 32768
+# Elements that are worked on at a time: their fp32 values and one temporary stay in a core's own cache, and there are
+# too few (less than 32768) for torch to wake its thread pool, which costs a hundred times the work where cores are busy.
+# A multiple of every block.
+SLAB = 28672
 
 
 @runtime_checkable

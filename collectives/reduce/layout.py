@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from collectives.codecs.base import F32
+from collectives.codecs.base import F32, SLAB
 from collectives.reduce.errors import LayoutError
 
 CHUNK_ELEMENTS_MAX = 256 * 1024
@@ -157,7 +157,7 @@ class Vector:
         at = 0
         for index, first, last in self.layout.pieces(start, end):
             for part in _ranges(self._tensors[index], self._flat[index], first, last):
-                target[at : at + part.numel()].view(part.shape).copy_(part)
+                _copy(target[at : at + part.numel()].view(part.shape), part)
                 at += part.numel()
         return out
 
@@ -239,6 +239,20 @@ def _ranges(tensor: torch.Tensor, flat: torch.Tensor | None, first: int, last: i
 
 def _sub(tensor: torch.Tensor, first: int, last: int) -> Iterator[torch.Tensor]:
     return _ranges(tensor, tensor.view(-1) if tensor.is_contiguous() else None, first, last)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """In pieces that torch copies without its thread pool."""
+    rows = len(source) if source.dim() else 1
+    if source.numel() <= SLAB or rows == 0:
+        target.copy_(source)
+        return
+    step = SLAB // (source.numel() // rows)
+    for begin in range(0, rows, max(1, step)):
+        if step:
+            target[begin : begin + step].copy_(source[begin : begin + step])
+        else:
+            _copy(target[begin], source[begin])
 
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

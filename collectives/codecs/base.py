@@ -18,8 +18,8 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 F32: TypeAlias = npt.NDArray[np.float32]
 
 # Elements that are worked on at a time: their fp32 values and one temporary stay in a core's own cache, and there are
-# too few (less than 32768) for torch to wake its thread pool, which costs a hundred times the work where cores are busy.
-# A multiple of every block.
+# too few (less than 32768) for torch to wake its thread pool, which costs a hundred times the work where cores are
+# busy. A multiple of every block.
 SLAB = 28672
 
 

@@ -1,7 +1,10 @@
 """Exchanges among members that stay: exactness, any order of frames, any tensors."""
 
+import numpy as np
 import pytest
 import torch
+
+from collectives.reduce import weighted_mean
 
 
 def tensors_for(names, seed=0):
@@ -31,3 +34,11 @@ def test_fp32_is_the_mean_in_the_declarations_order_to_the_last_bit(tools, count
         assert same(node.result.tensors, tools.expected(tensors, declaration))
         assert same(tensors[name], before[name])
     assert len({node.digest for node in mesh.nodes.values()}) == 1
+
+
+def test_the_mean_of_nobody_is_zero_and_of_one_is_nearly_its_values():
+    values = torch.randn(70_000).numpy()
+    assert not weighted_mean([[(0.0, values)], [(0.0, values)]]).any()
+    assert weighted_mean([[(1.0, values)]]).tobytes() == values.tobytes()
+    assert np.abs(weighted_mean([[(3.3, values)]]) - values).max() < 1e-6
+    assert weighted_mean([]).shape == (0,)

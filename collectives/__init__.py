@@ -27,6 +27,8 @@ from collectives.errors import (
     RoundFailed,
     Superseded,
 )
+from collectives.reduce import ExchangeSettings
+from collectives.reduce.feedback import Feedback
 from collectives.round import Reduced, Round
 from collectives.run import Run, open_run
 from collectives.service import Collectives
@@ -38,7 +40,9 @@ __all__ = [
     "CollectiveError",
     "Collectives",
     "Diverged",
+    "ExchangeSettings",
     "Excluded",
+    "Feedback",
     "JournalError",
     "LocalFault",
     "NoQuorum",

@@ -6,13 +6,17 @@ import math
 from dataclasses import dataclass, field, fields
 
 from collectives.agreement import Settings
+from collectives.agreement.detector import DetectorSettings
 from collectives.errors import LocalFault
+from collectives.reduce import ExchangeSettings
+from collectives.reduce.settings import DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """Times are in seconds. `codec` must be the same for all members of a round, and `audit_chunks` and `aggregator`
-    for all of a run.
+    """Times are in seconds. `codec` must be the same for all members of a round, and `reduce` (aggregator, caps, norms)
+    for all of a run: members that differ are refused. `check_norms` makes every member state its contribution's
+    length, which its owners then hold it to.
 
     `group` names the LAN this node is on ("" for none): members of one group reduce among themselves first.
     `dialable` False says that peers cannot open connections to this node; it then owns no part. `gossip` allows
@@ -24,9 +28,9 @@ class RunConfig:
     group: str = ""
     dialable: bool = True
     gossip: bool = False
+    check_norms: bool = False
     uplink_bps: float = 0.0
     round_deadline_s: float = 120.0
-    heartbeat_s: float = 0.2
     tags_max: int = 64
     letters_waiting_max: int = 4096
     letter_bytes_max: int = 256 << 10
@@ -36,6 +40,8 @@ class RunConfig:
     state_lease_s: float = 20.0
     missed_kept_max: int = 4
     agreement: Settings = field(default_factory=Settings)
+    detector: DetectorSettings = field(default_factory=DetectorSettings)
+    reduce: ExchangeSettings = DEFAULTS
 
     def __post_init__(self) -> None:
         for one in fields(self):

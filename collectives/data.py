@@ -21,6 +21,7 @@ from collectives.config import RunConfig
 from collectives.data_links import SERVICE, Purpose, introduce
 from collectives.errors import CollectiveError, LocalFault, NonFinite, RemoteFault
 from collectives.reduce import Exchange, ExchangeSettings, FrameRefused, Layout, Result
+from collectives.reduce.feedback import Feedback
 from collectives.reduce.frames import KEY_BYTES
 from collectives.values import RETRY_S, fetch_value, value_digest
 from p2p import Link, P2pError
@@ -53,6 +54,10 @@ class Whole:
     def tensors(self) -> list[torch.Tensor]:
         return self.result.tensors
 
+    def shares(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether it lives in the memory of any of these."""
+        return not storages(self.result.tensors).isdisjoint(storages(tensors))
+
 
 @dataclass(frozen=True, slots=True)
 class Input:
@@ -62,6 +67,8 @@ class Input:
     tensors: Sequence[torch.Tensor]
     weight: float
     layout: Layout
+    out: Sequence[torch.Tensor] | None = None
+    feedback: Feedback | None = None
 
 
 class _Line:
@@ -120,15 +127,9 @@ class Plane:
 
     # ---- what the caller gives
 
-    def open_attempt(self, nonce: int, tensors: Sequence[torch.Tensor], weight: float) -> Layout:
-        """Tensors for the attempt `nonce`; only read. Raises LocalFault for what cannot be averaged."""
-        if not (math.isfinite(weight) and weight >= 0):
-            raise LocalFault(f"a weight must be finite and not negative, got {weight!r}")
-        layout = Layout.of(tensors)
-        if layout.elements == 0:
-            raise LocalFault("there is nothing to reduce: the tensors have no elements")
-        self._input = Input(nonce, tensors, weight, layout)
-        return layout
+    def open_attempt(self, given: Input) -> None:
+        """What the attempt `given.nonce` contributes; only read."""
+        self._input = given
 
     def close_attempt(self, nonce: int) -> None:
         """The attempt is over: its tensors are the caller's again. An exchange that others may still need for a
@@ -137,6 +138,11 @@ class Plane:
             self._input = None
         if self._exchange is not None and (not self._exchange.done or self._exchange.drained):
             self._close_exchange()
+
+    def moved_bytes(self) -> int:
+        """Of the reduction under way."""
+        exchange = self._exchange
+        return 0 if exchange is None or exchange.done else exchange.bytes_sent + exchange.bytes_received + 1
 
     def bandwidth_bps(self) -> float:
         """What this node can send, by its limit or by what traffic showed; to the power of two, so that noise does
@@ -237,7 +243,7 @@ class Plane:
             while digest not in self._wholes:
                 try:
                     result = await fetch_value(
-                        self._service.rpc, self._run_id, self._tag, value, holders, like
+                        self._service.rpc, self._run_id, self._tag, value, self._config.reduce, holders, like
                     )
                 except RemoteFault as problem:
                     log.info("epoch %d: %s; trying on", declaration.epoch, problem)
@@ -497,6 +503,32 @@ class Plane:
             nursery.start_soon(_then_cancel, link.gone, nursery.cancel_scope)
             await self._changed.wait()
             nursery.cancel_scope.cancel()
+
+
+def storages(tensors: Sequence[torch.Tensor]) -> set[int]:
+    """Where their memory begins."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
+
+
+def input_of(
+    nonce: int,
+    tensors: Sequence[torch.Tensor],
+    weight: float,
+    out: Sequence[torch.Tensor] | None,
+    feedback: Feedback | None,
+) -> Input:
+    """Checked. Raises LocalFault for what cannot be averaged, or written to."""
+    if not (math.isfinite(weight) and weight >= 0):
+        raise LocalFault(f"a weight must be finite and not negative, got {weight!r}")
+    layout = Layout.of(tensors)
+    if layout.elements == 0:
+        raise LocalFault("there is nothing to reduce: the tensors have no elements")
+    if out is not None:
+        if Layout.of(out).digest != layout.digest or not all(tensor.is_contiguous() for tensor in out):
+            raise LocalFault("out must be contiguous tensors of the shapes and dtypes that are reduced")
+        if not storages(out).isdisjoint(storages(tensors)):
+            raise LocalFault("out must not share memory with the tensors that are reduced")
+    return Input(nonce, tensors, weight, layout, out, feedback)
 
 
 async def _then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from collectives.agreement import Certificate, LeftOut, Member
 from collectives.errors import LocalFault
+from collectives.reduce.feedback import Feedback
 
 if TYPE_CHECKING:
     from collectives.run import Run
@@ -20,7 +21,7 @@ NONCE_BITS = 52
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """The result of one committed epoch: the mean of its `members`' tensors, weighted by their weights.
+    """The result of one committed epoch: the mean of its `members`' tensors, weighted by their weights (after caps).
 
     `tensors` have the shapes, dtypes and devices of those given to `reduce`; they are the caller's, but a member that
     missed the round can only fetch them from here while they are unchanged. `weight` is the sum of the members'
@@ -60,17 +61,26 @@ class Round:
         """The epoch it would commit."""
         return self._run.epoch(self.tag) + 1
 
-    async def reduce(self, tensors: Sequence[torch.Tensor], weight: float = 1.0) -> Reduced:
+    async def reduce(
+        self,
+        tensors: Sequence[torch.Tensor],
+        weight: float = 1.0,
+        *,
+        out: Sequence[torch.Tensor] | None = None,
+        feedback: Feedback | None = None,
+    ) -> Reduced:
         """The mean of all members' `tensors`, weighted: a list of any shapes and floating dtypes, on any device, the
         same list for everybody. They are only read, until this returns or raises.
 
-        Raises RoundFailed (NoQuorum, RoundExpired, Excluded, Behind, Diverged, Superseded): no result, and nothing of
-        ours was changed; NonFinite for tensors that cannot be averaged. One call a round.
+        `out`: contiguous tensors of the same shapes and dtypes to be written, which saves allocating them; whatever
+        the end, their contents are lost. `feedback`: what a sparse codec left out of earlier rounds, kept by the
+        caller. Raises RoundFailed (NoQuorum, RoundExpired, Excluded, Behind, Diverged, Superseded): no result, and
+        `tensors` are as they were; NonFinite for tensors that cannot be averaged. One call a round.
         """
         if self._used:
             raise LocalFault("a round reduces once; open another one")
         self._used = True
-        return await self._run.reduce(self.tag, tensors, weight, self.deadline_s)
+        return await self._run.reduce(self.tag, tensors, weight, self.deadline_s, out, feedback)
 
 
 def new_nonce() -> int:

@@ -29,16 +29,20 @@ from collectives.agreement import (
     pack_message,
     unpack_message,
 )
+from collectives.codecs import codec
 from collectives.config import RunConfig
-from collectives.data import Plane
+from collectives.data import Input, Plane, input_of
 from collectives.data_links import Purpose, Uplink
 from collectives.errors import Behind, LocalFault, NoQuorum, RemoteFault, ResourceLimit, Superseded
 from collectives.journal import Journal
+from collectives.reduce.feedback import Feedback
+from collectives.reduce.robust import capped, norm_of
 from collectives.round import Reduced, Round, new_nonce
 from collectives.service import Collectives
 from collectives.state import Shelf, Snapshot
 from collectives.state_rpc import Fetch, Head, aside, ask_heads, choose_head
 from collectives.tag import Outcome, TagShell
+from collectives.values import layout_name
 from collectives.watch import Watch
 from collectives.wire import Letter, Post
 from p2p import Identity, Link, Links, PeerEvent, ProtocolViolation, Rpc
@@ -75,7 +79,7 @@ class Run:
         self._tags: dict[str, TagShell] = {}
         self._shelves: dict[str, Shelf] = {}
         self._posts: dict[str, Post] = {}
-        self._watch = Watch(config.heartbeat_s, self._beat, self._on_health)
+        self._watch = Watch(config.detector, self._beat, self._on_health, self._mark)
         self._nursery: trio.Nursery | None = None
         self._rounds: set[str] = set()
         self.uplink = Uplink(config.uplink_bps)
@@ -98,49 +102,59 @@ class Run:
             self._rounds.discard(tag)
 
     async def reduce(
-        self, tag: str, tensors: Sequence[torch.Tensor], weight: float, deadline_s: float
+        self,
+        tag: str,
+        tensors: Sequence[torch.Tensor],
+        weight: float,
+        deadline_s: float,
+        out: Sequence[torch.Tensor] | None = None,
+        feedback: Feedback | None = None,
     ) -> Reduced:
         """Round.reduce. `deadline_s` by trio's clock."""
         shell = self._tag(tag)
         began_s = trio.current_time()
         if shell.missed and shell.missed[0].epoch == shell.caller_epoch + 1:
             raise Behind("a result that was missed is here: catch_up first", 0, shell.missed[-1].epoch)
-        nonce = new_nonce()
-        layout = shell.plane.open_attempt(nonce, tensors, weight)
+        given = input_of(new_nonce(), tensors, weight, out, feedback)
+        norm = norm_of(tensors, given.layout, feedback) if self.config.check_norms else 0.0
+        shell.plane.open_attempt(given)
         try:
-            offer = self._offer(shell, nonce, weight, layout.digest)
-            outcome = await shell.attempt_round(offer, deadline_s)
+            outcome = await shell.attempt_round(self._offer(shell, given, norm), deadline_s)
             await shell.plane.drain(deadline_s)
         finally:
-            shell.plane.close_attempt(nonce)
+            shell.plane.close_attempt(given.nonce)
         shell.caller_epoch = outcome.epoch
+        if feedback is not None:
+            feedback.commit(tensors, codec(outcome.value.declaration.codec))
         return self._reduced(shell, outcome, began_s)
 
-    def _offer(self, shell: TagShell, nonce: int, weight: float, layout: bytes) -> Offer:
+    def _offer(self, shell: TagShell, given: Input, norm: float) -> Offer:
         newest = self._shelf(shell.tag).newest
         state = newest.digest if newest is not None and newest.epoch == shell.caller_epoch else b""
         return Offer(
             epoch=shell.caller_epoch,
-            nonce=nonce,
-            weight=float(weight),
-            layout=layout,
+            nonce=given.nonce,
+            weight=float(given.weight),
+            layout=layout_name(given.layout, self.config.reduce),
             state=state,
             codec=self.config.codec,
             bandwidth_bps=shell.plane.bandwidth_bps(),
             group=self.config.group,
             dialable=self.config.dialable,
+            norm=norm,
         )
 
     def _reduced(self, shell: TagShell, outcome: Outcome, began_s: float) -> Reduced:
         if outcome.whole is None:
             raise LocalFault(f"the result of epoch {outcome.epoch} was decided and is not here")
-        declaration = outcome.value.declaration
+        declaration, caps = outcome.value.declaration, self.config.reduce
+        members = capped(declaration.members, caps.weight_cap, caps.weight_share_max)
         return Reduced(
             tensors=tuple(outcome.whole.tensors()),
             epoch=outcome.epoch,
             tag=shell.tag,
-            members=declaration.members,
-            weight=sum(member.weight for member in declaration.members),
+            members=members,
+            weight=sum(member.weight for member in members),
             digest=outcome.value.digest,
             left_out=declaration.left_out,
             certificate=outcome.certificate,
@@ -248,7 +262,7 @@ class Run:
             async with trio.open_nursery() as nursery:
                 for shell in self._tags.values():
                     nursery.start_soon(shell.leave)
-            await trio.sleep(self.config.heartbeat_s)  # the letters are on their way
+            await trio.sleep(self.config.detector.heartbeat_s)  # the letters are on their way
 
     def on_peer(self, event: PeerEvent) -> None:
         """A connection came up or ended. The end of one is the surest sign of a death there is."""
@@ -273,10 +287,10 @@ class Run:
 
     def on_letter(self, peer: str, letter: Letter) -> None:
         """Something from an authenticated peer."""
-        self._watch.heard(peer)
         if letter.kind == "beat":
             self._watch.beat(peer, letter.body)
             return
+        self._watch.heard(peer)
         if letter.tag not in self._tags and len(self._tags) >= self.config.tags_max:
             return
         try:
@@ -361,6 +375,10 @@ class Run:
             if self._nursery is not None:
                 self._nursery.start_soon(post.run)
         return post
+
+    def _mark(self) -> int:
+        """How far the reductions under way are, in bytes; 0 while there are none."""
+        return sum(shell.plane.moved_bytes() for shell in self._tags.values())
 
     def _beat(self, peer: str, body: bytes) -> None:
         self._post(peer).send(Letter("beat", "", body))

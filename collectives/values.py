@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from collectives.agreement import Declaration, Value
 from collectives.errors import CollectiveError, RemoteFault
-from collectives.reduce import Layout, Result, digest_of
+from collectives.reduce import ExchangeSettings, Layout, Result, digest_of
 from collectives.reduce.result import HASH_BYTES
 from p2p import Call, Method, P2pError, Rpc, RpcRefusal, Tensor
 
@@ -64,6 +64,11 @@ CHUNK = Method(
 )  # fmt: skip
 
 
+def layout_name(layout: Layout, settings: ExchangeSettings) -> bytes:
+    """What members compare before they reduce together: shapes, dtypes, and how is averaged."""
+    return blake3(layout.digest + settings.fingerprint).digest()
+
+
 def value_digest(declaration: Declaration, result: bytes) -> bytes:
     """What is voted on: these bytes (`result`: their digest) as the mean over this declaration, and over no other."""
     return blake3(b"shoal value 1\0" + declaration.key + result).digest()
@@ -107,6 +112,7 @@ async def fetch_value(
     run: str,
     tag: str,
     value: Value,
+    settings: ExchangeSettings,
     holders: Sequence[str],
     like: Sequence[torch.Tensor] | None,
 ) -> Result:
@@ -116,7 +122,7 @@ async def fetch_value(
     for peer in holders:
         try:
             head = await rpc.call(peer, HEAD, AskValue(run, tag, digest, -1))
-            layout = _layout(peer, head, declaration.layout)
+            layout = _layout(peer, head, declaration.layout, settings)
             if (
                 len(head.hashes) != HASH_BYTES * layout.chunks
                 or value_digest(declaration, digest_of(layout, head.hashes)) != digest
@@ -133,7 +139,7 @@ async def fetch_value(
     raise RemoteFault(f"none of {len(holders)} holders gives the decided result")
 
 
-def _layout(peer: str, head: ValueHead, layout_digest: bytes) -> Layout:
+def _layout(peer: str, head: ValueHead, name: bytes, settings: ExchangeSettings) -> Layout:
     """RemoteFault for anything but the layout that was declared."""
     dtypes = [getattr(torch, name, None) for name in head.dtypes]
     sizes = [size for shape in head.shapes for size in shape]
@@ -146,7 +152,7 @@ def _layout(peer: str, head: ValueHead, layout_digest: bytes) -> Layout:
     ):
         raise RemoteFault(f"{peer} describes a result that cannot be")
     layout = Layout(head.shapes, [dtype for dtype in dtypes if dtype is not None], head.chunk_elements)
-    if layout.digest != layout_digest:
+    if layout_name(layout, settings) != name:
         raise RemoteFault(f"{peer} describes another layout than the one that was declared")
     return layout
 

@@ -1,124 +1,112 @@
-"""Who is alive: pings while a round is open, answered by every member at any time, and the ends of connections.
+"""Who is alive, for the chains of a run: pings while a round is open, answered by every member at any time.
 
-A process that answers is alive, however slow its work is; one that is silent for longer than its own past explains is
-suspected, one whose connection ends is so at once. Time in which this very loop stood still is nobody's silence. It
-does not know what a suspicion leads to.
+The judgement is the detector's; this gives it signs of life, the ends of connections and progress marks, and passes
+on what changes. A process that answers is alive, however slow its work is. What a suspicion leads to is not known.
 """
 
 from __future__ import annotations
 
 import logging
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import trio
 
+from collectives.agreement import Suspected
+from collectives.agreement.detector import Detector, DetectorSettings, Health
+
 log = logging.getLogger("shoal.collectives")
 
-PING, PONG = b"?", b"!"
-PEERS_MAX = 4096
-SILENCE_MIN_S = 1.0
-SILENCE_MAX_S = 8.0
-_WEIGHT = 0.1
-_DEVIATIONS = 6.0
-
-
-@dataclass(eq=False, slots=True)
-class _Peer:
-    """Intervals between signs of life, smoothed: mean and mean deviation in seconds."""
-
-    heard_s: float
-    connected: bool = True
-    suspected: bool = False
-    interval_s: float = 0.2
-    deviation_s: float = 0.1
-
-    @property
-    def silence_max_s(self) -> float:
-        learnt = self.interval_s + _DEVIATIONS * self.deviation_s
-        return min(max(learnt, SILENCE_MIN_S), SILENCE_MAX_S)
-
-    def sign(self, now_s: float) -> None:
-        gap_s = min(now_s - self.heard_s, SILENCE_MAX_S)
-        self.heard_s = now_s
-        self.deviation_s += _WEIGHT * (abs(gap_s - self.interval_s) - self.deviation_s)
-        self.interval_s += _WEIGHT * (gap_s - self.interval_s)
+_BEAT = struct.Struct("!BQ")  # asks for an answer; progress mark, 0 for none
+_PEERS_MAX = 4096
 
 
 class Watch:
-    """`ping(peer, body)` sends, `on_health(peer, trusted)` hears of changes; `rounds_open` is the owner's to count."""
+    """`ping(peer, body)` sends, `on_health(peer, trusted)` hears of changes, `mark()` says how far this node's own work
+    is (0: it has none). `rounds_open` is the owner's to count."""
 
     def __init__(
-        self, heartbeat_s: float, ping: Callable[[str, bytes], None], on_health: Callable[[str, bool], None]
+        self,
+        settings: DetectorSettings,
+        ping: Callable[[str, bytes], None],
+        on_health: Callable[[str, bool], None],
+        mark: Callable[[], int],
     ) -> None:
         self.rounds_open = 0
-        self._heartbeat_s = heartbeat_s
+        self._detector = Detector(settings)
+        self._heartbeat_s = settings.heartbeat_s
         self._ping = ping
         self._on_health = on_health
-        self._peers: dict[str, _Peer] = {}
+        self._mark = mark
+        self._followed: set[str] = set()
+        self._suspects: set[str] = set()
         self._down: set[str] = set()
+        self._look = trio.Event()
 
     def suspects(self) -> list[str]:
-        return sorted(peer for peer, one in self._peers.items() if one.suspected)
+        return sorted(self._suspects)
+
+    def health(self, peer: str) -> Health:
+        """ALIVE for peers that nothing is known of."""
+        if peer not in self._followed:
+            return Health.ALIVE
+        return self._detector.health(peer, trio.current_time())
 
     def follow(self, peer: str) -> None:
         """From now on `peer` is pinged while a round is open."""
-        if peer not in self._peers and len(self._peers) < PEERS_MAX:
-            self._peers[peer] = _Peer(trio.current_time(), connected=peer not in self._down)
+        if peer in self._followed or not self._detector.watch(peer, trio.current_time()):
+            return
+        self._followed.add(peer)
+        if peer in self._down:
+            self._detector.closed(peer)
+            self._look.set()
 
     def heard(self, peer: str) -> None:
-        """Any sign of life."""
-        one = self._peers.get(peer)
-        if one is not None:
-            one.sign(trio.current_time())
-            self._trust(peer, one)
+        """A sign of life, and no word of progress."""
+        if peer in self._followed and peer not in self._down:
+            self._detector.heard(peer, trio.current_time())
+            if peer in self._suspects:
+                self._look.set()
 
     def beat(self, peer: str, body: bytes) -> None:
-        """A ping or the answer to one; the sign of life itself has been counted."""
-        if body == PING:
-            self._ping(peer, PONG)
+        """A ping, or the answer to one."""
+        if len(body) != _BEAT.size:
+            return
+        asks, mark = _BEAT.unpack(body)
+        if peer in self._followed and peer not in self._down:
+            self._detector.heard(peer, trio.current_time(), mark or None)
+            if peer in self._suspects:
+                self._look.set()
+        if asks:
+            self._ping(peer, _BEAT.pack(0, self._mark()))
 
     def up(self, peer: str) -> None:
         self._down.discard(peer)
-        one = self._peers.get(peer)
-        if one is not None:
-            one.connected = True
-            one.heard_s = trio.current_time()
-            self._trust(peer, one)
+        self.heard(peer)
 
     def down(self, peer: str) -> None:
-        if len(self._down) < PEERS_MAX:
+        if len(self._down) < _PEERS_MAX:
             self._down.add(peer)
-        one = self._peers.get(peer)
-        if one is not None:
-            one.connected = False
-            self._suspect(peer, one, "its connection ended")
-
-    def _trust(self, peer: str, one: _Peer) -> None:
-        if one.suspected and one.connected:
-            one.suspected = False
-            self._on_health(peer, True)
-
-    def _suspect(self, peer: str, one: _Peer, why: str) -> None:
-        if not one.suspected:
-            one.suspected = True
-            log.info("%s is suspected: %s", peer, why)
-            self._on_health(peer, False)
+        self._detector.closed(peer)
+        self._look.set()
 
     async def run(self) -> None:
         """Until cancelled."""
-        was_open = False
+        ping_s = trio.current_time()
         while True:
-            slept_from_s = trio.current_time()
-            await trio.sleep(self._heartbeat_s)
+            self._look = trio.Event()
+            with trio.move_on_at(ping_s):
+                await self._look.wait()
             now_s = trio.current_time()
-            stalled_s = now_s - slept_from_s - self._heartbeat_s
-            is_open = self.rounds_open > 0
-            for peer, one in list(self._peers.items()):
-                if not was_open or stalled_s > self._heartbeat_s:
-                    one.heard_s = max(one.heard_s, now_s - self._heartbeat_s)
-                elif is_open and now_s - one.heard_s > one.silence_max_s:
-                    self._suspect(peer, one, f"silent for {now_s - one.heard_s:.2f} s")
-                if is_open and one.connected:
-                    self._ping(peer, PING)
-            was_open = is_open
+            if self.rounds_open == 0:
+                self._detector.rest(now_s)
+            for change in self._detector.poll(now_s):
+                trusted = not isinstance(change, Suspected)
+                (self._suspects.discard if trusted else self._suspects.add)(change.peer)
+                log.info("%s is %s", change.peer, "trusted again" if trusted else "suspected")
+                self._on_health(change.peer, trusted)
+            if now_s >= ping_s:
+                ping_s = now_s + self._heartbeat_s
+                if self.rounds_open:
+                    for peer in self._followed - self._down:
+                        self._ping(peer, _BEAT.pack(1, self._mark()))

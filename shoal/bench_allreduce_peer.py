@@ -116,6 +116,7 @@ async def rounds(run: Run, links: Links, settings: dict[str, Any]) -> None:
     memory = Memory()
     memory.start()
     result: Reduced | None = None
+    out = [torch.zeros_like(tensor) for tensor in tensors]  # like a trainer, which has room for a result
     await say(ready=True)
     while (order := await hear()) is not None:
         if "check" in order and result is not None:
@@ -125,10 +126,9 @@ async def rounds(run: Run, links: Links, settings: dict[str, Any]) -> None:
                 paths=[report.path for report in links.report()],
             )
             continue
-        result = None  # its memory is there for the next
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
         async with run.round() as r:
-            result = await r.reduce(tensors)
+            result = await r.reduce(tensors, out=out)
         took_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
         await say(
             took_s=took_s,

@@ -1,0 +1,91 @@
+"""Runs of several members over the in-memory network, under a virtual clock."""
+
+import pytest
+import torch
+import trio
+
+from collectives import RunConfig, Settings, open_run
+from p2p import Links, Rpc
+from p2p.testing import MemoryNetwork
+
+torch.set_num_threads(1)
+
+
+class Members:
+    """`await members.start("a", "b", "c")` gives their runs, all connected, founders of one run."""
+
+    def __init__(self, nursery, network):
+        self.nursery, self.network = nursery, network
+        self.scopes = {}
+        self.founders = ()
+
+    async def start(self, *names, config=None, **more):
+        hosts = [self.network.host(name) for name in names]
+        await self.network.connect_all()
+        self.founders = self.founders or tuple(host.peer_id for host in hosts)
+        config = config or RunConfig(agreement=Settings(members_min=min(2, len(names))))
+        return [await self.nursery.start(self._live, host, config, more) for host in hosts]
+
+    async def join(self, name, config=None, **more):
+        """One more, that founded nothing."""
+        host = self.network.host(name)
+        await self.network.connect_all()
+        return await self.nursery.start(self._live, host, config or RunConfig(), {"founders": (), **more})
+
+    async def _live(self, host, config, more, *, task_status):
+        rpc = Rpc(host)
+        links = Links(host, rpc, host.identity)
+        with trio.CancelScope() as scope:
+            self.scopes[host.peer_id] = scope
+            async with trio.open_nursery() as nursery:
+                await nursery.start(rpc.run)
+                await nursery.start(links.run)
+                more = {"founders": self.founders, **more}
+                async with open_run(host, rpc, links, host.identity, "r", config, **more) as run:
+                    task_status.started(run)
+                    await trio.sleep_forever()
+
+    def kill(self, run):
+        """As a killed process ends."""
+        self.scopes[run.me].cancel()
+        self.network.kill(run.me)
+
+
+async def reduced(run, tensors, weight=1.0, *, tag="outer", deadline_s=20.0):
+    async with run.round(tag, deadline_s=deadline_s) as r:
+        return await r.reduce(tensors, weight)
+
+
+class Together:
+    """Calls of several runs at once; each gives its result, or the error it raised."""
+
+    def __init__(self):
+        self.found = {}
+
+    async def one(self, run, call):
+        try:
+            self.found[run.me] = await call(run)
+        except Exception as error:
+            self.found[run.me] = error
+
+    async def __call__(self, runs, call):
+        self.found = {}
+        async with trio.open_nursery() as nursery:
+            for run in runs:
+                nursery.start_soon(self.one, run, call)
+        return [self.found[run.me] for run in runs]
+
+
+@pytest.fixture
+def members(nursery, autojump_clock):
+    return Members(nursery, MemoryNetwork(latency_s=0.005))
+
+
+@pytest.fixture
+def together():
+    return Together()
+
+
+@pytest.fixture
+def reduce():
+    return reduced

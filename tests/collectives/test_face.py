@@ -1,0 +1,34 @@
+"""What callers may import from collectives."""
+
+import collectives
+
+
+def test_the_face_is_what_it_was():
+    assert sorted(collectives.__all__) == [
+        "BadContribution",
+        "Behind",
+        "CollectiveError",
+        "Collectives",
+        "Diverged",
+        "ExchangeSettings",
+        "Excluded",
+        "Feedback",
+        "JournalError",
+        "LocalFault",
+        "NoQuorum",
+        "NonFinite",
+        "Reduced",
+        "RemoteFault",
+        "ResourceLimit",
+        "Round",
+        "RoundExpired",
+        "RoundFailed",
+        "Run",
+        "RunConfig",
+        "Settings",
+        "Snapshot",
+        "StateEntry",
+        "Superseded",
+        "open_run",
+    ]
+    assert all(hasattr(collectives, name) for name in collectives.__all__)

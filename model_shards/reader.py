@@ -20,7 +20,7 @@ from model_shards.errors import CheckpointError
 from model_shards.packing import Packing
 from model_shards.safetensors_header import TensorInfo
 
-STAGING_BYTES = 4 << 20
+STAGING_BYTES = 1 << 20
 log = logging.getLogger(__name__)
 
 

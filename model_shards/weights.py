@@ -30,7 +30,7 @@ from model_shards.reader import TensorReader
 from model_shards.unpack import PackedRows, open_source
 from model_shards.weight_cache import WeightCache
 
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 18
 
 Part = torch.Tensor | QuantWeight
 
@@ -135,13 +135,16 @@ class _Loader:
         rows = sum(spec.shape[0] for spec in specs)
         whole = torch.empty((rows, *specs[0].shape[1:]), dtype=kept, device=self.device)
         for spec, found in zip(specs, stored, strict=True):
-            source = open_source(self.reader, spec, found)
-            if found.method == "plain" and not spec.stack:
-                source.read(0, whole[spec.row : spec.row + spec.shape[0]])
-                continue
-            for first, count in _chunks(spec):
-                source.read(first, whole[spec.row + first : spec.row + first + count])
+            self._read(whole[spec.row : spec.row + spec.shape[0]], spec, found)
         return whole
+
+    def _read(self, target: torch.Tensor, spec: TensorSpec, stored: Stored) -> None:
+        source = open_source(self.reader, spec, stored)
+        if stored.method == "plain" and not spec.stack:
+            source.read(0, target)
+            return
+        for first, count in _chunks(spec):
+            source.read(first, target[first : first + count])
 
     def _quantise(self, specs: list[TensorSpec], stored: list[Stored], kind: str) -> QuantWeight:
         width = specs[0].shape[1]
@@ -152,14 +155,18 @@ class _Loader:
             self.reader.skipped(sum(info.end - info.start for info in infos))
             return weight
         for spec, found in zip(specs, stored, strict=True):
-            source = open_source(self.reader, spec, found)
-            for first, count in _chunks(spec):
-                values = torch.empty(count, width)
-                source.read(first, values)
-                weight.fill(spec.row + first, values.to(self.device))
+            self._fill(weight, spec, found)
         if self.cache is not None:
             self.cache.store(key, weight.tensors())
         return weight
+
+    def _fill(self, weight: QuantWeight, spec: TensorSpec, stored: Stored) -> None:
+        """Quantises one tensor into its rows. What its source holds is let go of with the call."""
+        source = open_source(self.reader, spec, stored)
+        for first, count in _chunks(spec):
+            values = torch.empty(count, spec.shape[1])
+            source.read(first, values)
+            weight.fill(spec.row + first, values.to(self.device))
 
     def _key(self, specs: list[TensorSpec], stored: list[Stored], weight: QuantWeight) -> str:
         """The cache's name for ``weight``: every setting and place that its bytes depend on."""
@@ -190,15 +197,20 @@ class _Loader:
         blocked = kernel_takes(_pieces(specs), self.dtype, self.device)
         weight = Int4Weight(rows, width, self.dtype, self.device, blocked=blocked, group=group)
         for spec, found in zip(specs, stored, strict=True):
-            source = open_source(self.reader, spec, found)
-            if not isinstance(source, PackedRows) or source.order is not None:
+            if not self._take_over(weight, spec, found):
                 return None
-            for first, count in _chunks(spec):
-                at = slice(first, first + count)
-                numbers = source.numbers(first, count).to(self.device)
-                scales, zeros = source.scales[at].to(self.device), source.zeros[at].to(self.device)
-                weight.keep(spec.row + first, numbers, scales, zeros)
         return weight
+
+    def _take_over(self, weight: Int4Weight, spec: TensorSpec, stored: Stored) -> bool:
+        source = open_source(self.reader, spec, stored)
+        if not isinstance(source, PackedRows) or source.order is not None:
+            return False
+        for first, count in _chunks(spec):
+            at = slice(first, first + count)
+            numbers = source.numbers(first, count).to(self.device)
+            scales, zeros = source.scales[at].to(self.device), source.zeros[at].to(self.device)
+            weight.keep(spec.row + first, numbers, scales, zeros)
+        return True
 
 
 def _pieces(specs: list[TensorSpec]) -> list[int]:

@@ -17,6 +17,7 @@ How a shell drives `Chain` (one for each run and tag):
 """
 
 from collectives.agreement.chain import Chain
+from collectives.agreement.detector import Detector, DetectorSettings, Health
 from collectives.agreement.events import (
     Abandon,
     Alive,
@@ -69,10 +70,13 @@ __all__ = [
     "Config",
     "Decided",
     "Declaration",
+    "Detector",
+    "DetectorSettings",
     "Enter",
     "Event",
     "Failed",
     "Fetch",
+    "Health",
     "Held",
     "Instruction",
     "Lagging",

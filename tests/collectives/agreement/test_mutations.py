@@ -1,21 +1,78 @@
-"""The checks of the simulated world can fail: each rule of the protocol, broken, is found out."""
+"""The checks can fail: each rule of the protocol, broken on purpose, is found out by a history or by a scene."""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 
-# name -> a seed at or before which it is found out
-SEEN_BY = {
-    "half_is_a_quorum": 0,
+# rule -> the seed of a history that finds it out, or one of those just after it does
+WINDOW = 40
+HISTORIES = {
+    "half_is_a_quorum": 18,
+    "one_vote_decides": 125,
+    "votes_for_bytes_not_held": 0,
+    "nothing_is_saved": 0,
+    "promises_are_not_saved": 0,
+    "votes_found_are_ignored": 22,
+    "votes_below_a_promise": 125,
+    "any_attempt_will_do": 19,
+    "rounds_do_not_expire": 0,
+    "states_are_not_compared": 0,
+    "nobody_takes_over": 0,
+    "nothing_is_asked_again": 0,
+    "decisions_come_twice": 0,
+}
+SCENES = {
+    "the_lowest_vote_is_taken": "test_the_highest_vote_found_is_proposed",
+    "lost_bytes_are_passed_over_too_soon": (
+        "test_a_value_whose_bytes_nobody_has_stops_all_until_everybody_answered"
+    ),
+    "what_leavers_voted_is_forgotten": "test_what_a_leaver_voted_for_is_found",
+    "leavers_never_count": "test_a_leaver_that_promised_more_still_counts_against_lower_ballots",
+    "restarts_begin_with_ballot_zero": "test_a_coordinator_that_restarts_does_not_use_ballot_zero_again",
+    "old_ballots_are_still_counted": "test_votes_for_a_ballot_are_not_counted_after_a_higher_promise",
+    "lost_journals_keep_their_seats": "test_whoever_lost_its_journal_has_no_seat",
 }
 
 
-@pytest.mark.parametrize(("name", "seed"), SEEN_BY.items())
-def test_a_broken_rule_is_found_out(world, mutations, monkeypatch, name, seed):
-    def patch(owner, attribute, new):
-        if callable(owner) and hasattr(owner, "__globals__"):
-            monkeypatch.setitem(owner.__globals__, attribute, new)
-        else:
-            monkeypatch.setattr(owner, attribute, new)
+@pytest.fixture
+def broken(mutations, monkeypatch):
+    def breaks(name):
+        def patch(owner, attribute, new):
+            if hasattr(owner, "__globals__"):
+                monkeypatch.setitem(owner.__globals__, attribute, new)
+            else:
+                monkeypatch.setattr(owner, attribute, new)
 
-    mutations[name](patch)
+        mutations[name](patch)
+
+    return breaks
+
+
+@pytest.mark.parametrize(("name", "seed"), HISTORIES.items())
+def test_a_history_finds_a_broken_rule(world, broken, name, seed):
+    broken(name)
     with pytest.raises((world.Violation, RuntimeError)):
+        histories(world, seed)
+
+
+def histories(world, first):
+    for seed in range(first, first + WINDOW):
         world.World(seed).run()
+
+
+@pytest.mark.parametrize(("name", "scene"), SCENES.items())
+def test_a_scene_finds_a_broken_rule(table, broken, name, scene):
+    spec = importlib.util.spec_from_file_location("scenes", Path(__file__).with_name("test_rules.py"))
+    scenes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scenes)
+    play = getattr(scenes, scene)
+    given = (table,) if play.__code__.co_argcount else ()
+    play(*given)
+    broken(name)
+    with pytest.raises((AssertionError, RuntimeError)):
+        play(*given)
+
+
+def test_every_rule_has_one_that_finds_it_out(mutations):
+    assert set(mutations) == set(HISTORIES) | set(SCENES)

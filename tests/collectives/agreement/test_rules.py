@@ -162,6 +162,18 @@ def test_a_coordinator_that_restarts_does_not_use_ballot_zero_again(table):
     assert one.chains[first].lead.ballot.number > 0
 
 
+def test_whoever_lost_its_journal_has_no_seat(table):
+    one = table("abc")
+    first, second, third = one.ranked
+    one.tell(second, ev.Suspected(first))
+    one.enter(second)
+    lead = one.chains[second].lead
+    one.tell(second, ev.Received(third, ms.Promise(1, lead.ballot, 77, None, (), None)))
+    assert lead.prepared_at is None
+    one.tell(second, ev.Received(third, ms.Promise(1, lead.ballot, 0, None, (), None)))
+    assert lead.prepared_at is not None
+
+
 def test_votes_for_a_ballot_are_not_counted_after_a_higher_promise(table):
     one = table("abc")
     first, _second, third = one.ranked
@@ -218,16 +230,17 @@ def test_what_a_leaver_voted_for_is_found(table):
     first, second, third = one.ranked
     one.enter()
     one.deliver()
-    one.reduced(first, second)
-    one.deliver(lambda s, r, m: isinstance(m, ms.Accept) and r == second)
-    one.post = []
-    one.tell(second, ev.Leave())
-    one.deliver(lambda s, r, m: first not in (s, r))
-    one.tell(third, ev.Suspected(first))
-    one.pass_time(0.5, third)
-    lead = one.chains[third].lead
+    one.reduced(first)
+    one.deliver(lambda s, r, m: isinstance(m, ms.Accept) and r == third)
+    one.post = []  # first voted; third may have, for all that second knows
+    one.tell(first, ev.Leave())
+    one.deliver(lambda s, r, m: r == second)
+    one.tell(second, ev.Suspected(third))
+    one.pass_time(3.0, second)
+    lead = one.chains[second].lead
     assert lead is not None
-    assert lead.declaration is None  # first may have decided it with second's vote
+    assert lead.declaration is None
+    assert one.chains[second].unheld
 
 
 def test_leaving_needs_no_deadline(table):

@@ -61,6 +61,8 @@ SETTLE_S = 1.5
 JOIN_WAIT_S = 8.0
 LINKS_EVERY_S = 10.0
 BYE_S = 0.8
+ATLAS_AGE_S = 0.1
+"""The view is read anew after every change, and after so long without one: records also expire."""
 INLINE_NODES_MAX = 32
 NO_MANIFEST = "0" * 64
 NAME_OTHER = re.compile(r"[^A-Za-z0-9._:/-]")
@@ -114,6 +116,8 @@ class MeshNode:
         self._metrics = metrics
         self._api: str | None = None
         self._changed = trio.Event()
+        self._seen: Atlas | None = None
+        self._seen_s = 0.0
         self._settled_s = float("inf")
         self._seqs: dict[PeerId, int] = {}
         self._fences = self.planning.fences
@@ -260,7 +264,11 @@ class MeshNode:
 
     def atlas(self) -> Atlas:
         """The mesh as requests see it: without suspects."""
-        return read_atlas(self.view, self.gossip.now_s(), self.suspects.suspects())
+        now = trio.current_time()
+        if self._seen is None or now - self._seen_s > ATLAS_AGE_S:
+            self._seen = read_atlas(self.view, self.gossip.now_s(), self.suspects.suspects())
+            self._seen_s = now
+        return self._seen
 
     def mesh_json(self) -> dict[str, Any]:
         """The `/mesh` document."""
@@ -364,6 +372,7 @@ class MeshNode:
         """Publish; what does not fit among this node's records is logged, and never ends what wanted to say it."""
         try:
             self.gossip.publish(kind, name, adverts.write(advert), ttl_s)
+            self._seen = None
         except (OwnRecordsFull, RecordInvalid) as problem:
             log.warning("%s %s cannot be told to the mesh: %s", kind, name, problem)
 
@@ -376,6 +385,7 @@ class MeshNode:
         await trio.sleep(0.02)
 
     def _wake(self) -> None:
+        self._seen = None
         self._changed.set()
 
     async def _watch_peers(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

@@ -329,9 +329,9 @@ class MeshGateway:
                 live.tokens = index + 1
                 await send.send(TokenEvent(token.token, index, token.logprob, token.finish))
                 work.made.append(token.token)
-                pace.worked(1, trio.current_time())
-                if token.finish is not None:
-                    pace.worked(request.max_tokens - len(work.made), trio.current_time())
+                ended = token.finish is not None
+                pace.worked(request.max_tokens - index if ended else 1, trio.current_time())
+                if ended:
                     return
 
     async def _choose(self, work: _Work) -> Choice:

@@ -35,6 +35,7 @@ class Line:
 
     admission: Admission
     places: dict[str, Place] = field(default_factory=dict)
+    renewed_s: float = float("-inf")
 
 
 class Place:
@@ -64,7 +65,7 @@ class Place:
             with trio.move_on_after(RENEW_S):
                 await self.started.wait()
             if not self.started.is_set():
-                self._intake.renew(self._model)
+                self._intake.renew(self._model, RENEW_S / 2)
         if self.refusal is not None:
             raise self.refusal
 
@@ -123,10 +124,12 @@ class Intake:
         self._tell(line, Submit(place.ticket))
         await place.again()
 
-    def renew(self, model: str) -> None:
-        """Look again at what the mesh can take."""
-        line = self._lines[model]
-        self._tell(line, self._capacity(model, line.admission))
+    def renew(self, model: str, after_s: float = 0.0) -> None:
+        """Look again at what the mesh can take, unless that was done within `after_s`."""
+        line, now_s = self._lines[model], trio.current_time()
+        if now_s - line.renewed_s >= after_s:
+            line.renewed_s = now_s
+            self._tell(line, self._capacity(model, line.admission))
 
     def waiting(self, model: str) -> int:
         """Requests of a model that wait for their turn."""

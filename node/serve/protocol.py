@@ -22,7 +22,7 @@ Priority = Literal[0, 1, 2]
 HIGH: Final = 0
 NORMAL: Final = 1
 BACKGROUND: Final = 2
-TELL_EVERY_TOKENS = 16
+TELL_EVERY_TOKENS = 32
 """Every so many new tokens the stages tell how long they took."""
 STAGES_MAX = 512
 ID_CHARS_MAX = 128

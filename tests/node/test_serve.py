@@ -466,6 +466,7 @@ async def test_another_gateway_learns_from_adverts_who_holds_a_prompt(model, alo
 async def test_a_cache_that_lost_what_it_told_of_costs_one_more_try_and_no_answer(model, alone):
     async with ring_of(model, CUTS["two"]) as ring:
         await tokens_of(ring, wish(LONG, max_tokens=2))
+        await ring.quiet()
         hogs = fill(ring, leave=0)
         for number, name in hogs:
             ring.nodes[number].computes[MANIFEST].engine.close(name)

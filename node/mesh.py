@@ -45,6 +45,7 @@ from p2p import (
     HostConfig,
     Identity,
     Invite,
+    Links,
     P2pError,
     PeerEvent,
     PeerId,
@@ -87,6 +88,7 @@ class MeshNode:
         self.me = str(identity.peer_id)
         self.host = host
         self.rpc = Rpc(host, RpcConfig(silence_s=config.rpc_silence_s))
+        self.links = Links(host, self.rpc, identity)
         self.view = View()
         self.gossip = Gossip(self.rpc, self.view, identity, GossipConfig())
         self.directory = Directory(host, self.gossip, identity, data.peers_path)
@@ -130,6 +132,7 @@ class MeshNode:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await nursery.start(self.rpc.run)
+            await nursery.start(self.links.run)
             await nursery.start(self._watch_peers)
             await nursery.start(self._watch_records)
             await nursery.start(self.gossip.run)

@@ -478,7 +478,7 @@ class Link:
             self._acked_consumed = inbox.consumed
             self._acked_end = inbox.has_ended
             self._ack_due = True
-            self._work.unpark_all()
+            self._send_now()
 
     def _on_control(self, head: Head, record: memoryview, now: float) -> None:
         if head.length - TAG_BYTES > _PAIR.size:

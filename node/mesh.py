@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,6 +34,7 @@ from node.metrics import Metrics
 from node.offers import model_advert
 from node.planning import Planning
 from node.preview import preview_document
+from node.probe import Probe
 from node.serve.gateway import MeshGateway, serve_config
 from node.serve.returns import Returns
 from node.serve.stage import StageService
@@ -65,6 +66,7 @@ BYE_S = 0.8
 ATLAS_AGE_S = 0.1
 """The view is read anew after every change, and after so long without one: records also expire."""
 INLINE_NODES_MAX = 32
+METERED = "metered"
 NO_MANIFEST = "0" * 64
 NAME_OTHER = re.compile(r"[^A-Za-z0-9._:/-]")
 
@@ -122,6 +124,7 @@ class MeshNode:
         self._seen_s = 0.0
         self._settled_s = float("inf")
         self._seqs: dict[PeerId, int] = {}
+        self.probe = Probe(self.rpc, lambda: METERED in self.tags)
         self._fences = self.planning.fences
         self._planning_turn = trio.Lock()
 
@@ -469,6 +472,12 @@ class MeshNode:
         if own is None or adverts.read(ModelAdvert, own.value) != model:
             self._publish_model(model)
 
+    def _to_probe(self, peers: Collection[PeerId], known: Collection[str]) -> list[str]:
+        """Members from whom nothing large came yet, and who do not pay for every byte."""
+        nodes = self.atlas().nodes
+        others = [peer for peer in peers if peer in nodes and peer != self.me and peer not in known]
+        return [peer for peer in others if METERED not in nodes[peer].tags]
+
     async def _keep_links(self) -> None:
         """Publish measured round trips and rates when some changed by more than a quarter."""
         said: dict[str, float] = {}
@@ -476,9 +485,9 @@ class MeshNode:
             await trio.sleep(LINKS_EVERY_S)
             peers = self.host.peers()
             rtt_s = {str(peer): rtt for peer in peers if (rtt := self.rpc.rtt_s(peer)) is not None}
-            rates = {
-                str(peer): bps / 8 for peer in peers if (bps := self.rpc.bandwidth_bps(peer)) is not None
-            }
+            seen = {str(peer): bps / 8 for peer in peers if (bps := self.rpc.bandwidth_bps(peer)) is not None}
+            await self.probe.ask_one(self._to_probe(peers, seen))
+            rates = {str(peer): self.probe.rates[peer] for peer in peers if peer in self.probe.rates} | seen
             figures = rtt_s | {f"{peer} rate": rate for peer, rate in rates.items()}
             moved = any(abs(figure - said.get(key, -1.0)) > 0.25 * figure for key, figure in figures.items())
             if moved or set(said) != set(figures):

@@ -28,6 +28,7 @@ from collectives.reduce.robust import aggregate
 from collectives.reduce.settings import ExchangeSettings
 
 Input = tuple[float, Source | F32]
+MAGNITUDE_MAX = 1e36  # of weight times values: the sum over as many members as there can be is finite
 SOURCES_MAX = 16  # a peer's values, and its sums under this plan and others
 
 
@@ -208,6 +209,16 @@ class Collector:
             for lacking in self._lacking.values()
         )
 
+    def sound(self, chunk: int) -> bool:
+        """Whether all inputs of `chunk` can be used; if not, the culprits are in `refused`."""
+        inputs = [one for group in self._groups(chunk) for one in group]
+        try:
+            norms = [combine.squares(self._values(what, chunk)) for _, what in inputs]
+        except CodecFault as fault:
+            self.refused[fault.args[1]] = "mismatch"
+            return False
+        return self._check(inputs, norms, chunk)
+
     def total(self, chunk: int, out: F32) -> bool:
         """out = the weighted sum of `chunk`. False, with the culprits in `refused`, if an input cannot be used."""
         return self._sum(chunk, out, None)
@@ -303,15 +314,18 @@ class Collector:
 
     def _check(self, inputs: Sequence[Input], norms: Sequence[float], chunk: int) -> bool:
         good = True
-        for (_, what), square in zip(inputs, norms, strict=True):
+        for (weight, what), square in zip(inputs, norms, strict=True):
             if not isinstance(what, Source):
                 continue
+            fits = math.isfinite(square) and (what.partial or weight * math.sqrt(square) <= MAGNITUDE_MAX)
             if what.peer == self._plan.members[self._me].peer:
-                if not math.isfinite(square):
-                    raise NonFinite(f"this member's own values hold NaN or infinity in chunk {chunk}")
+                if not fits:
+                    raise NonFinite(
+                        f"this member's own values in chunk {chunk} hold NaN, infinity or far too much"
+                    )
                 continue
-            if not math.isfinite(square):
-                self.refused[what.peer] = "nonfinite"
+            if not fits:
+                self.refused[what.peer] = "norm" if math.isfinite(square) else "nonfinite"
                 good = False
                 continue
             total = self._norms.get(what, 0.0)

@@ -277,7 +277,9 @@ class Exchange:
         box = self._boxes[peer]
         if (chunk, self._collector.partial(self._unit, chunk).ident) in box.partials_sent:
             self._collector.settle(chunk)
-        else:
+        elif self._collector.sound(
+            chunk
+        ):  # now, and not when it is sent, so that `arrived` shows who is to blame
             box.partials[chunk] = None
             self._woken.add(peer)
 

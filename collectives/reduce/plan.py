@@ -22,6 +22,8 @@ import numpy.typing as npt
 from collectives.agreement import Declaration, Member
 from collectives.reduce.errors import PlanError
 
+WEIGHT_MIN, WEIGHT_MAX = 1e-30, 1e30  # float32 has room for it and for sums of it
+
 
 @dataclass(frozen=True)
 class ReducePlan:
@@ -148,8 +150,9 @@ def _check(members: Sequence[Member]) -> None:
     if len({member.peer for member in members}) != len(members):
         raise PlanError("a member is declared twice")
     for member in members:
-        if not (math.isfinite(member.weight) and member.weight >= 0):
-            raise PlanError(f"the weight of {member.peer} must be a finite number >= 0, got {member.weight}")
+        if member.weight != 0 and not WEIGHT_MIN <= member.weight <= WEIGHT_MAX:
+            limits = f"0, or {WEIGHT_MIN} to {WEIGHT_MAX}"
+            raise PlanError(f"the weight of {member.peer} must be {limits}, got {member.weight}")
 
 
 def _units(members: Sequence[Member]) -> tuple[tuple[int, ...], ...]:

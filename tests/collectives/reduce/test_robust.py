@@ -121,6 +121,42 @@ def test_who_sends_more_than_it_claimed_is_refused(tools):
     assert not mesh.nodes["p0"].done
 
 
+@pytest.mark.parametrize("codec_name", ["fp32", "int8"])
+def test_values_whose_sum_could_overflow_are_refused(tools, codec_name):
+    rows = torch.randn(3, 40_000)
+    rows[1] = 3e38
+    names = ["p0", "p2"]
+    members = [Member(f"p{n}", 0, n, 1.0) for n in range(3)]
+    tensors = {f"p{n}": [rows[n]] for n in range(3)}
+    mesh = tools.Mesh(tensors, tools.declare(members, codec=codec_name), seed=1)
+    mesh.dead.add("p1")
+    for name in names:
+        while (frame := mesh.nodes["p1"].next_frame(name)) is not None:
+            payload = memoryview(b"".join(bytes(part) for part in frame.payload))
+            mesh.nodes[name].arrived("p1", frame.header, payload)
+    mesh.run()
+    assert [mesh.nodes[name].refused for name in names] == [{"p1": "norm"}] * 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_in_a_group_the_head_names_who_sends_no_numbers_as_soon_as_it_arrives(tools, bad):
+    groups = ["x", "x", "x", ""]
+    members = [Member(f"p{n}", 0, n, 1.0, group=groups[n]) for n in range(4)]
+    tensors = {f"p{n}": [torch.randn(40_000)] for n in range(4)}
+    tensors["p1"][0].fill_(bad)
+    mesh = tools.Mesh(tensors, tools.declare(members), seed=1)
+    mesh.dead.add("p1")
+    heads = {"p0", "p2"}
+    for name in heads:
+        while (frame := mesh.nodes["p1"].next_frame(name)) is not None:
+            mesh.nodes[name].arrived("p1", frame.header, memoryview(bytes(frame.payload[0])))
+    for pair in (("p0", "p2"), ("p2", "p0")):
+        while mesh.send(*pair) and mesh.deliver(*pair):
+            pass
+    assert all(mesh.nodes[name].refused == {"p1": "nonfinite"} for name in heads)
+    assert not any(mesh.nodes[name]._boxes["p3"].partials for name in heads)
+
+
 @pytest.mark.parametrize("codec_name", ["bf16", "int8", "int4", "topk"])
 def test_what_a_codec_adds_to_a_norm_is_forgiven(tools, codec_name):
     rows = torch.randn(3, 40_000)
@@ -259,3 +295,12 @@ def test_fingerprints_differ_where_results_would():
         ExchangeSettings(flat=True),
     ]
     assert len({base.fingerprint, *[other.fingerprint for other in others]}) == 4
+
+
+def test_in_a_group_honest_norms_are_counted_once(tools):
+    groups = ["x", "x", "x", "", "y", "y"]
+    rows = torch.randn(6, 40_000)
+    members = [Member(f"p{n}", 0, n, 1.0 + n, group=groups[n], norm=float(rows[n].norm())) for n in range(6)]
+    mesh = tools.Mesh({f"p{n}": [rows[n]] for n in range(6)}, tools.declare(members), seed=1)
+    mesh.run()
+    assert all(node.done and not node.refused for node in mesh.nodes.values())

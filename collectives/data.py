@@ -20,7 +20,7 @@ from collectives.agreement import Ballot, Declaration, Event, Held, Reduced, Stu
 from collectives.config import RunConfig
 from collectives.data_links import SERVICE, Purpose, introduce
 from collectives.errors import CollectiveError, LocalFault, NonFinite, RemoteFault
-from collectives.reduce import Exchange, ExchangeSettings, FrameRefused, Layout, Result
+from collectives.reduce import Exchange, FrameRefused, Layout, Result
 from collectives.reduce.feedback import Feedback
 from collectives.reduce.frames import KEY_BYTES
 from collectives.values import RETRY_S, fetch_value, value_digest
@@ -208,9 +208,19 @@ class Plane:
             }
         self._epoch = declaration.epoch
         self._linked.clear()
-        settings = ExchangeSettings()
+        if given.out is not None:
+            # An older result may live in the memory that is about to be written: nobody must be served from it.
+            self._wholes = {
+                digest: whole for digest, whole in self._wholes.items() if not whole.shares(given.out)
+            }
         exchange = self._exchange = Exchange(
-            self._me, given.tensors, declaration, settings, layout=given.layout
+            self._me,
+            given.tensors,
+            declaration,
+            self._config.reduce,
+            layout=given.layout,
+            out=given.out,
+            feedback=given.feedback,
         )
         for peer in self._touched & set(exchange.peers):
             exchange.relinked(peer)

@@ -11,6 +11,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from collectives.agreement import (
 )
 from collectives.codecs import codec
 from collectives.config import RunConfig
-from collectives.data import Input, Plane, input_of
+from collectives.data import Input, Plane, input_of, storages
 from collectives.data_links import Purpose, Uplink
 from collectives.errors import Behind, LocalFault, NoQuorum, RemoteFault, ResourceLimit, Superseded
 from collectives.journal import Journal
@@ -126,7 +127,12 @@ class Run:
         shell.caller_epoch = outcome.epoch
         if feedback is not None:
             feedback.commit(tensors, codec(outcome.value.declaration.codec))
-        return self._reduced(shell, outcome, began_s)
+        result = self._reduced(shell, outcome, began_s)
+        if out is None or storages(result.tensors) == storages(out):
+            return result
+        for tensor, found in zip(out, result.tensors, strict=True):
+            tensor.copy_(found)  # it was fetched, or made anew after a vote
+        return replace(result, tensors=tuple(out))
 
     def _offer(self, shell: TagShell, given: Input, norm: float) -> Offer:
         newest = self._shelf(shell.tag).newest

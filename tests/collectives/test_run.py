@@ -71,6 +71,8 @@ async def test_the_callers_tensors_stay_as_they_were_and_out_is_filled(members, 
     found = await together(runs, call)
     for run, one in zip(runs, found, strict=True):
         assert same(given[run.me], before[run.me])
+        assert set(one.peers) == {run.me for run in runs}
+        assert same(one.tensors, mean_of(runs, [1, 1]))
         assert same(outs[run.me], mean_of(runs, [1, 1]))
         assert [t.data_ptr() for t in one.tensors] == [t.data_ptr() for t in outs[run.me]]
 
@@ -138,7 +140,7 @@ async def test_too_few_members_get_no_quorum_and_their_tensors_back(members, tog
     before = trio.current_time()
     with pytest.raises(NoQuorum):
         await reduce(runs[2], given, deadline_s=15.0)
-    assert trio.current_time() - before <= 15.0
+    assert trio.current_time() - before < 15.1
     assert same(given, tensors_of(runs[2], 2))
 
 

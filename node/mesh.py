@@ -19,6 +19,7 @@ from typing import Any
 
 import trio
 
+from collectives import Collectives
 from dht import Directory, Gossip, GossipConfig, OwnRecordsFull, RecordInvalid, View
 from node import adverts
 from node.adverts import DeviceAdvert, HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert
@@ -91,6 +92,7 @@ class MeshNode:
         self.host = host
         self.rpc = Rpc(host, RpcConfig(silence_s=config.rpc_silence_s))
         self.links = Links(host, self.rpc, identity)
+        self.collectives = Collectives.of(host, self.rpc, self.links, identity)
         self.view = View()
         self.gossip = Gossip(self.rpc, self.view, identity, GossipConfig())
         self.directory = Directory(host, self.gossip, identity, data.peers_path)

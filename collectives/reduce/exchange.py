@@ -538,11 +538,12 @@ class Exchange:
 
     def _budget(self, members: int) -> int:
         """Bytes for others' contributions: what the result, the frames under way and scratch leave of the allowance,
-        and never less than two chunks of everybody."""
+        and never less than a chunk of everybody, which is what it takes to go on. More than about 30 members with
+        tensors of less than some 100 MiB therefore need more than the allowance."""
         spare = int((self.settings.extra_ratio - 1) * self.layout.tensor_bytes)
         under_way = (members + 2) * self._chunk_bytes
         scratch = 4 * (4 * self.layout.chunk_elements + min(SUM_SLAB, self.layout.chunk_elements))
-        return max(spare - under_way - scratch, 2 * members * self._chunk_bytes)
+        return max(spare - under_way - scratch, members * self._chunk_bytes)
 
     def _pinned(self, chunk: int) -> bool:
         return any(box.pinned == chunk for box in self._boxes.values())

@@ -94,6 +94,17 @@ def test_a_tighter_allowance_is_kept_by_reading_less(tools):
     assert node.waiting_for() == {"f"}
 
 
+def test_with_the_least_memory_that_there_is_it_still_ends(tools):
+    names = list("abcdef")
+    tensors = {name: [torch.randn(64 * 4096)] for name in names}
+    declaration = tools.declare(names)
+    mesh = tools.Mesh(tensors, declaration, ExchangeSettings(extra_ratio=1.0), seed=3)
+    mesh.run()
+    for node in mesh.nodes.values():
+        assert node.done
+        assert torch.equal(node.result.tensors[0], tools.expected(tensors, declaration)[0])
+
+
 def test_closing_frees_everything_but_the_result(tools):
     names = list("abcd")
     mesh = tools.Mesh({name: [torch.randn(ELEMENTS // 4)] for name in names}, tools.declare(names))

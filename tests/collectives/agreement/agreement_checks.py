@@ -82,26 +82,26 @@ class Checks:
         if not config.is_quorum(seated, resigned):
             return "a quorum of seats lost their journals or left"
         dead = {seat.peer for seat in config.seats} - seated - resigned
-        members = set()
-        unheld = False
+        known = set(resigned)
+        for node in self.nodes.values():
+            if not node.gone and node.chain.epoch == top:
+                known |= set(node.chain.ledger.departed)
+        unheld = stranded = False
         for node in self.nodes.values():
             vote = node.chain.ledger.vote  # a leaver's too
-            if vote is not None and node.chain.epoch == top:
-                unheld = unheld or not any(
-                    vote.value.digest in one.results for one in self.nodes.values() if not one.gone
-                )
-                owners = vote.value.declaration.config()
-                alive = {
-                    one.name
-                    for one in self.nodes.values()
-                    if not one.gone
-                    and (seat := owners.seat(one.name))
-                    and seat.incarnation == one.chain.ledger.incarnation
-                }
-                if not owners.is_quorum(alive):
-                    members.add(node.name)
+            if vote is None or node.chain.epoch != top:
+                continue
+            digest = vote.value.digest
+            unheld = unheld or not any(digest in one.results for one in self.nodes.values() if not one.gone)
+            members = [one for one in vote.value.declaration.members if one.peer not in known]
+            alive = [one for one in members if self.is_there(one.peer, one.incarnation)]
+            stranded = stranded or 2 * len(alive) <= len(members)
         if unheld and dead:
             return "the bytes of a vote are lost, and so is a seat that might know more"
-        if members:
+        if stranded:
             return "most members of a value that was voted for are lost for good"
         return None
+
+    def is_there(self, name, incarnation):
+        node = self.nodes[name]
+        return not node.gone and node.chain.ledger.incarnation == incarnation

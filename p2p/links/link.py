@@ -155,7 +155,7 @@ class Link:
         while the peer does not receive. A cancelled send sends nothing, or lets the peer drop the beginning. Raises
         PeerLost, and LocalFault for what is beyond the limits.
         """
-        pieces = [memoryview(one).cast("B") for one in payload]
+        pieces = [memoryview(one).cast("B") for one in payload if memoryview(one).nbytes]
         total = sum(len(one) for one in pieces)
         if len(header) > self._header_bytes_max():
             raise LocalFault(f"a header of {len(header)} bytes; at most {self._header_bytes_max()} are sent")
@@ -350,6 +350,8 @@ class Link:
         runs it by `run_path`."""
         self.outbox.rewind(position)
         now = trio.current_time()
+        for carrier in carriers:
+            carrier.tune()
         path = Path(generation, carriers, now, heard_s=now)
         old, self.path_now = self.path_now, path
         if old is not None:
@@ -399,8 +401,8 @@ class Link:
             if path.rest:
                 await carrier.send(path.rest)
                 path.rest = []
-                self._room.unpark_all()
             self._send_now()
+            self._room.unpark_all()
             if not path.rest:
                 await self._work.park()
 

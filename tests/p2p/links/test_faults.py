@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 
+import numpy as np
 import pytest
 import trio
 import trio.testing
@@ -518,3 +519,26 @@ async def test_traffic_tells_round_trip_and_bandwidth(real_nodes, until):
         assert report.bandwidth_bps > 1e6
         assert report.inbound_bps > 1e6
     await until(lambda: one.links.report()[0].path == "none")
+
+
+async def test_a_very_near_peer_gets_small_buffers(real_nodes):
+    one, other = await real_nodes(2)
+    other.links.serve("echo", echo)
+    async with one.links.open(other.peer_id, "echo") as link:
+        await rally(link)
+        (carrier,) = link.path_now.carriers
+        if carrier._tcp_info(148) is None:
+            pytest.skip("this system does not tell of round trips")
+        assert carrier._sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 512 << 10
+        assert one.links.report()[0].loss is not None
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (7, 5)])
+async def test_arrays_are_sent_as_their_bytes(memory_nodes, shape):
+    one, other = await memory_nodes(2)
+    other.links.serve("echo", echo)
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    async with one.links.open(other.peer_id, "echo") as link:
+        await link.send(b"", [array.data, b"", array.data])
+        _, got = await link.receive()
+        assert bytes(got) == 2 * array.tobytes()

@@ -12,7 +12,7 @@ from scheduler.judge import Judge
 from scheduler.mend import Held, Mender, fetch_bytes
 from scheduler.pipeline import Seat
 from scheduler.policy import ANYONE, Policy, fetch_factor
-from scheduler.pool import Pool
+from scheduler.pool import Pool, Prefer
 from scheduler.search import best_effort_group, group_seats
 from scheduler.seating import hops_between, seat_of, shortage
 from scheduler.shapes import Assignment, Links, ModelShape, NodeShape, Plan, coverage
@@ -38,11 +38,13 @@ def make_plan(
     held: Held | None = None,
     sessions: Mapping[str, int] | None = None,
     policy: Policy = ANYONE,
+    prefer: Prefer = "balanced",
 ) -> Plan:
     """A plan in which every layer has `copies` hosts where memory allows, and one at least.
 
     `held` are spans whose weights a node has on disk already: they cost nothing to fetch. `sessions` are those open by
-    node: moving their host disturbs them. `policy` says which tags hosts must have. Nodes may come in any order. Raises
+    node: moving their host disturbs them. `policy` says which tags hosts must have, `prefer` what
+    the replicas of a plan from nothing are good for. Nodes may come in any order. Raises
     Shortage when the layers cannot all be placed once.
     """
     copies = max(1, min(copies, COPIES_MAX))
@@ -55,7 +57,7 @@ def make_plan(
     from_disks = not kept and any((held or {}).values())
     chosen = mender.mend(kept, copies) if kept or from_disks else None
     if chosen is None or len(ordered) <= SECOND_THOUGHTS_NODES_MAX:
-        fresh = plan_afresh(model, seats, hop, mender, copies, _where(previous, held or {}))
+        fresh = plan_afresh(model, seats, hop, mender, copies, _where(previous, held or {}), prefer)
         if fresh is None and chosen is None:
             raise shortage(model, [node for node in ordered if policy.allows(node)], seats, policy)
         if fresh is not None:
@@ -89,6 +91,7 @@ def plan_afresh(
     mender: Mender,
     copies: int,
     places: Mapping[str, float] | None = None,
+    prefer: Prefer = "balanced",
 ) -> list[Assignment] | None:
     """Assignments from nothing: the best replicas, then partial copies of what is still short. None: no room.
 
@@ -97,7 +100,7 @@ def plan_afresh(
     """
     pool = Pool(seats, model.layers, hop)
     found: list[Assignment] = []
-    replicas = group_seats(pool, "balanced", replicas_max=copies).replicas() or best_effort_group(pool)
+    replicas = group_seats(pool, prefer, replicas_max=copies).replicas() or best_effort_group(pool)
     for replica in replicas:
         stages = [(seats[i].node, count) for i, count in zip(replica.seats, replica.counts, strict=True)]
         if places and not callable(hop):

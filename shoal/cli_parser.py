@@ -373,7 +373,7 @@ def _sim_command(commands: Any) -> None:
         "  shoal sim --nodes 40 --hours 0.1\n"
         "  shoal sim --trace azure_llm_conv_2023.csv --policy all --plot pictures",
     )
-    sim.add_argument("--nodes", metavar="N", type=count, default=40, help="how many nodes (default: 40)")
+    sim.add_argument("--nodes", metavar="N", type=count, default=30, help="how many nodes (default: 30)")
     sim.add_argument(
         "--layers", metavar="N", type=count, default=64, help="layers of the model, 0.5 GB each (default: 64)"
     )
@@ -390,7 +390,7 @@ def _sim_command(commands: Any) -> None:
     )
     sim.add_argument(
         "--policy",
-        choices=("shoal", "petals", "parallax", "parallax-mending", "random", "all"),
+        choices=("shoal", "petals", "petals-fresh", "parallax", "parallax-mending", "random", "all"),
         default="shoal",
         help="whose scheduler; all of them run on the same mesh and load (default: shoal)",
     )
@@ -405,8 +405,68 @@ def _sim_command(commands: Any) -> None:
         help="share of the nodes that leave, and come, each hour (default: 0.2)",
     )
     sim.add_argument("--seed", metavar="N", type=int, default=1, help="the same seed gives the same figures")
+    _sim_mesh_flags(sim)
+    sim.add_argument(
+        "--capacity",
+        action="store_true",
+        help="find for each policy the highest load at which nine of ten requests keep their targets (many runs)",
+    )
     sim.add_argument("--plot", metavar="DIR", help="write pictures (SVG) there")
     _json(sim, "the figures")
+
+
+def _sim_mesh_flags(sim: argparse.ArgumentParser) -> None:
+    """What the simulated mesh is like: who leaves how, what gateways see, how far apart regions are, what counts."""
+    sim.add_argument(
+        "--crash-share",
+        metavar="SHARE",
+        type=share,
+        default=1.0,
+        help="share of the leaving nodes that vanish without a word (default: 1)",
+    )
+    sim.add_argument(
+        "--return-share",
+        metavar="SHARE",
+        type=share,
+        default=0.5,
+        help="share of the coming nodes that were there before, weights on disk (default: 0.5)",
+    )
+    sim.add_argument(
+        "--diurnal",
+        metavar="SHARE",
+        type=share,
+        default=0.3,
+        help="how far the rates of leaving and coming swing over a day (default: 0.3)",
+    )
+    sim.add_argument(
+        "--gateways", metavar="N", type=count, default=32, help="who sends requests (default: 32)"
+    )
+    sim.add_argument(
+        "--view-age",
+        metavar="S",
+        type=positive,
+        default=2.0,
+        help="age of the loads gateways see (default: 2)",
+    )
+    sim.add_argument("--regions", metavar="N", type=count, default=4, help="regions on a ring (default: 4)")
+    sim.add_argument(
+        "--latencies",
+        metavar="FILE",
+        help="one-way milliseconds between regions: JSON, a list of as many rows, in place of the ring",
+    )
+    sim.add_argument(
+        "--copies", metavar="N", type=count, help="copies of the model to host (default: as many as fit)"
+    )
+    sim.add_argument(
+        "--ttft", metavar="S", type=positive, default=5.0, help="target for the first token (default: 5 s)"
+    )
+    sim.add_argument(
+        "--tpot",
+        metavar="S",
+        type=positive,
+        default=0.25,
+        help="target for each further token (default: 0.25 s)",
+    )
 
 
 def _bench_commands(commands: Any) -> None:

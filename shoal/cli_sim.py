@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scheduler import InputError, Shortage
-from scheduler.sim import Load, SimConfig, compare, default_model, goodput_picture, run, times_picture
+from scheduler.sim import (
+    POLICIES,
+    Load,
+    SimConfig,
+    Targets,
+    capacity,
+    compare,
+    default_model,
+    goodput_picture,
+    run,
+    times_picture,
+)
 from shoal import terminal
 from shoal.errors import CommandFailed, UsageProblem
 
@@ -24,6 +35,8 @@ def sim(options: argparse.Namespace) -> int:
     every = options.policy == "all"
     try:
         config = config_of(options)
+        if options.capacity:
+            return _capacities(config, POLICIES if every else (options.policy,), as_json=options.json)
         if every:
             found = compare(config)
             runs: Mapping[str, Mapping[str, Any]] = found["runs"]
@@ -46,15 +59,49 @@ def sim(options: argparse.Namespace) -> int:
 
 def config_of(options: argparse.Namespace) -> SimConfig:
     """The configuration that the flags ask for. Raises InputError."""
+    rows = None if options.latencies is None else read_latencies(options.latencies)
     return SimConfig(
         policy="shoal" if options.policy == "all" else options.policy,
         nodes=options.nodes,
         model=replace(default_model(), layers=options.layers),
         load=Load(trace=options.trace, speed=options.speed, requests_per_s=options.rate),
+        targets=Targets(options.ttft, options.tpot),
         hours=options.hours,
         churn_per_hour=options.churn_per_hour,
+        crash_share=options.crash_share,
+        return_share=options.return_share,
+        diurnal=options.diurnal,
+        gateways=options.gateways,
+        view_age_s=options.view_age,
+        regions=options.regions if rows is None else len(rows),
+        latency_s=rows,
+        copies=options.copies,
         seed=options.seed,
     )
+
+
+def read_latencies(path: str) -> tuple[tuple[float, ...], ...]:
+    """Rows of one-way milliseconds between regions, as seconds. Raises InputError."""
+    right = "a JSON list of rows of milliseconds, one row and one figure in it for each region"
+    try:
+        rows = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        return tuple(tuple(float(each) / 1000.0 for each in row) for row in rows)
+    except OSError as problem:
+        raise InputError("latencies", path, f"a file that can be read ({problem.strerror})") from None
+    except (ValueError, TypeError):
+        raise InputError("latencies", path, right) from None
+
+
+def _capacities(config: SimConfig, policies: Sequence[str], *, as_json: bool) -> int:
+    """Print the highest load that each policy bears."""
+    found = {name: capacity(replace(config, policy=name)) for name in policies}
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return 0
+    rows = [(name, f"{each['requests_per_s']:.2f}", f"{each['speed']:.2f}") for name, each in found.items()]
+    columns = ("policy", "requests/s at nine of ten in target", "speed of the load")
+    terminal.table(columns, rows, right=columns[1:])
+    return 0
 
 
 def save_pictures(folder: str, runs: Mapping[str, Mapping[str, Any]]) -> list[Path]:
@@ -98,10 +145,13 @@ def _show(found: Mapping[str, Any], runs: Mapping[str, Mapping[str, Any]], every
         f" left and {some['nodes_joined']} came; targets: first token {some['targets']['ttft_s']:g} s,"
         f" each further one {some['targets']['tpot_s']:g} s"
     )
-    if every and found.get("best_rival"):
-        rival = found["best_rival"]
-        ratio = "all of the" if rival["goodput_ratio"] is None else f"{rival['goodput_ratio']:.2f} times the"
-        terminal.note(f"shoal: {ratio} goodput of the best other, {rival['policy']}")
+    for key, words in (("better_baseline", "better published design"), ("best_rival", "best other")):
+        if every and found.get(key):
+            rival = found[key]
+            ratio = (
+                "all of the" if rival["goodput_ratio"] is None else f"{rival['goodput_ratio']:.2f} times the"
+            )
+            terminal.note(f"shoal: {ratio} goodput of the {words}, {rival['policy']}")
 
 
 def _seconds(value: float | None) -> str:

@@ -28,6 +28,7 @@ class AtRandom:
 
     def __init__(self, config: SimConfig) -> None:
         self.replans = 0
+        self.announce_s = config.gossip_s
         self._rng = random.Random(f"{config.seed}/random")
         self._spans: dict[str, Span] = {}
         self._seen = -1

@@ -112,7 +112,7 @@ def herding(chains: Sequence[tuple[float, str, tuple[str, ...]]]) -> dict[str, f
 def _messages(config: SimConfig, service: Service, policy: Policy, until_s: float) -> dict[str, int]:
     """Control messages: loads (every member tells a few others what it has heard, or a centre), sessions (to each stage
     on opening, trying and closing), plans (to each node)."""
-    ticks = int(until_s / config.gossip_s)
+    ticks = int(until_s / policy.announce_s)
     members = config.nodes + (config.gateways * GOSSIP_FANOUT if policy.gossips else 0)
     fanout = GOSSIP_FANOUT if policy.gossips else 1
     told = config.nodes * fanout + members - config.nodes

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from scheduler.errors import NoChain, NoRoom, Rejected
-from scheduler.routing import ChainRequest, Hosted, Router, Stage
+from scheduler.routing import Chain, ChainRequest, Hosted, Router, Stage
 from scheduler.shapes import Links
 
 PLAYED_MAX = 64
@@ -30,13 +30,15 @@ class Usual:
 class Foresight:
     """The states of one view after 0, 1, 2 ... usual requests. `wait_weight` multiplies queues and prefill."""
 
-    __slots__ = ("_asked", "_links", "_states", "_usual", "_weight")
+    __slots__ = ("_asked", "_routers", "_states", "_usual", "_weight", "hosts", "links")
 
     def __init__(
         self, hosted: Sequence[Hosted], links: Links, asked: ChainRequest, usual: Usual, wait_weight: float
     ) -> None:
-        self._links, self._asked, self._usual, self._weight = links, asked, usual, wait_weight
-        self._states: list[State] = [State({h.node: h for h in hosted}, links)]
+        self.links, self._asked, self._usual, self._weight = links, asked, usual, wait_weight
+        self.hosts = {h.node: h for h in hosted}
+        self._routers: dict[float, Router] = {}
+        self._states: list[State] = [State(self, {h.node: h.queue_s for h in hosted}, {})]
 
     def after(self, elapsed_s: float) -> State:
         """The mesh as it probably is so long after the view was announced."""
@@ -45,66 +47,70 @@ class Foresight:
             self._play(len(self._states))
         return self._states[wanted]
 
-    def _play(self, number: int) -> None:
-        """One usual request more, and the time until it came."""
-        usual, before = self._usual, self._states[-1]
-        try:
-            chain = before.router(self._weight).choose(
-                replace(self._asked, prompt_tokens=usual.prompt_tokens, tokens=usual.tokens, seed=number),
-                alternates=0,
-            )
-            stages: tuple[Stage, ...] = chain.stages
-        except (NoChain, NoRoom, Rejected):
-            stages = ()
-        passed_s = 1.0 / max(1e-9, usual.requests_per_s)
-        hosts = {
-            name: replace(h, queue_s=max(0.0, h.queue_s - passed_s)) if h.queue_s > 0 else h
-            for name, h in before.hosts.items()
-        }
-        for stage in stages:
-            h = hosts[stage.node]
-            work_s = usual.prompt_tokens * (stage.end - stage.start) * h.prefill_s_per_token_per_layer
-            kv_free = h.kv_tokens_free - usual.tokens * (stage.end - stage.start) // (h.end - h.start)
-            hosts[stage.node] = replace(h, queue_s=h.queue_s + work_s, kv_tokens_free=max(0, kv_free))
-        self._states.append(State(hosts, self._links))
-
-
-class State:
-    """Hosts as they probably are, with routers over them by the weight given to waiting."""
-
-    def __init__(self, hosts: dict[str, Hosted], links: Links) -> None:
-        self.hosts, self._links = hosts, links
-        self._routers: dict[float, Router] = {}
-
     def router(self, wait_weight: float) -> Router:
         """Phase 2 over these hosts, a second of waiting counted `wait_weight` times."""
         found = self._routers.get(wait_weight)
         if found is None:
             seen = [
-                replace(
-                    h,
-                    queue_s=wait_weight * h.queue_s,
-                    prefill_s_per_token_per_layer=wait_weight * h.prefill_s_per_token_per_layer,
-                )
+                replace(h, prefill_s_per_token_per_layer=wait_weight * h.prefill_s_per_token_per_layer)
                 for h in self.hosts.values()
             ]
-            found = self._routers[wait_weight] = Router(seen, self._links)
+            found = self._routers[wait_weight] = Router(seen, self.links)
         return found
 
-    def first_token_s(
-        self, stages: Sequence[Stage], request: ChainRequest, chunk_tokens: int, queued_s: Mapping[str, float]
-    ) -> float:
+    def _play(self, number: int) -> None:
+        """One usual request more, and the time until it came."""
+        usual, before = self._usual, self._states[-1]
+        asked = replace(self._asked, prompt_tokens=usual.prompt_tokens, tokens=usual.tokens, seed=number)
+        try:
+            stages = before.choose(asked, self._weight, alternates=0, draw=False).stages
+        except (NoChain, NoRoom, Rejected):
+            stages = ()
+        passed_s = 1.0 / max(1e-9, usual.requests_per_s)
+        queues_s = {
+            name: queue_s - passed_s if queue_s > passed_s else 0.0
+            for name, queue_s in before.queues_s.items()
+        }
+        taken = dict(before.taken_tokens)
+        for stage in stages:
+            h = self.hosts[stage.node]
+            layers = stage.end - stage.start
+            queues_s[stage.node] += usual.prompt_tokens * layers * h.prefill_s_per_token_per_layer
+            taken[stage.node] = taken.get(stage.node, 0) + usual.tokens * layers // (h.end - h.start)
+        self._states.append(State(self, queues_s, taken))
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Hosts as they probably are: their queues, and the cache room taken since the view."""
+
+    seen: Foresight
+    queues_s: dict[str, float]
+    taken_tokens: dict[str, int]
+
+    def choose(self, asked: ChainRequest, wait_weight: float, *, alternates: int, draw: bool = True) -> Chain:
+        """Phase 2 in this state, a second of waiting counted `wait_weight` times. Raises as `choose_chain`."""
+        queued_s = {name: wait_weight * queue_s for name, queue_s in self.queues_s.items()}
+        asked = replace(asked, queued_s=queued_s, taken_tokens=self.taken_tokens)
+        return self.seen.router(wait_weight).choose(asked, alternates=alternates, draw=draw)
+
+    def told(self, queued_s: Mapping[str, float]) -> State:
+        """The state with queues that were heard of since the view in place of those foreseen."""
+        known = {name: queue_s for name, queue_s in queued_s.items() if name in self.queues_s}
+        return State(self.seen, {**self.queues_s, **known}, self.taken_tokens) if known else self
+
+    def first_token_s(self, stages: Sequence[Stage], request: ChainRequest, chunk_tokens: int) -> float:
         """Seconds until the chain would give its first token, its stages working on chunks one behind another.
 
-        `queued_s` are queues heard of since the view. Queues empty while the stages before them work.
+        Queues empty while the stages before them work.
         """
-        tokens, at, link_of = request.prompt_tokens, request.gateway, self._links
+        tokens, at, link_of = request.prompt_tokens, request.gateway, self.seen.links
         chunk = min(chunk_tokens, tokens)
         first = link_of(at, stages[0].node)
         here_s, last_s = first.latency_s, first.latency_s
         for k, stage in enumerate(stages):
-            h = self.hosts[stage.node]
-            start_s = max(here_s, queued_s.get(stage.node, h.queue_s))
+            h = self.seen.hosts[stage.node]
+            start_s = max(here_s, self.queues_s[stage.node])
             work_s = tokens * (stage.end - stage.start) * h.prefill_s_per_token_per_layer
             chunk_s = work_s * chunk / tokens
             end_s = max(start_s + work_s, last_s + chunk_s)
@@ -120,8 +126,8 @@ class State:
         """Seconds for each further token, at the loads of the view."""
         total = 0.0
         for k, stage in enumerate(stages):
-            total += self.hosts[stage.node].s_per_layer * (stage.end - stage.start)
+            total += self.seen.hosts[stage.node].s_per_layer * (stage.end - stage.start)
             if len(stages) > 1:
-                link = self._links(stage.node, stages[(k + 1) % len(stages)].node)
+                link = self.seen.links(stage.node, stages[(k + 1) % len(stages)].node)
                 total += link.seconds(request.hidden_bytes)
         return total

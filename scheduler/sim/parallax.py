@@ -1,9 +1,13 @@
-"""A mesh as Parallax runs it, to be compared with: fixed pipelines by its own placement, requests round robin.
+"""A mesh as Parallax runs it, to be compared with: re-implemented from its sources at commit 162354a (2026-07-01).
 
-Pipelines come from its dynamic program (greedy where that is out of reach) with layers cut by arithmetic speed. As in
-production, nothing is rebalanced: a pipeline that loses a node is out, its requests are lost, joiners idle; only when
-no pipeline is left is all planned anew. The mending variant is kinder than life: pipelines are formed from idle
-nodes as soon as some suffice, and a broken request starts again on another pipeline.
+Copied: pipelines by its dynamic program (greedy beyond a dozen nodes, where the program takes minutes) with layers cut
+by arithmetic speed (src/scheduling/layer_allocation.py); requests round robin over fixed pipelines that share no node
+(request_routing.py, its default "rr"); a pipeline that loses a node is out with its requests, its other nodes stand by
+(node_management.py); a joiner lets new pipelines be formed from the nodes that stand by (expand_pipelines), otherwise
+nothing is rebalanced until no pipeline is left (should_global_rebalance, whose threshold is infinite).
+Kinder than life: a dead node is noticed in seconds where its heartbeat takes 30, and the batching is ours. The mending
+variant is kinder yet: pipelines are formed from idle nodes as soon as some suffice, and a broken request starts again
+on another pipeline.
 """
 
 from __future__ import annotations
@@ -34,12 +38,15 @@ class Parallax:
     def __init__(self, config: SimConfig, *, mends: bool) -> None:
         self.mends = mends
         self.replans = 0
+        self.announce_s = config.gossip_s
         self._pipelines: list[Pipeline] = []
         self._turn = 0
         self._seen = -1
+        self._known: set[str] = set()
 
     def start(self, fleet: Fleet) -> Orders:
         self._seen = fleet.version
+        self._known = set(fleet.members)
         orders = self._form(fleet, list(fleet.members.values()))
         if not self._pipelines:
             nodes = [m.shape for m in fleet.members.values()]
@@ -52,7 +59,9 @@ class Parallax:
         self._seen = fleet.version
         self._pipelines = [p for p in self._pipelines if all(self._stands(fleet, s) for s in p)]
         busy = {stage.node for pipeline in self._pipelines for stage in pipeline}
-        if self._pipelines and not self.mends:
+        joined = set(fleet.members) - self._known
+        self._known = set(fleet.members)
+        if self._pipelines and not self.mends and not joined:
             return {}
         return self._form(fleet, [m for name, m in fleet.members.items() if name not in busy])
 

@@ -15,6 +15,7 @@ INK, FAINT, GRID = "#222222", "#6b6b6b", "#dddddd"
 COLOURS = {
     "shoal": "#0b6e99",
     "petals": "#d1662f",
+    "petals-fresh": "#e6ac8c",
     "parallax": "#7a4fa3",
     "parallax-mending": "#b79ad0",
     "random": "#9a9a9a",

@@ -31,17 +31,20 @@ USUAL_S = 30.0
 HURRY_WEIGHT = 64.0
 MARGIN = 0.95
 """What is foreseen has to stay within this share of a target."""
+TPOT_MARGIN = 0.95
 TRIES_MAX = 3
 """Chains that are asked for one request because the queues of those before were longer than foreseen."""
 
 
 class Policy(Protocol):
     """`mends`: whether a request that loses a stage goes on elsewhere; `gossips`: whether loads are announced;
-    `by_client`: whether every token goes by way of the client on its way from the last stage to the first."""
+    `by_client`: whether every token goes by way of the client on its way from the last stage to the first. Loads are
+    announced every `announce_s`."""
 
     mends: bool
     gossips: bool
     by_client: bool
+    announce_s: float
     tick_s: float
     replans: int
 
@@ -94,6 +97,7 @@ class Shoal:
 
     def __init__(self, config: SimConfig) -> None:
         self.tick_s = config.plan_every_s
+        self.announce_s = config.gossip_s
         self.replans = 0
         self.plan: Plan | None = None
         self._config = config
@@ -135,6 +139,7 @@ class Shoal:
             previous=self.plan,
             epoch=self.plan.epoch + 1 if self.plan else 1,
             planner=planner_rank(MODEL, members)[0],
+            prefer="latency",
             held={name: machine.disk for name, machine in fleet.members.items() if machine.disk},
         )  # fmt: skip
         if not adopt(self.plan, plan, members):
@@ -159,14 +164,12 @@ class Shoal:
         urgent = self._config.early_rejection and request.first_s is None
         if urgent and left_s < 0:
             raise Rejected("its target passed while it waited")
-        state = self._state(fleet, asked)
-        queued_s = self._heard(fleet, request.gateway)
+        state = self._state(fleet, asked).told(self._heard(fleet, request.gateway))
         best: tuple[float, float, float, tuple[Stage, ...]] | None = None
         for weight in (self._config.wait_weight, HURRY_WEIGHT):
-            weighted = {name: weight * queue_s for name, queue_s in queued_s.items()}
-            found = state.router(weight).choose(replace(asked, queued_s=weighted), alternates=2)
+            found = state.choose(asked, weight, alternates=2)
             for chain in (found, *found.alternates):
-                offer = self._weighed(state, chain.stages, asked, left_s, queued_s)
+                offer = self._weighed(state, chain.stages, asked, left_s)
                 best = offer if best is None or offer[:2] < best[:2] else best
             if best is not None and best[0] <= 0:
                 break
@@ -181,18 +184,13 @@ class Shoal:
         return list(best[3])
 
     def _weighed(
-        self,
-        state: State,
-        stages: tuple[Stage, ...],
-        asked: ChainRequest,
-        left_s: float,
-        queued_s: Mapping[str, float],
+        self, state: State, stages: tuple[Stage, ...], asked: ChainRequest, left_s: float
     ) -> tuple[float, float, float, tuple[Stage, ...]]:
         """By how much a chain misses the targets (0: not at all), its cost, its seconds to the first token."""
-        first_s = state.first_token_s(stages, asked, self._config.chunk_tokens, queued_s)
+        first_s = state.first_token_s(stages, asked, self._config.chunk_tokens)
         token_s = state.token_s(stages, asked)
         late = max(0.0, first_s / max(1e-3, left_s * MARGIN) - 1.0)
-        slow = max(0.0, token_s / (self._config.targets.tpot_s * MARGIN) - 1.0)
+        slow = max(0.0, token_s / (self._config.targets.tpot_s * TPOT_MARGIN) - 1.0)
         cost_s = self._config.wait_weight * first_s + asked.new_tokens * token_s
         return late + slow, cost_s, first_s, stages
 
@@ -205,12 +203,11 @@ class Shoal:
         if request.first_s is not None:
             return True
         asked = wish(fleet, request, frozenset())
-        state = self._state(fleet, asked)
-        if any(stage.node not in state.hosts for stage in request.stages):
+        state = self._state(fleet, asked).told(self._heard(fleet, request.gateway))
+        if any(stage.node not in state.queues_s for stage in request.stages):
             return True
-        queued_s = self._heard(fleet, request.gateway)
         left_s = self._config.targets.ttft_s - (now_s - request.ask.at_s)
-        first_s = state.first_token_s(request.stages, asked, self._config.chunk_tokens, queued_s)
+        first_s = state.first_token_s(request.stages, asked, self._config.chunk_tokens)
         if first_s > left_s * MARGIN:
             request.tries += 1
             return request.tries > TRIES_MAX and not self._config.early_rejection

@@ -20,15 +20,16 @@ from scheduler.sim.service import Service
 from scheduler.sim.trace import asks
 from scheduler.sim.world import World
 
-RIVALS = ("petals", "parallax", "parallax-mending", "random")
+SPEED_DOUBLINGS_MAX = 6
+RIVALS = ("petals", "petals-fresh", "parallax", "parallax-mending", "random")
 
 
 def policy_of(config: SimConfig) -> Policy:
     """The scheduler that the config names."""
     if config.policy == "shoal":
         return Shoal(config)
-    if config.policy == "petals":
-        return Petals(config)
+    if config.policy in ("petals", "petals-fresh"):
+        return Petals(config, fresh=config.policy == "petals-fresh")
     if config.policy == "random":
         return AtRandom(config)
     return Parallax(config, mends=config.policy == "parallax-mending")
@@ -81,3 +82,33 @@ def compare(config: SimConfig, policies: Sequence[str] = POLICIES) -> dict[str, 
         ratio = goodput["shoal"] / goodput[best] if goodput[best] > 0 else None
         out[key] = {"policy": best, "goodput_ratio": None if ratio is None else round(ratio, 4)}
     return out
+
+
+def capacity(config: SimConfig, *, share: float = 0.9, steps: int = 5) -> dict[str, float]:
+    """The highest load at which `share` of the requests keep their targets (goodput as in DistServe, arXiv 2401.09670).
+
+    Found by doubling or halving the load's speed from the config's and then `steps` bisections; `speed` is that of the
+    load, `requests_per_s` what it comes to.
+    """
+
+    def holds(speed: float) -> float | None:
+        figures = run(replace(config, load=replace(config.load, speed=speed)))
+        return figures["requests"] / (config.hours * 3600.0) if figures["attainment"] >= share else None
+
+    low, high = 0.0, config.load.speed
+    best = holds(high)
+    rate = 0.0 if best is None else best
+    for _ in range(SPEED_DOUBLINGS_MAX):
+        if best is None:
+            break
+        low, high = high, 2 * high
+        best = holds(high)
+        rate = best if best is not None else rate
+    for _ in range(steps):
+        middle = (low + high) / 2
+        found = holds(middle)
+        if found is None:
+            high = middle
+        else:
+            low, rate = middle, found
+    return {"speed": round(low, 4), "requests_per_s": round(rate, 4)}

@@ -79,6 +79,8 @@ class World:
         apart = abs(self.region[a] - self.region[b])
         around = min(apart, config.regions - apart)
         base = config.region_latency_s + around * config.between_latency_s
+        if config.latency_s is not None:
+            base = config.latency_s[self.region[a]][self.region[b]]
         low, high = (a, b) if a < b else (b, a)
         jitter = 0.75 + 0.5 * (zlib.crc32(f"{config.seed}/{low}/{high}".encode()) / 2**32)
         return Link(base * jitter, min(self._line_bytes_per_s[a], self._line_bytes_per_s[b]))

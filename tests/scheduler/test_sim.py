@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from scheduler import InputError, Shortage
-from scheduler.sim import POLICIES, Load, SimConfig, compare, default_model, run, simulate
+from scheduler.sim import POLICIES, Load, SimConfig, capacity, compare, default_model, run, simulate
 
 SMALL = SimConfig(
     nodes=14,
@@ -119,6 +119,42 @@ def test_gateways_with_one_old_view_do_not_all_pick_one_chain():
     wary, blind = run(config), run(replace(config, foresight=False, early_rejection=False))
     assert wary["herding"]["most_picked_chain"] < 0.5
     assert wary["herding"]["most_picked_chain"] < blind["herding"]["most_picked_chain"]
+
+
+def test_gateways_with_one_old_view_find_chains_that_bear_the_load():
+    """Nodes say how much work they have when a session is opened, so an old view costs little."""
+    config = replace(
+        SMALL, nodes=24, hours=0.02, gateways=32, churn_per_hour=0.0, load=Load(requests_per_s=8.0)
+    )
+    old, fresh = run(config), run(replace(config, view_age_s=0.0, gossip_s=0.1))
+    assert old["retries"] > fresh["retries"]
+    assert old["attainment"] > 0.9 * fresh["attainment"]
+
+
+def test_a_prompt_on_its_way_counts_as_work_and_is_counted_once():
+    service = simulate(replace(SMALL, churn_per_hour=12.0, load=Load(requests_per_s=1.5)))
+    assert all(m.promised_s == pytest.approx(0.0, abs=1e-6) for m in service.fleet.up.values())
+    assert not any(request.promises for request in service.requests)
+
+
+def test_capacity_is_the_load_at_which_nine_of_ten_keep_their_targets():
+    config = replace(SMALL, hours=0.01, churn_per_hour=0.0)
+    found = capacity(config, steps=2)
+    assert found["requests_per_s"] > 0
+    assert run(replace(config, load=replace(config.load, speed=found["speed"])))["attainment"] >= 0.9
+    beyond = replace(config.load, speed=2.1 * found["speed"])
+    assert run(replace(config, load=beyond))["attainment"] < 0.9
+
+
+def test_regions_may_be_as_far_apart_as_a_matrix_says():
+    rows = ((0.001, 0.2), (0.2, 0.001))
+    far = simulate(replace(SMALL, regions=2, latency_s=rows)).world
+    apart = {
+        far.link(a, b).latency_s for a in far.gateways for b in far.gateways if far.region[a] != far.region[b]
+    }
+    assert min(apart) >= 0.15
+    with pytest.raises(InputError, match="latency_s"):
+        replace(SMALL, regions=3, latency_s=rows)
 
 
 def test_early_refusal_keeps_the_others_within_target_when_too_much_is_asked():

@@ -50,6 +50,24 @@ def test_what_cannot_be_simulated_is_one_plain_line(more, status, said, capsys):
     assert shown.count("\n") == 1
 
 
+def test_the_mesh_is_as_the_flags_say(capsys, tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text("[[1, 80], [80, 1]]")
+    flags = ["--gateways", "3", "--view-age", "1", "--ttft", "7", "--tpot", "0.3", "--copies", "1"]
+    flags += ["--crash-share", "0", "--return-share", "1", "--diurnal", "0", "--latencies", str(rows)]
+    assert main([*QUICK, *flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["targets"] == {"ttft_s": 7.0, "tpot_s": 0.3}
+    rows.write_text("[1, 2]")
+    assert main([*QUICK, *flags]) == 2
+    assert "milliseconds" in capsys.readouterr().err
+
+
+def test_the_highest_load_that_is_borne_is_found(capsys):
+    assert main([*QUICK, "--capacity", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shoal"]["requests_per_s"] > 0
+
+
 def test_a_folder_that_cannot_be_made_is_said(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert main([*QUICK, "--plot", str(tmp_path / "file" / "in")]) == 1

@@ -242,9 +242,9 @@ def _sub(tensor: torch.Tensor, first: int, last: int) -> Iterator[torch.Tensor]:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """In pieces that torch copies without its thread pool."""
+    """On the CPU in pieces that torch copies without its thread pool."""
     rows = len(source) if source.dim() else 1
-    if source.numel() <= SLAB or rows == 0:
+    if source.numel() <= SLAB or rows == 0 or source.device.type != "cpu":
         target.copy_(source)
         return
     step = SLAB // (source.numel() // rows)

@@ -197,3 +197,15 @@ def test_results_may_go_into_tensors_that_are_given(tools):
     assert node.done
     assert node.result.tensors[0] is out[0]
     assert out[0].sum() == 300
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_tensors_on_a_gpu_are_reduced_and_their_results_are_there(tools, codec):
+    torch.manual_seed(4)
+    host = {name: [torch.randn(300, 99).t(), torch.randn(70_000).bfloat16()] for name in "ab"}
+    wanted = run(tools, host, codec)
+    got = run(tools, {name: [t.cuda() for t in tensors] for name, tensors in host.items()}, codec)
+    for here, there in zip(wanted, got, strict=True):
+        assert there.is_cuda
+        assert torch.equal(here, there.cpu())

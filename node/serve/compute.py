@@ -93,15 +93,14 @@ class Compute:
     async def run(self) -> None:
         """Serve batches until cancelled."""
         try:
-            while True:
-                while not self._waiting:
-                    with trio.move_on_after(IDLE_S) as patience:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._look_idle)
+                while True:
+                    while not self._waiting:
                         await self._wake.wait()
-                    self._wake = trio.Event()
-                    if patience.cancelled_caught and not self._waiting:
-                        await self._measure_anew()
-                async with self._idle:
-                    await self._run_batch(self._take())
+                        self._wake = trio.Event()
+                    async with self._idle:
+                        await self._run_batch(self._take())
         finally:
             for job in self._waiting:
                 job.problem = Abandoned()
@@ -271,6 +270,13 @@ class Compute:
             if load is not None:
                 load.prompt_left = max(0, load.prompt_left - count)
         self.tokens += sum(counts)
+
+    async def _look_idle(self) -> None:
+        while True:
+            before = self.tokens
+            await trio.sleep(IDLE_S)
+            if self.tokens == before and not self._waiting:
+                await self._measure_anew()
 
     async def _measure_anew(self) -> None:
         """Nobody asks a node that said it was slow: without work it finds out by itself whether it still is."""

@@ -89,12 +89,12 @@ def hosts(view, model):
 
 
 class Load:
-    """Two clients that ask one model without a pause while the block lasts."""
+    """Six clients that ask one model without a pause while the block lasts."""
 
     def __init__(self, tools, api, model):
         self._ask = lambda: tools.ask(api, PROMPT, model=model, max_tokens=24)
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(2)]
+        self._threads = [threading.Thread(target=self._run) for _ in range(6)]
 
     def _run(self):
         while not self._stop.is_set():

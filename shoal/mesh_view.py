@@ -14,6 +14,11 @@ from shoal.errors import DaemonGarbled
 
 T = TypeVar("T")
 LAYERS_MAX = 100_000
+HEALTH_WORDS = {
+    "slow": "slow, avoided",
+    "out": "failed of late, avoided",
+    "probation": "on probation",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,8 @@ class SpanView:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """One computer as the asked node sees it. `api` is None where it cannot be reached from here."""
+    """One computer as the asked node sees it. `api` is None where it cannot be reached from here. `health` is what its
+    gateway thinks of the work it saw there: good, slow, out or probation; "" where it saw none."""
 
     peer: str
     name: str
@@ -49,6 +55,7 @@ class NodeView:
     rtt_ms: float | None
     version: str
     spans: tuple[SpanView, ...]
+    health: str = ""
 
     def span_of(self, model: str) -> SpanView | None:
         """This node's span of `model`, or None."""
@@ -158,6 +165,8 @@ def node_state(node: NodeView) -> str:
     going = [span for span in node.spans if not span.ready]
     if going:
         return f"{going[0].state} {100 * sum(span.progress for span in going) / len(going):.0f} %"
+    if node.health in HEALTH_WORDS and node.spans:
+        return HEALTH_WORDS[node.health]
     return "serving" if node.spans else "idle"
 
 
@@ -226,7 +235,7 @@ def _span(item: Mapping[str, Any]) -> SpanView:
 
 def _node(item: Mapping[str, Any]) -> NodeView:
     rtt_ms = item.get("rtt_ms")
-    api = item.get("api")
+    api, health = item.get("api"), item.get("health")
     return NodeView(
         peer=_get(item, "peer", str, ""),
         name=_get(item, "name", str, ""),
@@ -238,6 +247,7 @@ def _node(item: Mapping[str, Any]) -> NodeView:
         rtt_ms=None if rtt_ms is None else _get(item, "rtt_ms", float, 0.0),
         version=_get(item, "version", str, ""),
         spans=tuple(_span(span) for span in _items(item, "spans")),
+        health=_get(health, "state", str, "") if isinstance(health, dict) else "",
     )
 
 

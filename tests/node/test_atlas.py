@@ -247,6 +247,8 @@ ABSURD_HOSTS = [
     replace(HOST, plan_s_per_layer=-1.0),
     replace(HOST, queue_by_class_s=(0.0,) * 9),
     replace(HOST, queue_by_class_s=(-1.0,)),
+    replace(HOST, kv_tokens_yielding=-1),
+    replace(HOST, prefixes=b"x" * 5000),
     replace(HOST, start=-4),
     replace(HOST, start=5, end=5),
     replace(HOST, end=10**9),

@@ -150,3 +150,17 @@ def test_tags_region_devices_and_how_often_plans_are_weighed(tmp_path):
 def test_what_a_node_says_of_itself_is_checked(tmp_path, field, value):
     with pytest.raises(ConfigProblem, match=field):
         load_config({"data_dir": str(tmp_path), field: value}, {"XDG_CONFIG_HOME": str(tmp_path)})
+
+
+def test_limits_of_serving_come_under_short_names(tmp_path):
+    env = {"XDG_CONFIG_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path), "SHOAL_QUEUE": "9"}
+    flags = {"queue_wait": 5, "deadline": "120", "first_token": 2.5, "avoid": 1}
+    config = load_config(flags, env)
+    assert (config.queue_max, config.queue_wait_s, config.deadline_s) == (9, 5.0, 120.0)
+    assert (config.first_token_s, config.avoid_s) == (2.5, 1.0)
+
+
+@pytest.mark.parametrize(("field", "value"), [("queue", 0), ("deadline", "soon"), ("avoid", 0)])
+def test_limits_of_serving_that_are_none_name_themselves(tmp_path, field, value):
+    with pytest.raises(ConfigProblem, match=field):
+        load_config({field: value}, {"XDG_CONFIG_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)})

@@ -90,11 +90,27 @@ def test_mesh_gauges_come_from_the_mesh_document_and_forget_what_is_gone() -> No
     assert sample(metrics, "shoal_mesh_relayed_share") == 0
 
 
+def test_what_the_gateway_thinks_of_nodes_is_shown_and_forgotten_with_them() -> None:
+    metrics = Metrics()
+    slow = {"peer": "p", "health": {"state": "slow", "slowdown": 2.5, "reliability": 0.9}}
+    good = {"peer": "q", "health": {"state": "good", "slowdown": 1.0, "reliability": 1.0}}
+    metrics.observe_mesh({"nodes": [slow, good, {"peer": "r", "health": None}], "models": []})
+    assert sample(metrics, 'shoal_mesh_nodes_by_health{state="slow"}') == 1
+    assert sample(metrics, 'shoal_node_slowdown{peer="p"}') == 2.5
+    assert sample(metrics, 'shoal_node_reliability{peer="p"}') == 0.9
+    assert sample(metrics, 'shoal_node_slowdown{peer="r"}') is None
+    metrics.observe_mesh({"nodes": [good], "models": []})
+    assert sample(metrics, 'shoal_mesh_nodes_by_health{state="slow"}') is None
+    assert sample(metrics, 'shoal_node_slowdown{peer="p"}') is None
+
+
 def test_what_the_serving_side_reports_is_shown() -> None:
     metrics = Metrics()
     metrics.set_kv_usage("m", 0.25)
     metrics.count_prefix("m", queries=10, hits=4)
     metrics.count_failure("m", "StageLost")
+    metrics.count_preemption("m")
+    assert sample(metrics, 'shoal_num_preemptions_total{model_name="m"}') == 1
     assert sample(metrics, 'shoal_kv_cache_usage_perc{model_name="m"}') == 0.25
     assert sample(metrics, 'shoal_prefix_cache_hits_total{model_name="m"}') == 4
     assert sample(metrics, 'shoal_prefix_cache_queries_total{model_name="m"}') == 10

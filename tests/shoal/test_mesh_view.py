@@ -111,6 +111,16 @@ def test_names_cannot_steer_the_terminal():
         ({"connected": True, "spans": [span_of(0, 1, "ready")]}, "serving"),
         ({"connected": True, "spans": [span_of(0, 1, "fetching")]}, "fetching 50 %"),
         ({"connected": True, "spans": [span_of(0, 1, "failed")]}, "failed: x"),
+        (
+            {"connected": True, "spans": [span_of(0, 1, "ready")], "health": {"state": "slow"}},
+            "slow, avoided",
+        ),
+        (
+            {"connected": True, "spans": [span_of(0, 1, "ready")], "health": {"state": "probation"}},
+            "on probation",
+        ),
+        ({"connected": True, "spans": [span_of(0, 1, "ready")], "health": {"state": "good"}}, "serving"),
+        ({"connected": True, "spans": [span_of(0, 1, "ready")], "health": None}, "serving"),
     ],
 )
 def test_node_state(node, state):

@@ -42,8 +42,9 @@ WHY IT CANNOT FORK.
 INVARIANTS checked in simulation after every step: one value an epoch; one state an epoch; every result is the exact
 weighted mean over the attempts its declaration names, all on the state of the epoch before; what is said is on disk;
 votes are for bytes held; each epoch is delivered once, in order; every round ends by its deadline; after healing, the
-next epochs are decided. What nobody can mend is named, and stops the chain rather than forking it: a quorum of seats gone for
-good without resigning, more than half of a voted-for membership likewise, all bytes and states of a decided epoch lost.
+next epochs are decided. docs/round.pml is a model of the commit for spin.
+What nobody can mend is named, and stops the chain rather than forking it: a quorum of seats gone for good without
+resigning, more than half of a voted-for membership likewise, all bytes and states of a decided epoch lost.
 
 HOW A SHELL DRIVES `Chain` (one for each run and tag):
 - One thread of control: `for one in chain.handle(event, now_s): do(one)`, instructions strictly in order. `now_s` is

@@ -94,6 +94,7 @@ class Proxy:
         self.flowing = trio.Event()
         self.flowing.set()
         self.corrupt_after = None
+        self.withheld = False
         self.open = []
 
     async def start(self):
@@ -120,6 +121,8 @@ class Proxy:
                     changed = bytearray(data)
                     changed[-1] ^= 1
                     data, self.corrupt_after = bytes(changed), None
+                if record and self.withheld:
+                    continue
                 passed += len(data)
                 await target.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):

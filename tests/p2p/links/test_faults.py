@@ -11,7 +11,8 @@ import trio
 import trio.testing
 
 from p2p import Links, LinksConfig, ListenError, LocalFault, PeerLost, ProtocolViolation, ResourceLimit, Rpc
-from p2p.links.handshake import CHALLENGE_SIZE, HELLO_SIZE
+from p2p.links.handshake import CHALLENGE_SIZE, HELLO_SIZE, MAGIC, WELCOME_SIZE, Hello
+from p2p.links.keys import PROOF_BYTES
 
 SMALL = LinksConfig(
     record_bytes=4096, window_bytes=64 << 10, header_bytes_max=2048, payload_bytes_max=8 << 20
@@ -178,30 +179,74 @@ async def test_without_listeners_and_direct_paths_streams_carry_links(real_nodes
 # ---- strangers
 
 
+async def knock(address, said):
+    """A stranger says `said` to a listener; whether anything was answered but the challenge."""
+    host, _, port = address.rpartition(":")
+    async with await trio.open_tcp_stream(host, int(port)) as stranger:
+        assert len(await stranger.receive_some(CHALLENGE_SIZE)) == CHALLENGE_SIZE
+        await stranger.send_all(said)
+        with contextlib.suppress(trio.BrokenResourceError):
+            return await stranger.receive_some() != b""
+        return False
+
+
 async def test_a_recorded_hello_is_worth_nothing(real_nodes, proxy_to, until):
-    one, other = await real_nodes(2)
+    """Not even one that never arrived: its proof answers another challenge."""
+    late = LinksConfig(upgrade_min_s=60)
+    one, other = await real_nodes(2, late, late)
     target = other.links.addrs()[0]
     proxy = await proxy_to(other)
+    proxy.withheld = True
+    other.links.serve("echo", echo)
+    async with one.links.open(other.peer_id, "echo") as link:
+        assert link.path == "stream"
+        hello = b"".join(proxy.said)
+        assert len(hello) == HELLO_SIZE
+        path = link.path_now
+        assert not await knock(target, hello)
+        await until(lambda: other.links.faults["refused"] == 1)
+        await rally(link, count=1)
+        assert link.path_now is path
+
+
+@pytest.mark.parametrize("what", ["wrong proof", "unknown session", "noise", "another protocol"])
+async def test_a_hello_without_proof_is_refused(real_nodes, until, what):
+    one, other = await real_nodes(2)
     other.links.serve("echo", echo)
     async with one.links.open(other.peer_id, "echo") as link:
         await rally(link, count=1)
-        hello = b"".join(proxy.said)[:HELLO_SIZE]
-        host, _, port = target.rpartition(":")
-        for sent in (
-            hello,
-            hello[:-1] + bytes([hello[-1] ^ 1]),
-            os.urandom(HELLO_SIZE),
-            b"SHL1" + bytes(HELLO_SIZE),
-        ):
-            before = other.links.faults["refused"]
-            async with await trio.open_tcp_stream(host, int(port)) as stranger:
-                assert len(await stranger.receive_some(CHALLENGE_SIZE)) == CHALLENGE_SIZE
-                await stranger.send_all(sent)
-                with contextlib.suppress(trio.BrokenResourceError):
-                    assert await stranger.receive_some() == b""
-            assert other.links.faults["refused"] == before + 1
-        assert link.path == "direct"
+        path = link.path_now
+        true = Hello(link.terms.session, 1000, 0, 1, 0).said()
+        said = {
+            "wrong proof": true + bytes(PROOF_BYTES),
+            "unknown session": Hello(bytes(16), 1000, 0, 1, 0).said() + bytes(PROOF_BYTES),
+            "noise": os.urandom(HELLO_SIZE),
+            "another protocol": b"GET / HTTP/1.1".ljust(HELLO_SIZE),
+        }[what]
+        assert not await knock(other.links.addrs()[0], said)
+        await until(lambda: other.links.faults["refused"] == 1)
+        await rally(link, count=1)
+        assert link.path_now is path
+
+
+async def test_a_listener_that_pretends_gets_no_link(real_nodes, nursery):
+    one, other = await real_nodes(2, EAGER, EAGER)
+    other.links.serve("echo", echo)
+
+    async def pretend(stream):
+        async with stream:
+            await stream.send_all(MAGIC + bytes(CHALLENGE_SIZE - len(MAGIC)))
+            with contextlib.suppress(trio.BrokenResourceError):
+                await stream.receive_some()
+                await stream.send_all(bytes(WELCOME_SIZE))
+                await stream.receive_some()
+
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    nursery.start_soon(trio.serve_listeners, pretend, [listener])
+    other.links._listener._offered = [f"127.0.0.1:{listener.socket.getsockname()[1]}"]
+    async with one.links.open(other.peer_id, "echo") as link:
         await rally(link)
+        assert link.path == "stream"
 
 
 async def test_a_stranger_who_says_nothing_is_shown_out(real_nodes, until):
@@ -542,3 +587,19 @@ async def test_arrays_are_sent_as_their_bytes(memory_nodes, shape):
         await link.send(b"", [array.data, b"", array.data])
         _, got = await link.receive()
         assert bytes(got) == 2 * array.tobytes()
+
+
+async def test_a_link_counts_until_its_handler_has_returned(memory_nodes, until):
+    one, other = await memory_nodes(2)
+    stop = trio.Event()
+
+    async def linger(link):
+        await stop.wait()
+
+    other.links.serve("linger", linger)
+    async with one.links.open(other.peer_id, "linger"):
+        pass
+    await trio.testing.wait_all_tasks_blocked()
+    assert (len(one.links._entries), len(other.links._entries)) == (0, 1)
+    stop.set()
+    await until(lambda: not other.links._entries)

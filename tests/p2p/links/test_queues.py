@@ -264,6 +264,31 @@ def test_more_small_records_than_allowed_are_a_violation():
         deliver(inbox, [forged(mine, PART, b"", RECORDS_AHEAD_MAX + 4)])
 
 
+def test_a_piece_that_overtakes_the_end_of_an_aborted_message_lands_in_its_own():
+    outbox, inbox = queues()
+    first, second = bytearray(2 * RECORD), bytearray(2 * RECORD)
+    places = iter([memoryview(first), memoryview(second)])
+    inbox.post(lambda header, size: next(places))
+    outbox.begin(b"1", b"", len(first), wants_echo=False)
+    outbox.abort()
+    put(outbox, b"2", b"x" * len(second))
+    begun, aborted, begun_second, *parts = outbox.take(1 << 20)
+    deliver(inbox, [begun, parts[0], parts[1], begun_second, aborted])
+    assert inbox.take() == (b"2", memoryview(b"x" * len(second)))
+    assert first == bytes(len(first))
+
+
+def test_keys_change_long_before_a_cipher_tires():
+    mine, _ = key_pair()
+    sealed = {
+        mine.outward.data(seq).encrypt(bytes(12), b"same", None)
+        for seq in (0, (1 << 18) - 1, 1 << 18, 2 << 18)
+    }
+    sealed |= {keys.encrypt(bytes(12), b"same", None) for keys in (mine.outward.control, mine.inward.control)}
+    sealed.add(mine.inward.data(0).encrypt(bytes(12), b"same", None))
+    assert len(sealed) == 6
+
+
 def test_a_sink_that_fails_leaves_the_message_for_the_next_receiver():
     outbox, inbox = queues()
     put(outbox, b"h", bytes(100))

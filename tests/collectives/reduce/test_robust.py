@@ -195,7 +195,7 @@ def test_norms_are_of_all_tensors_and_name_what_is_no_number():
         norm_of(tensors)
 
 
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=12), st.floats(0.05, 1.0))
+@given(st.lists(st.just(0.0) | st.floats(1e-3, 1e6), min_size=1, max_size=12), st.floats(0.05, 1.0))
 def test_nobody_weighs_more_than_the_share(weights, share):
     members = [Member(f"p{n}", 0, n, weight) for n, weight in enumerate(weights)]
     got = [member.weight for member in capped(members, share=share)]

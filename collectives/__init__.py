@@ -27,6 +27,7 @@ from collectives.errors import (
     RoundFailed,
     Superseded,
 )
+from collectives.gossip import Fork, Gossiped
 from collectives.reduce import ExchangeSettings
 from collectives.reduce.feedback import Feedback
 from collectives.round import Reduced, Round
@@ -43,6 +44,8 @@ __all__ = [
     "ExchangeSettings",
     "Excluded",
     "Feedback",
+    "Fork",
+    "Gossiped",
     "JournalError",
     "LocalFault",
     "NoQuorum",

@@ -35,6 +35,7 @@ from collectives.config import RunConfig
 from collectives.data import Input, Plane, input_of, storages
 from collectives.data_links import Purpose, Uplink
 from collectives.errors import Behind, LocalFault, NoQuorum, RemoteFault, ResourceLimit, Superseded
+from collectives.gossip import Gossip, Gossiped
 from collectives.journal import Journal
 from collectives.reduce.feedback import Feedback
 from collectives.reduce.robust import capped, norm_of
@@ -84,6 +85,7 @@ class Run:
         self._nursery: trio.Nursery | None = None
         self._rounds: set[str] = set()
         self.uplink = Uplink(config.uplink_bps)
+        self.gossip = Gossip(service.rpc, service.links, run_id, self.me, self.uplink, config.reduce)
 
     # ---- rounds
 
@@ -194,6 +196,23 @@ class Run:
                 shell.caller_epoch = outcome.epoch
         return tuple(results)
 
+    async def average(
+        self,
+        tensors: Sequence[torch.Tensor],
+        weight: float = 1.0,
+        *,
+        tag: str = DEFAULT_TAG,
+        deadline_s: float = 30.0,
+    ) -> Gossiped:
+        """The mean with one other member that calls this too, where the run allows it (`RunConfig.gossip`): for the
+        time in which rounds raise NoQuorum. See `Fork` for what follows. Raises LocalFault, NoQuorum."""
+        if not self.config.gossip:
+            raise LocalFault("this run does not allow pairwise averages (RunConfig.gossip)")
+        given = input_of(new_nonce(), tensors, weight, None, None)
+        name = layout_name(given.layout, self.config.reduce)
+        until_s = trio.current_time() + deadline_s
+        return await self.gossip.average(tag, given, name, self.config.codec, self._others, until_s)
+
     # ---- state
 
     async def publish(
@@ -288,6 +307,9 @@ class Run:
     async def on_link(self, purpose: Purpose, link: Link) -> None:
         """A data link that a peer opened; it is closed when this returns."""
         peer = str(link.peer)
+        if purpose.pair:
+            await self.gossip.on_link(purpose, link)
+            return
         if purpose.tag in self._tags or len(self._tags) < self.config.tags_max:
             await self._tag(purpose.tag).plane.use(peer, link)
 

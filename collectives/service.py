@@ -12,12 +12,13 @@ import trio
 
 from collectives.data_links import LinkDesk, Purpose
 from collectives.errors import LocalFault
+from collectives.gossip import PAIR, Pair, Paired
 from collectives.reduce import Result
 from collectives.state import Shelf
 from collectives.state_rpc import StateServer
 from collectives.values import ValueServer
 from collectives.wire import Mailroom
-from p2p import Identity, Link, Links, PeerEvent, Rpc
+from p2p import Call, Identity, Link, Links, PeerEvent, Rpc, RpcRefusal
 
 if TYPE_CHECKING:
     from collectives.run import Run
@@ -38,6 +39,7 @@ class Collectives:
         self._desk = LinkDesk(links, self._on_link)
         StateServer(rpc, self._shelf)
         ValueServer(rpc, self._result)
+        rpc.serve(PAIR, self._on_pair)
 
     @classmethod
     def of(cls, host: Any, rpc: Rpc, links: Links, identity: Identity) -> Collectives:
@@ -79,6 +81,12 @@ class Collectives:
         run = self.runs.get(purpose.run)
         if run is not None:
             await run.on_link(purpose, link)
+
+    async def _on_pair(self, call: Call, ask: Pair) -> Paired:
+        run = self.runs.get(ask.run)
+        if run is None:
+            raise RpcRefusal("absent", "this node takes no part in the run")
+        return await run.gossip.on_pair(call, ask)
 
     def _shelf(self, run_id: str, tag: str) -> Shelf | None:
         run = self.runs.get(run_id)

@@ -13,6 +13,8 @@ def test_the_face_is_what_it_was():
         "ExchangeSettings",
         "Excluded",
         "Feedback",
+        "Fork",
+        "Gossiped",
         "JournalError",
         "LocalFault",
         "NoQuorum",

@@ -174,9 +174,6 @@ async def _collect(
                 missing.append(index)
                 scope.cancel()
                 return
-            except BaseException:
-                missing.append(index)
-                raise
 
     for peer in holders:
         async with trio.open_nursery() as nursery:

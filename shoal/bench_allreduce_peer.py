@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import trio
 
-from collectives import Reduced, Run, RunConfig, Settings, open_run
-from p2p import HostConfig, Identity, Links, Rpc, open_host
+from collectives import CollectiveError, Reduced, Run, RunConfig, Settings, open_run
+from p2p import HostConfig, Identity, Links, P2pError, Rpc, open_host
 
 MESH = "bench"
 KEY = bytes(range(32))
@@ -146,6 +146,15 @@ def main() -> None:
         trio.run(take_part, json.loads(sys.argv[1]))
     except* (KeyboardInterrupt, BrokenPipeError):
         sys.exit(1)
+    except* (CollectiveError, P2pError) as problems:
+        print(json.dumps({"failed": str(first_of(problems))}), flush=True)
+        sys.exit(1)
+
+
+def first_of(problems: BaseExceptionGroup[BaseException]) -> BaseException:
+    """One of the errors in a group."""
+    first = problems.exceptions[0]
+    return first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 if __name__ == "__main__":

@@ -502,7 +502,10 @@ def _bench_commands(commands: Any) -> None:
         help="fp32 tensors of each peer, in MiB (default: 64)",
     )
     allreduce.add_argument(
-        "--codec", metavar="C", default="fp32", help="fp32, bf16, int8, int4 or topk (default: fp32)"
+        "--codec",
+        choices=("fp32", "bf16", "int8", "int4", "topk"),
+        default="fp32",
+        help="how the numbers travel (default: fp32)",
     )
     allreduce.add_argument(
         "--rounds", metavar="R", type=count, default=7, help="rounds measured (default: 7)"

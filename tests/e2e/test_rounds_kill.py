@@ -99,7 +99,7 @@ class Oracle:
             log=str(member.log_path), key=member.key, journal=member.journal, port=self.ports[self.peers[member.index]],
             ports=self.ports, founders=self.peers, rounds=self.rounds, deadline_s=self.deadline_s, rejoin=rejoin,
             peers_min=1 if rejoin else len(self.members) - 1, linger_s=3600.0, level=self.level,
-            think_s=0.1,
+            think_s=0.1, settings={"members_min": len(self.members) // 2 + 1},
         )["pid"]  # fmt: skip
 
     def signal(self, member, number):
@@ -151,6 +151,10 @@ class Oracle:
             key=lambda c: c["epoch"],
         )
         first = self.members[self.peers.index(newest["first"])]
+        # Whoever decided the last epoch holds it; more than half of those must live on, or its bytes are gone for good.
+        seated = [self.members[self.peers.index(peer)] for peer in newest["members"]]
+        if 2 * (sum(member in up for member in seated) - 1) <= len(seated):
+            return
         victim = first if first in up and self.rng.random() < 0.4 else self.rng.choice(up)
         self.coordinators_hit += victim is first
         if self.rng.random() < 0.5:

@@ -103,13 +103,13 @@ class Chain(Leading):
         if sender == self.me:
             return
         match message:
-            case Commit(decided):
-                self.learn(sender, decided, now_s)
+            case Commit(decided, waiting):
+                self.learn(decided, now_s, waiting)
             case Ask(epoch):
                 if self.ledger.decided is not None and epoch < self.epoch:
-                    self.send(sender, Commit(self.ledger.decided))
+                    self.tell_decided(sender, self.ledger.decided)
             case Resign(_, decided):
-                self.learn(sender, decided, now_s)
+                self.learn(decided, now_s)
                 self._on_resign(sender, message, now_s)
             case Ready():
                 self.on_ready(sender, message, now_s)

@@ -70,6 +70,9 @@ class Core:
         self.awaiting: Decided | None = None  # the last decision, while its bytes are not here
         self.suspected: set[str] = set()
         self.contacts: tuple[str, ...] = ()
+        self.waiting: frozenset[str] = (
+            frozenset()
+        )  # were left out of the last epoch, and may come for this one
         self.grace = Grace(settings)
         self.journaled = saved is not None
         self.zero_free = saved is None  # whoever restarts may have used ballot 0 already
@@ -153,7 +156,7 @@ class Core:
         if self.ledger.decided is not None and epoch == self.epoch + 1:
             return True
         if self.ledger.decided is not None and epoch <= self.epoch:
-            self.send(sender, Commit(self.ledger.decided))
+            self.tell_decided(sender, self.ledger.decided)
         else:
             self.send(sender, Ask(self.epoch))
         return False
@@ -169,6 +172,9 @@ class Core:
         if now_s >= self.ask_at:
             self.ask_at = now_s + self.settings.resend_s
             self.send_all(self.contacts, Ask(self.epoch))
+
+    def tell_decided(self, peer: str, decided: Decided) -> None:
+        self.send(peer, Commit(decided, tuple(sorted(self.waiting))))
 
     # Bytes.
 
@@ -189,7 +195,7 @@ class Core:
 
     # How an epoch ends.
 
-    def learn(self, sender: str, decided: Decided, now_s: float) -> None:
+    def learn(self, decided: Decided, now_s: float, waiting: Iterable[str] = ()) -> None:
         """Somebody says that `decided` is; its form was checked on arrival."""
         value = decided.value
         if decided.config.epoch <= self.epoch:
@@ -198,9 +204,11 @@ class Core:
             return
         if decided.config.epoch == self.epoch + 1 and self.epoch >= 0 and not self.ledger.certifies(decided):
             return
-        self.settle(decided, now_s)
+        self.settle(decided, now_s, waiting)
 
-    def settle(self, decided: Decided, now_s: float, told: Iterable[str] = ()) -> None:
+    def settle(
+        self, decided: Decided, now_s: float, waiting: Iterable[str], told: Iterable[str] = ()
+    ) -> None:
         """`decided` is true: move on, and tell these."""
         before, epoch = self.epoch, decided.config.epoch
         value = decided.value
@@ -211,8 +219,11 @@ class Core:
             self.out.append(Abandon(self.declaration.ballot))
         fetching = self.fetching
         gone = self.ledger.decide(decided)
+        left = value.declaration.left_out if value is not None else ()
+        self.waiting = frozenset((*waiting, *[one.peer for one in left if one.why in ("late", "silent")]))
         self.persist()
-        self.send_all(told, Commit(decided))
+        for peer in dict.fromkeys(told):
+            self.tell_decided(peer, decided)
         if fetching is not None and (value is None or fetching.digest != value.digest):
             gone.add(fetching.digest)
         if missed is not None and missed.value is not None:

@@ -101,8 +101,9 @@ class Gather:
         return seat is not None and seat.incarnation == self.offers[peer].incarnation
 
     def due_s(self, agreeing: list[str] | None, waited_for: Iterable[str], hurry_at_s: float) -> float | None:
-        """When to declare: 0.0 is at once, None is never as things are. `waited_for`: whoever of the configuration is
-        not known to be dead; before `hurry_at_s` there must be `members_min`."""
+        """When to declare: 0.0 is at once, None is never as things are. `waited_for`: whoever of the configuration,
+        and of those who came too late for the last one, is not known to be dead. Before `hurry_at_s` there must be
+        `members_min`."""
         if agreeing is None or self.quorum_at is None:
             return None
         if len(agreeing) < self._settings.members_min:

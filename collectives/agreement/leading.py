@@ -258,7 +258,7 @@ class Leading(Following):
     def _due_s(self, gather: Gather, agreeing: list[str] | None, deadline_s: float) -> float | None:
         waited_for = [
             peer
-            for peer in self.ledger.config.peers
+            for peer in (*self.ledger.config.peers, *self.waiting)
             if peer == self.me or (peer not in self.suspected and peer not in self.ledger.resigned)
         ]
         return gather.due_s(agreeing, waited_for, deadline_s - self.settings.hurry_s)
@@ -427,4 +427,5 @@ class Leading(Following):
         decided = Decided(config, value, self.ledger.certificate(lead.ballot, lead.votes))
         offers = self.gather.offers if self.gather is not None else {}
         told = (*value.declaration.peers, *self.ledger.config.peers, *offers)
-        self.settle(decided, now_s, told)
+        late = [peer for peer in offers if value.declaration.member(peer) is None]
+        self.settle(decided, now_s, late, told)

@@ -132,9 +132,11 @@ class Voted:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What the last epoch decided; also the answer to whatever belongs to an earlier one."""
+    """What the last epoch decided; also the answer to whatever belongs to an earlier one. `waiting`: who wanted to take
+    part and came too late, so that the next coordinator waits for them a little."""
 
     decided: Decided
+    waiting: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +246,9 @@ def check(message: Message, members_max: int) -> None:
             _epoch(epoch)
             _ballot(ballot)
             _hash(digest)
-        case Commit(decided):
+        case Commit(decided, waiting):
             _decided(decided, members_max)
+            _names(waiting, members_max)
         case Resign(resignation, decided):
             _resignation(resignation, members_max)
             _decided(decided, members_max)

@@ -285,6 +285,39 @@ def test_whoever_is_late_is_told_so_and_catches_up(table):
     assert one.committed(late) == [(1, b"result", False)]
 
 
+def test_whoever_was_late_is_waited_for_a_little_in_the_next_epoch(table):
+    one = table("abc")
+    late = one.ranked[2]
+    one.enter(*one.ranked[:2])
+    one.deliver()
+    one.pass_time(0.6)
+    one.enter(late)
+    one.deliver()
+    one.reduced(*one.ranked[:2])
+    one.deliver()
+    one.tell(late, ev.Held(1, b"result"))
+    seated = one.chains[late].config.peers
+    assert late not in seated
+    one.enter(*seated)
+    one.deliver()
+    assert one.chains[seated[0]].declaration is None
+    one.enter(late)
+    one.deliver()
+    assert set(one.chains[seated[0]].declaration.peers) == set("abc")
+
+
+def test_whoever_does_not_come_again_is_waited_for_once(table):
+    one = table("abc")
+    one.enter(*one.ranked[:2])
+    for epoch, wait_s in ((1, 1.0), (2, 1.0), (3, 0.0)):
+        one.run(wait_s)
+        members = one.chains["a"].config.peers if epoch > 1 else one.ranked[:2]
+        one.reduced(*members, digest=bytes([epoch]))
+        one.deliver()
+        assert one.chains[members[0]].epoch == epoch
+        one.enter(*members)
+
+
 def test_a_caller_that_was_told_an_error_hears_of_a_later_decision(table):
     one = table("abc")
     _first, _second, _third = one.ranked

@@ -60,6 +60,7 @@ def measure(config: SimConfig, service: Service, policy: Policy, until_s: float)
         "replans": policy.replans,
         "messages": _messages(config, service, policy, until_s),
         "retries": service.retries,
+        "prefix_reused": _round(service.tokens_reused / max(1, sum(r.ask.prompt_tokens for r in requests))),
         "herding": herding(service.chains),
         "series": _series(config, requests, until_s),
     }

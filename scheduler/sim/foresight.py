@@ -105,6 +105,8 @@ class State:
         Queues empty while the stages before them work.
         """
         tokens, at, link_of = request.prompt_tokens, request.gateway, self.seen.links
+        if request.prefix_nodes.issuperset(stage.node for stage in stages):
+            tokens = max(1, tokens - request.prefix_tokens)
         chunk = min(chunk_tokens, tokens)
         first = link_of(at, stages[0].node)
         here_s, last_s = first.latency_s, first.latency_s

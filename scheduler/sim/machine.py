@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from scheduler import cost
 from scheduler.shapes import ModelShape, NodeShape
+from scheduler.sim.trace import BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from scheduler.sim.request import Request
@@ -36,6 +37,7 @@ class Machine:
     died_s: float = float("inf")
     disk: list[Span] = field(default_factory=list)
     sessions: dict[int, Request] = field(default_factory=dict)
+    prefixes: dict[int, None] = field(default_factory=dict)
     kv_free_bytes: int = 0
     set_aside_bytes: int = 0
     free_at_s: float = 0.0
@@ -73,6 +75,7 @@ class Machine:
         """Host `span` from now on; what is not weights or working space is cache room."""
         self.span = span
         self.draining = False
+        self.prefixes.clear()
         if span is None:
             self.kv_free_bytes = 0
             return
@@ -92,6 +95,22 @@ class Machine:
             return 0
         each = self.model.kv_bytes_per_token_per_layer * (self.span[1] - self.span[0])
         return max(0, self.kv_free_bytes) // max(1, each)
+
+    def cached_tokens(self, blocks: tuple[int, ...]) -> int:
+        """Tokens at the beginning of a prompt whose cache is still here."""
+        for k, block in enumerate(blocks):
+            if block not in self.prefixes:
+                return k * BLOCK_TOKENS
+        return len(blocks) * BLOCK_TOKENS
+
+    def remember(self, blocks: tuple[int, ...]) -> None:
+        """Keep the cache of a prompt's blocks in the room that is free, the least lately used let go first."""
+        for block in reversed(blocks):  # a block is of no use without those before it: they are let go last
+            self.prefixes.pop(block, None)
+            self.prefixes[block] = None
+        most = self.kv_tokens_free() // BLOCK_TOKENS
+        while len(self.prefixes) > most:
+            del self.prefixes[next(iter(self.prefixes))]
 
     def backlog_s(self, now_s: float) -> float:
         """Prompt work in line and on its way."""

@@ -102,5 +102,8 @@ class Parallax:
     def confirm(self, fleet: Fleet, request: Request, queues: Mapping[str, float]) -> bool:
         return True
 
+    def served(self, request: Request, now_s: float) -> None:
+        """Prefixes are reused where chance brings them together."""
+
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         raise NoChain(range(*lost))

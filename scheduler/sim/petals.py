@@ -222,6 +222,9 @@ class Petals:
             table.bans.pop(stage.node, None)
         return True
 
+    def served(self, request: Request, now_s: float) -> None:
+        """Prefixes are reused where chance brings them together."""
+
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         return self._path(fleet, request, lost, without)
 

@@ -23,12 +23,14 @@ from scheduler.sim.fleet import Fleet
 from scheduler.sim.foresight import Foresight, State, Usual
 from scheduler.sim.machine import Span
 from scheduler.sim.request import Request
+from scheduler.sim.trace import BLOCK_TOKENS
 
 Orders = Mapping[str, Span | None]
 MODEL = "simulated"
 COPIES_MAX = 64
 USUAL_S = 30.0
 HURRY_WEIGHT = 64.0
+PREFIXES_MAX = 100_000
 MARGIN = 0.95
 """What is foreseen has to stay within this share of a target."""
 TPOT_MARGIN = 0.95
@@ -59,6 +61,9 @@ class Policy(Protocol):
 
     def confirm(self, fleet: Fleet, request: Request, queues: Mapping[str, float]) -> bool:
         """Whether to go on, now that every stage of the chain has said how much work it had when it was asked."""
+
+    def served(self, request: Request, now_s: float) -> None:
+        """The stages of the request have read its prompt and keep its cache."""
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         """Stages for the lost layers alone. Raises NoChain or NoRoom."""
@@ -105,6 +110,7 @@ class Shoal:
         self._seen = -1
         self._copies = 1
         self._foresight: dict[str, tuple[tuple[float, int], Foresight]] = {}
+        self._prefixes: dict[int, tuple[float, frozenset[str]]] = {}
         self._said: dict[str, dict[str, tuple[float, float]]] = {}
         self._asked: deque[tuple[float, int, int]] = deque()
 
@@ -158,7 +164,9 @@ class Shoal:
         A prompt that no chain would serve in time is refused at once where `early_rejection` says so, and served as
         well as can be where not.
         """
-        asked = wish(fleet, request, frozenset(request.excluded), self._seed())
+        asked = self._with_prefix(
+            wish(fleet, request, frozenset(request.excluded), self._seed()), fleet, request
+        )
         now_s = fleet.clock.now_s
         left_s = self._config.targets.ttft_s - (now_s - request.ask.at_s)
         urgent = self._config.early_rejection and request.first_s is None
@@ -202,7 +210,7 @@ class Shoal:
         heard.update({name: (request.asked_s, queue_s) for name, queue_s in queues.items()})
         if request.first_s is not None:
             return True
-        asked = wish(fleet, request, frozenset())
+        asked = self._with_prefix(wish(fleet, request, frozenset()), fleet, request)
         state = self._state(fleet, asked).told(self._heard(fleet, request.gateway))
         if any(stage.node not in state.queues_s for stage in request.stages):
             return True
@@ -216,6 +224,24 @@ class Shoal:
             if stage.node in heard:
                 heard[stage.node] = (heard[stage.node][0], heard[stage.node][1] + work_s)
         return True
+
+    def served(self, request: Request, now_s: float) -> None:
+        nodes = frozenset(stage.node for stage in request.stages)
+        for block in request.ask.blocks:
+            self._prefixes.pop(block, None)
+            self._prefixes[block] = (now_s, nodes)
+        while len(self._prefixes) > PREFIXES_MAX:
+            del self._prefixes[next(iter(self._prefixes))]
+
+    def _with_prefix(self, asked: ChainRequest, fleet: Fleet, request: Request) -> ChainRequest:
+        """The request with the nodes that hold most of its prompt, as they announced with their loads."""
+        ripe_s = fleet.clock.now_s - self._config.view_age_s
+        blocks = request.ask.blocks
+        for k in range(len(blocks), 0, -1):
+            known = self._prefixes.get(blocks[k - 1])
+            if known is not None and known[0] <= ripe_s:
+                return replace(asked, prefix_nodes=known[1], prefix_tokens=k * BLOCK_TOKENS)
+        return asked
 
     def _heard(self, fleet: Fleet, gateway: str) -> dict[str, float]:
         """Queues as their nodes told the gateway after what its view says of them, less the time since."""

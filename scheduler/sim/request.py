@@ -42,6 +42,7 @@ class Request:
     had_alternate: bool = False
     counted: bool = False
     fed: bool = False
+    cached_tokens: int = 0
     asked_s: float = 0.0
     tries: int = 0
     promises: dict[int, float] = field(default_factory=dict)
@@ -55,6 +56,11 @@ class Request:
     def context(self) -> int:
         """Tokens that a replacement stage has to be fed."""
         return self.ask.prompt_tokens + self.tokens_done
+
+    @property
+    def work_tokens(self) -> int:
+        """Tokens that stages have yet to read: those whose cache they all kept from another prompt are not."""
+        return max(1, self.context - self.cached_tokens)
 
     def hold(self, stages: list[Stage], machines: list[Machine]) -> None:
         """Reserve cache at stages that are new to it, and give up those it no longer uses."""
@@ -77,7 +83,7 @@ class Request:
         """Tell the stages from `first` to before `end` that a prompt will come."""
         for index in range(first, end):
             stage, machine = self.stages[index], self.machines[index]
-            self.promises[index] = machine.prompt_work_s(self.context, stage.end - stage.start)
+            self.promises[index] = machine.prompt_work_s(self.work_tokens, stage.end - stage.start)
             machine.promised_s += self.promises[index]
 
     def fulfil(self, index: int) -> None:

@@ -32,6 +32,7 @@ class Service:
         self.requests: list[Request] = []
         self.messages = 0
         self.retries = 0
+        self.tokens_reused = 0
         self.chains: list[tuple[float, str, tuple[str, ...]]] = []
 
     def arrive(self, ask: Ask) -> None:
@@ -64,6 +65,7 @@ class Service:
             return
         queues = {m.name: m.backlog_s(self.clock.now_s) for m in machines}
         request.hold(stages, machines)
+        request.cached_tokens = min(m.cached_tokens(request.ask.blocks) for m in machines)
         request.promise(0, len(stages))
         request.state = "opening"
         there_s = max(self.world.link(request.gateway, stage.node).latency_s for stage in stages)
@@ -131,7 +133,7 @@ class Service:
         self.clock.at(arrives_s, self._prompt, request, request.turn, first, end, 0.0)
 
     def _chunk(self, request: Request) -> int:
-        return min(self.config.chunk_tokens, request.context)
+        return min(self.config.chunk_tokens, request.work_tokens)
 
     def _prompt(self, request: Request, turn: int, index: int, end: int, above_s: float) -> None:
         """The first chunk reached a stage; `above_s` is when the last one can at the soonest."""
@@ -139,7 +141,7 @@ class Service:
             return
         stage, machine = request.stages[index], request.machines[index]
         request.fulfil(index)
-        tokens = request.context
+        tokens = request.work_tokens
         start_s, seconds = machine.take_prompt(tokens, stage.end - stage.start, self.clock.now_s)
         chunk_s = seconds * self._chunk(request) / tokens
         end_s = max(start_s + seconds, above_s + chunk_s)
@@ -157,6 +159,10 @@ class Service:
         if request.turn != turn:
             return
         if request.first_s is None:
+            self.tokens_reused += request.cached_tokens
+            for machine in request.machines if request.ask.blocks else ():
+                machine.remember(request.ask.blocks)
+            self.policy.served(request, self.clock.now_s)
             request.first_s = self.clock.now_s
             request.tokens_done = 1
         request.state = "decode"
@@ -209,6 +215,7 @@ class Service:
             request.flow(0.0)
             request.turn += 1
             request.breaks += 1
+            request.cached_tokens = 0
             if request.state != "broken":
                 request.state = "broken"
                 request.waits_since_s = notice_s

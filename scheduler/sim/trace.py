@@ -19,15 +19,18 @@ from scheduler.shapes import ModelShape
 from scheduler.sim.config import Load
 
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+BLOCK_TOKENS = 512
+"""Tokens that a hash of a Mooncake trace stands for, with all that come before them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request: when it comes, and how many tokens go in and come out."""
+    """One request: when it comes, how many tokens go in and come out, and the hashes of the prompt's whole blocks."""
 
     at_s: float
     prompt_tokens: int
     answer_tokens: int
+    blocks: tuple[int, ...] = ()
 
 
 def asks(load: Load, model: ModelShape, until_s: float, seed: int) -> list[Ask]:
@@ -41,7 +44,8 @@ def asks(load: Load, model: ModelShape, until_s: float, seed: int) -> list[Ask]:
         if ask.at_s >= until_s or len(found) >= load.requests_max:
             break
         answer = max(1, min(ask.answer_tokens, model.context_tokens // 2))
-        found.append(Ask(ask.at_s, max(1, min(ask.prompt_tokens, model.context_tokens - answer)), answer))
+        prompt = max(1, min(ask.prompt_tokens, model.context_tokens - answer))
+        found.append(Ask(ask.at_s, prompt, answer, ask.blocks[: prompt // BLOCK_TOKENS]))
     return found
 
 
@@ -61,7 +65,7 @@ def _again(once: list[Ask]) -> Iterator[Ask]:
     offset_s = 0.0
     while True:
         for ask in once:
-            yield Ask(ask.at_s + offset_s, ask.prompt_tokens, ask.answer_tokens)
+            yield Ask(ask.at_s + offset_s, ask.prompt_tokens, ask.answer_tokens, ask.blocks)
         offset_s += length_s
 
 
@@ -75,10 +79,13 @@ def _read(path: Path, load: Load) -> list[Ask]:
     except UnicodeDecodeError:
         raise InputError("trace", str(path), "a text file in UTF-8") from None
     first_s = found[0][0] if found else 0.0
-    return [Ask((at_s - first_s) / load.speed, prompt, answer) for at_s, prompt, answer in found]
+    return [Ask((row[0] - first_s) / load.speed, *row[1:]) for row in found]
 
 
-def _azure(lines: Iterator[str]) -> Iterator[tuple[float, int, int]]:
+Row = tuple[float, int, int, tuple[int, ...]]
+
+
+def _azure(lines: Iterator[str]) -> Iterator[Row]:
     reader = csv.DictReader(lines)
     if not set(AZURE_COLUMNS) <= set(reader.fieldnames or ()):
         raise InputError("trace", reader.fieldnames, "a CSV with the columns " + ", ".join(AZURE_COLUMNS))
@@ -86,20 +93,21 @@ def _azure(lines: Iterator[str]) -> Iterator[tuple[float, int, int]]:
         try:
             # Seven digits of a second; the standard library reads six.
             at_s = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
-            yield at_s, int(row["ContextTokens"]), int(row["GeneratedTokens"])
+            yield at_s, int(row["ContextTokens"]), int(row["GeneratedTokens"]), ()
         except (TypeError, ValueError):
             raise InputError(
                 f"trace line {number}", list(row.values()), "a time and two whole numbers"
             ) from None
 
 
-def _mooncake(lines: Iterator[str]) -> Iterator[tuple[float, int, int]]:
+def _mooncake(lines: Iterator[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            yield float(row["timestamp"]) / 1000.0, int(row["input_length"]), int(row["output_length"])
+            at_s, prompt, answer = float(row["timestamp"]) / 1000.0, row["input_length"], row["output_length"]
+            yield at_s, int(prompt), int(answer), tuple(int(each) for each in row.get("hash_ids", ()))
         except (TypeError, ValueError, KeyError):
             right = "an object with timestamp (ms), input_length and output_length"
             raise InputError(f"trace line {number}", line.strip(), right) from None

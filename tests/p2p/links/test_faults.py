@@ -209,7 +209,9 @@ async def test_a_recorded_hello_is_worth_nothing(real_nodes, proxy_to, until):
         assert link.path_now is path
 
 
-@pytest.mark.parametrize("what", ["wrong proof", "unknown session", "noise", "another protocol"])
+@pytest.mark.parametrize(
+    "what", ["wrong proof", "another challenge", "unknown session", "noise", "another protocol"]
+)
 async def test_a_hello_without_proof_is_refused(real_nodes, until, what):
     one, other = await real_nodes(2)
     other.links.serve("echo", echo)
@@ -219,6 +221,7 @@ async def test_a_hello_without_proof_is_refused(real_nodes, until, what):
         true = Hello(link.terms.session, 1000, 0, 1, 0).said()
         said = {
             "wrong proof": true + bytes(PROOF_BYTES),
+            "another challenge": true + link.keys.proof(b"hello", os.urandom(32), true),
             "unknown session": Hello(bytes(16), 1000, 0, 1, 0).said() + bytes(PROOF_BYTES),
             "noise": os.urandom(HELLO_SIZE),
             "another protocol": b"GET / HTTP/1.1".ljust(HELLO_SIZE),
@@ -233,13 +236,15 @@ async def test_a_listener_that_pretends_gets_no_link(real_nodes, nursery):
     one, other = await real_nodes(2, EAGER, EAGER)
     other.links.serve("echo", echo)
 
+    told = []
+
     async def pretend(stream):
         async with stream:
             await stream.send_all(MAGIC + bytes(CHALLENGE_SIZE - len(MAGIC)))
             with contextlib.suppress(trio.BrokenResourceError):
                 await stream.receive_some()
                 await stream.send_all(bytes(WELCOME_SIZE))
-                await stream.receive_some()
+                told.append(await stream.receive_some())
 
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     nursery.start_soon(trio.serve_listeners, pretend, [listener])
@@ -247,6 +252,7 @@ async def test_a_listener_that_pretends_gets_no_link(real_nodes, nursery):
     async with one.links.open(other.peer_id, "echo") as link:
         await rally(link)
         assert link.path == "stream"
+    assert not any(told)
 
 
 async def test_a_stranger_who_says_nothing_is_shown_out(real_nodes, until):

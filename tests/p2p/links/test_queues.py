@@ -266,7 +266,7 @@ def test_more_small_records_than_allowed_are_a_violation():
 
 def test_a_piece_that_overtakes_the_end_of_an_aborted_message_lands_in_its_own():
     outbox, inbox = queues()
-    first, second = bytearray(2 * RECORD), bytearray(2 * RECORD)
+    first, second = bytearray(6 * RECORD), bytearray(2 * RECORD)
     places = iter([memoryview(first), memoryview(second)])
     inbox.post(lambda header, size: next(places))
     outbox.begin(b"1", b"", len(first), wants_echo=False)

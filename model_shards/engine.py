@@ -16,6 +16,7 @@ from model_shards.dtypes import is_finite
 from model_shards.errors import ContextOverflow, LocalFault, StepError
 from model_shards.exact import RowsExact
 from model_shards.kv import BLOCK_TOKENS, KvCache, KvPool, SessionKv
+from model_shards.pooling import POOLS, Pooled
 from model_shards.rope import LENGTH_DEPENDENT, RotaryTable
 from model_shards.sampler import Said, Sampling, pick
 from model_shards.span import Span
@@ -27,13 +28,15 @@ GROUP_ROWS_MAX = 32
 class Step:
     """``n`` consecutive positions of one session, from ``position`` on. Exactly one of ``tokens`` (where the
     session starts at layer 0) and ``hidden`` ([n, hidden], compute dtype) is given. ``sample`` asks the last
-    stage for the token that follows the step's last position."""
+    stage for the token that follows the step's last position. ``pool`` asks it for the embedding of the text up
+    to there: "last_hidden" (of the last position) or "mean" (of all, so every step of the session must ask)."""
 
     session: str
     position: int
     tokens: tuple[int, ...] | None = None
     hidden: torch.Tensor | None = None
     sample: Sampling | None = None
+    pool: str | None = None
 
     @property
     def count(self) -> int:
@@ -46,13 +49,15 @@ class Step:
 @dataclass(slots=True)
 class StepResult:
     """``hidden`` [n, hidden] in the compute dtype where layers remain; at the last stage ``token`` and its
-    ``logprob`` (natural, the model's own) where the step asked to sample."""
+    ``logprob`` (natural, the model's own) where the step asked to sample, ``embedding`` [hidden] float32 on the
+    CPU (after the final norm, not scaled to unit length) where it asked to pool."""
 
     session: str
     hidden: torch.Tensor | None = None
     token: int | None = None
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    embedding: torch.Tensor | None = None
 
 
 def _scope(scope: str, start: int, end: int) -> str:
@@ -83,6 +88,7 @@ class Engine:
         self._rotary = [RotaryTable(rope, span.dtype, span.device) for rope in config.ropes]
         self._sessions: dict[str, SessionKv] = {}
         self._said: dict[str, Said] = {}
+        self._pooled: dict[str, Pooled] = {}
         self._exact = RowsExact(span)
         # Such a scaling rotates a key by the length its sequence had then: no other session may take it over.
         self._sharing = not any(rope.kind in LENGTH_DEPENDENT for rope in config.ropes)
@@ -150,6 +156,7 @@ class Engine:
         text."""
         kv = self._sessions.pop(session, None)
         self._said.pop(session, None)
+        self._pooled.pop(session, None)
         if kv is not None:
             if tokens and self._sharing:
                 kv.learn(tokens)
@@ -162,6 +169,8 @@ class Engine:
         if not 0 <= position <= kv.length:
             raise StepError(session, f"cannot rewind to {position}, it holds {kv.length} positions")
         kv.rewind(position)
+        if position != self._pooled.get(session, Pooled()).count:
+            self._pooled.pop(session, None)  # rows cannot be taken out of a sum again
         del self._said[session].tokens[position:]
 
     def recall(self, session: str, tokens: Sequence[int], prompt_tokens: int) -> None:
@@ -196,6 +205,8 @@ class Engine:
             raise StepError(
                 step.session, f"asks to sample, but its layers end at {kv.end} of {config.layers}"
             )
+        if step.pool is not None:
+            self._check_pool(step, kv)
         if step.tokens is not None:
             if kv.start != 0:
                 raise StepError(
@@ -204,6 +215,20 @@ class Engine:
             self._check_tokens(step.session, step.tokens, 0)
         elif step.hidden is not None:
             self._check_hidden(step.session, kv, step.hidden)
+
+    def _check_pool(self, step: Step, kv: SessionKv) -> None:
+        if step.pool not in POOLS:
+            raise StepError(step.session, f"pool is {step.pool!r:.40}, expected one of {', '.join(POOLS)}")
+        if kv.end != self.span.config.layers:
+            raise StepError(
+                step.session, f"asks to pool, but its layers end at {kv.end} of {self.span.config.layers}"
+            )
+        seen = self._pooled.get(step.session, Pooled()).count
+        if step.pool == "mean" and seen != step.position:
+            raise StepError(
+                step.session,
+                f"asks for the mean of all positions, but only {seen} of {step.position} were pooled",
+            )
 
     def _check_tokens(self, session: str, tokens: Sequence[int], least: int) -> None:
         if tokens and (min(tokens) < least or max(tokens) >= self.span.config.vocab):
@@ -229,12 +254,14 @@ class Engine:
         """
         self._check_all(steps)
         results: list[StepResult | None] = [None] * len(steps)
+        sums: dict[str, Pooled] = {}
         for group in self._groups(steps):
             chosen = [steps[at] for at in group]
-            for at, result in zip(group, self._run_group(chosen, check_cancelled), strict=True):
+            for at, result in zip(group, self._run_group(chosen, check_cancelled, sums), strict=True):
                 results[at] = result
         for step in steps:
             self._sessions[step.session].advance(step.count, step.tokens)
+        self._pooled.update(sums)
         for step, done in zip(steps, results, strict=True):
             self._remember(step, done.token if done is not None else None)
         return [result for result in results if result is not None]
@@ -298,10 +325,18 @@ class Engine:
                 together = together[size:]
         return groups
 
-    def _run_group(self, steps: list[Step], check_cancelled: Callable[[], None]) -> list[StepResult]:
+    def _run_group(
+        self, steps: list[Step], check_cancelled: Callable[[], None], sums: dict[str, Pooled]
+    ) -> list[StepResult]:
+        """Results of ``steps``; sums for later means go into ``sums``, to count once all is done."""
         hidden = self._forward(steps, check_cancelled)
         if self._sessions[steps[0].session].end == self.span.config.layers:
-            return self._sample(steps, hidden)
+            results, row = self._sample(steps, hidden), 0
+            for step, result in zip(steps, results, strict=True):
+                if step.pool is not None:
+                    result.embedding = self._pool(step, hidden[row : row + step.count], sums)
+                row += step.count
+            return results
         if len(steps) == 1:
             return [StepResult(steps[0].session, hidden)]
         return [StepResult(step.session, hidden[at : at + 1]) for at, step in enumerate(steps)]
@@ -354,6 +389,19 @@ class Engine:
             found = pick(scores, step.sample, where, said)
             results.append(StepResult(step.session, None, found.token, found.logprob, found.top))
         return results
+
+    def _pool(self, step: Step, hidden: torch.Tensor, sums: dict[str, Pooled]) -> torch.Tensor:
+        if step.pool == "last_hidden":
+            rows = self.span.normed(hidden[-1:])
+            if not is_finite(rows):
+                raise StepError(step.session, "its embedding is not finite")
+            return rows[0].float().cpu()
+        pooled = self._pooled.get(step.session, Pooled()).with_rows(self.span.normed(hidden))
+        sums[step.session] = pooled
+        mean = pooled.mean()
+        if not is_finite(mean):
+            raise StepError(step.session, "its embedding is not finite")
+        return mean
 
     def _before(self, step: Step) -> Said:
         """What the session has said up to and including ``step``'s positions."""

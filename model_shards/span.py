@@ -74,12 +74,19 @@ class Span:
         # The scale is rounded to the compute dtype first, as Gemma was trained.
         return hidden * torch.tensor(self.config.embed_scale, dtype=self.dtype, device=self.device)
 
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last layer's output [n, hidden] after the final norm, in the compute dtype. Only where the span
+        ends with the model."""
+        if self.norm is None:
+            raise LocalFault(f"span [{self.start}, {self.end}) holds no final norm")
+        return self.norm(hidden)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The last layer's output [n, hidden] -> [n, vocab] float32. Only where the span ends with the
         model."""
-        if self.norm is None or self.head is None:
+        if self.head is None:
             raise LocalFault(f"span [{self.start}, {self.end}) holds no head")
-        scores = self.head(self.norm(hidden))
+        scores = self.head(self.normed(hidden))
         if self.config.logit_cap is not None:
             scores = torch.tanh(scores / self.config.logit_cap) * self.config.logit_cap
         return scores.float()

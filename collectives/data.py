@@ -35,11 +35,12 @@ log = logging.getLogger("shoal.collectives")
 _EPOCH = struct.Struct("!Q")
 _KEY_AT = 16
 _LOOK_S = 0.25
-_EARLY_WAIT_S = 1.0
+_EARLY_WAIT_S = 0.5
 _OPEN_WITHIN_S = 5.0
 UNSOLICITED_BYTES_MAX = 8 << 20
 STALL_MIN_S = 1.5
 FINISH_STALL_S = 1.0
+KEYS_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -503,6 +504,8 @@ class Plane:
             if epoch == self._epoch:
                 until_s = min(until_s, trio.current_time() + _EARLY_WAIT_S)
                 if trio.current_time() >= until_s:
+                    if len(self._keys) < KEYS_MAX:
+                        self._keys.add(key)  # a declaration that was never ours: waited for once, not for each frame
                     return
             with trio.move_on_at(until_s):
                 await self._wait(link)

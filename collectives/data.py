@@ -38,7 +38,7 @@ _LOOK_S = 0.25
 _EARLY_WAIT_S = 0.5
 _OPEN_WITHIN_S = 5.0
 UNSOLICITED_BYTES_MAX = 8 << 20
-STALL_MIN_S = 1.5
+STALL_MIN_S = 2.0
 FINISH_STALL_S = 1.0
 KEYS_MAX = 1024
 
@@ -369,9 +369,12 @@ class Plane:
                 self.tell(Stuck(ballot, silent, "silent"))
 
     def _stall_s(self, exchange: Exchange, peer: str) -> float:
-        learnt = max(STALL_MIN_S, 8 * self._lines[peer].gap_s)
+        """How long a peer that is alive may send nothing: by what was seen of it, and patient while nothing was.
+        Deaths are the failure detector's to tell, and it is quicker."""
+        gap_s, most_s = self._lines[peer].gap_s, self._config.link_silence_s
+        learnt_s = min(max(STALL_MIN_S, 8 * gap_s), most_s) if gap_s else most_s
         # Results are late when their owner waits itself: it will say for whom.
-        return min(learnt, self._config.link_silence_s) * (1 if exchange.lacks_inputs else 3)
+        return learnt_s * (1 if exchange.lacks_inputs else 3)
 
     # ---- links
 
@@ -505,7 +508,9 @@ class Plane:
                 until_s = min(until_s, trio.current_time() + _EARLY_WAIT_S)
                 if trio.current_time() >= until_s:
                     if len(self._keys) < KEYS_MAX:
-                        self._keys.add(key)  # a declaration that was never ours: waited for once, not for each frame
+                        self._keys.add(
+                            key
+                        )  # a declaration that was never ours: waited for once, not for each frame
                     return
             with trio.move_on_at(until_s):
                 await self._wait(link)

@@ -263,9 +263,7 @@ class Following(Core):
             self.ask(now_s)
             self.ask_at = now_s + self.settings.takeover_s
         seen = self.last_declared.ballot if self.last_declared is not None else NO_BALLOT
-        resigned = self.ledger.notes()
-        done = self.done is not None
-        ready = Ready(self.epoch + 1, self.ledger.incarnation, self.round.offer, seen, done, resigned)
+        ready = Ready(self.epoch + 1, self.ledger.incarnation, self.round.offer, seen, self.ledger.notes())
         self.send(target, ready)
 
     def on_heard(self, message: Heard) -> None:

@@ -32,13 +32,12 @@ HELD_MAX = 16
 @dataclass(frozen=True, slots=True)
 class Ready:
     """To the coordinator: what I would contribute to `epoch`. Repeated until the round ends: it asks for what I miss.
-    `seen`: the ballot of the last declaration I have; `done`: and I hold its result."""
+    `seen`: the ballot of the last declaration I have."""
 
     epoch: int
     incarnation: int
     offer: Offer
     seen: Ballot
-    done: bool = False
     resigned: tuple[Resignation, ...] = ()
 
 
@@ -220,7 +219,7 @@ def unpack_message(data: bytes | bytearray | memoryview, members_max: int = 256)
 def check(message: Message, members_max: int) -> None:
     """ProtocolViolation if a count, a length or a number is out of all bounds."""
     match message:
-        case Ready(epoch, _, offer, seen, _, resigned):
+        case Ready(epoch, _, offer, seen, resigned):
             _epoch(epoch)
             _offer(offer)
             _ballot(seen, lowest=-1)

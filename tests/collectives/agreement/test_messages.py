@@ -35,7 +35,7 @@ VALUE = Value(DECLARATION, b"digest")
 DECIDED = Decided(DECLARATION.config(), VALUE, Certificate(BALLOT, ("a", "b"), ("c",)))
 GONE = Resignation(Seat("c", 1), 1, BALLOT, Vote(BALLOT, VALUE))
 EXAMPLES = [
-    ms.Ready(1, 0, OFFER, BALLOT, True, (GONE,)),
+    ms.Ready(1, 0, OFFER, BALLOT, (GONE,)),
     ms.Heard(1, BALLOT),
     ms.Gone(1, 5),
     ms.Decline(1, "b"),
@@ -53,10 +53,10 @@ EXAMPLES = [
 ]
 GOLDEN = {
     "Ready": (
-        "009601009a0005cb4008000000000000c4016cc40173a4696e7438cb412e848000000000a36c616ec3cb400400000000"
-        "00009202a161c3919492a16301019202a16191929202a1619299a372756ea56f75746572019202a1619298a1610005cb"
-        "4008000000000000cb412e848000000000a36c616ec3cb400400000000000098a1620406cb3ff0000000000000cb0000"
-        "000000000000a0c3cb0000000000000000a4696e7438c4016cc404736565649192a163a46c617465c406646967657374"
+        "009501009a0005cb4008000000000000c4016cc40173a4696e7438cb412e848000000000a36c616ec3cb400400000000"
+        "00009202a161919492a16301019202a16191929202a1619299a372756ea56f75746572019202a1619298a1610005cb40"
+        "08000000000000cb412e848000000000a36c616ec3cb400400000000000098a1620406cb3ff0000000000000cb000000"
+        "0000000000a0c3cb0000000000000000a4696e7438c4016cc404736565649192a163a46c617465c406646967657374"
     ),
     "Heard": "0192019202a161",
     "Gone": "02920105",
@@ -183,7 +183,7 @@ decisions = values.flatmap(
 epochs = st.integers(0, 3)
 resignations = st.lists(gone, max_size=2).map(tuple)
 messages = st.one_of(
-    st.builds(ms.Ready, epochs, st.integers(0, 1), offers, ballots, st.booleans(), resignations),
+    st.builds(ms.Ready, epochs, st.integers(0, 1), offers, ballots, resignations),
     st.builds(ms.Heard, epochs, ballots),
     st.builds(ms.Gone, epochs, st.integers(0, 4)),
     st.builds(ms.Decline, epochs, names),

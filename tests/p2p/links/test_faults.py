@@ -1,6 +1,7 @@
 """Paths break, strangers knock, peers die or lie: links go on over another path, or end with a typed error."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -10,9 +11,20 @@ import pytest
 import trio
 import trio.testing
 
-from p2p import Links, LinksConfig, ListenError, LocalFault, PeerLost, ProtocolViolation, ResourceLimit, Rpc
+from p2p import (
+    CallFailed,
+    Links,
+    LinksConfig,
+    ListenError,
+    LocalFault,
+    PeerLost,
+    ProtocolViolation,
+    ResourceLimit,
+    Rpc,
+)
 from p2p.links.handshake import CHALLENGE_SIZE, HELLO_SIZE, MAGIC, WELCOME_SIZE, Hello
-from p2p.links.keys import PROOF_BYTES
+from p2p.links.keys import PROOF_BYTES, Exchange
+from p2p.links.links import OPEN, OpenLink
 
 SMALL = LinksConfig(
     record_bytes=4096, window_bytes=64 << 10, header_bytes_max=2048, payload_bytes_max=8 << 20
@@ -609,3 +621,53 @@ async def test_a_link_counts_until_its_handler_has_returned(memory_nodes, until)
     assert (len(one.links._entries), len(other.links._entries)) == (0, 1)
     stop.set()
     await until(lambda: not other.links._entries)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"service": "nothing"},
+        {"service": ""},
+        {"session": b""},
+        {"session": bytes(1000)},
+        {"key": bytes(31)},
+        {"key": bytes(32)},
+        {"record_bytes": -1},
+        {"record_bytes": 0},
+        {"record_bytes": 4095},
+        {"window_bytes": -(2**63)},
+        {"window_bytes": 0},
+        {"window_bytes": 16383},
+    ],
+)
+async def test_a_wish_that_makes_no_sense_is_refused_and_leaves_nothing(memory_nodes, changed):
+    one, other = await memory_nodes(2)
+    other.links.serve("echo", echo)
+    good = OpenLink("echo", os.urandom(16), Exchange().public, 1 << 18, 1 << 20)
+    with pytest.raises(CallFailed):
+        await one.rpc.call(other.peer_id, OPEN, dataclasses.replace(good, **changed))
+    assert not other.links._entries
+    assert other.links._promised_bytes == 0
+
+
+async def test_the_largest_claims_get_no_more_than_the_limits(memory_nodes):
+    one, other = await memory_nodes(2)
+    other.links.serve("echo", echo)
+    wish = OpenLink("echo", os.urandom(16), Exchange().public, (1 << 63) - 1, (1 << 63) - 1)
+    opened = await one.rpc.call(other.peer_id, OPEN, wish)
+    config = other.links.config
+    assert (opened.record_bytes, opened.window_bytes) == (config.record_bytes, config.window_bytes)
+    assert other.links._promised_bytes == 2 * config.window_bytes
+    with pytest.raises(CallFailed, match="must be new"):
+        await one.rpc.call(other.peer_id, OPEN, wish)
+
+
+async def test_a_wish_without_a_path_is_forgotten(memory_nodes, autojump_clock):
+    one, other = await memory_nodes(2)
+    other.links.serve("echo", echo)
+    await one.rpc.call(
+        other.peer_id, OPEN, OpenLink("echo", os.urandom(16), Exchange().public, 1 << 18, 1 << 20)
+    )
+    assert len(other.links._entries) == 1
+    await trio.sleep(other.links.config.open_deadline_s + 1)
+    assert not other.links._entries

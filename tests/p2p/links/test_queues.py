@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2p import LocalFault, ProtocolViolation
+from p2p.links.handshake import HELLO_SIZE, Hello, read_hello
 from p2p.links.inbox import Inbox
-from p2p.links.keys import Exchange, LinkKeys, context_of
+from p2p.links.keys import Cipher, Exchange, LinkKeys, context_of
 from p2p.links.outbox import RECORDS_AHEAD_MAX, Outbox, cut
 from p2p.links.records import (
     BEGIN,
@@ -27,6 +28,7 @@ from p2p.links.records import (
 
 RECORD = 4096
 WINDOW = 8 * RECORD
+GOLDEN = "0200000300000014000000000000000916632be210fce2aac11bb15c5aa6557c0693658c"
 
 
 def key_pair():
@@ -60,6 +62,11 @@ def forged(inbox_keys, kind, plain, seq, message=1):
     record = memoryview(bytearray(len(plain) + OVERHEAD_BYTES))
     seal(inbox_keys.outward, Head(kind, 0, message, len(plain) + TAG_BYTES, seq), plain, record)
     return record
+
+
+def _said(data):
+    """The beginning of a hello, whatever follows."""
+    return (b"SHL1" + data).ljust(HELLO_SIZE, b"\0")[:HELLO_SIZE]
 
 
 class World:
@@ -346,3 +353,25 @@ def test_another_context_gives_another_secret():
     first = context_of(b"s" * 16, "service", "a", "b", (one.public, other.public))
     second = context_of(b"s" * 16, "servic", "ea", "b", (one.public, other.public))
     assert one.finish(other.public, first) != other.finish(one.public, second)
+
+
+@given(st.binary(min_size=HELLO_SIZE, max_size=HELLO_SIZE) | st.binary(max_size=HELLO_SIZE).map(_said))
+def test_any_bytes_are_a_hello_or_a_violation(data):
+    try:
+        hello, proof = read_hello(data)
+    except ProtocolViolation:
+        return
+    assert hello.said() + proof == data
+    assert hello.index < hello.count <= 16
+
+
+def test_a_hello_has_the_bytes_that_it_always_had():
+    said = Hello(bytes(range(16)), 7, 1, 4, 258).said()
+    assert said.hex() == "53484c31000102030405060708090a0b0c0d0e0f0000000701040000000000000102"
+
+
+def test_a_record_has_the_bytes_that_it_always_had():
+    cipher = Cipher(bytes(32), b"opener")
+    record = memoryview(bytearray(4 + OVERHEAD_BYTES))
+    seal(cipher, Head(PART, 0, 3, 4 + TAG_BYTES, 9), b"data", record)
+    assert bytes(record).hex() == GOLDEN

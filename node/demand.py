@@ -34,16 +34,21 @@ class Demand:
         self._memory_s = memory_s
         self._loads: dict[str, _Load] = {}
 
-    def note(self, model: str, layers: int, hosts: Collection[HostAdvert], now_s: float) -> None:
-        """What the model's hosts say of themselves now."""
-        busy = sum(
-            (h.busy + min(1.0, h.queue_s / QUEUE_S_MAX)) * (min(h.end, layers) - h.start) / layers
+    def note(
+        self, model: str, layers: int, concurrency: int, hosts: Collection[HostAdvert], now_s: float
+    ) -> None:
+        """What the model's hosts say of themselves now. A host is full when its device always works, or when it has as
+        many sessions as room was kept for."""
+        full = sum(
+            (max(h.busy, min(1.0, h.sessions / concurrency)) + min(1.0, h.queue_s / QUEUE_S_MAX))
+            * (min(h.end, layers) - h.start)
+            / layers
             for h in hosts
             if h.state == "ready" and h.start < layers
         )
         load = self._loads.setdefault(model, _Load(now_s))
         share = 1.0 - math.exp(-max(0.0, now_s - load.at_s) / self._memory_s)
-        load.copies_worth += share * (busy - load.copies_worth)
+        load.copies_worth += share * (full - load.copies_worth)
         load.at_s = now_s
 
     def of(self, model: str) -> float:

@@ -121,7 +121,7 @@ class Planning:
         self._demand.keep_only(self._told.models)
         for model in atlas.models.values():
             hosts = atlas.live_hosts(model.manifest_id)
-            self._demand.note(model.manifest_id, model.layers, hosts.values(), now_s)
+            self._demand.note(model.manifest_id, model.layers, model.concurrency, hosts.values(), now_s)
             most = self._demand.copies_max(model.manifest_id, model.copies)
             facts = replace(facts_of(hosts), held=self._on_disk(model.manifest_id, hosts))
             events.append(Observed(model.manifest_id, facts, self._demand.of(model.manifest_id), most))

@@ -67,33 +67,49 @@ class Mender:
         """
         spans = {a.node: (a.start, a.end) for a in assignments}
         counts = coverage(list(assignments), self._model.layers)
-        idle = self._idle(spans)
         for target in range(min(counts) + 1, copies + 1):
-            while min(counts) < target:
-                step = self._best_step(spans, idle, [count < target for count in counts], target)
-                if step is None:
-                    break
-                old = spans.get(step.node)
-                for x in range(step.start, step.end):
-                    counts[x] += not (old and old[0] <= x < old[1])
-                spans[step.node] = (step.start, step.end)
-                for group in idle.values():
-                    if step.node in group:
-                        group.remove(step.node)
-            if min(counts) < target:
-                if target == 1:
-                    return None
+            found, covered = self._reach(spans, target, self._held)
+            if min(covered) < target and any(self._held.values()):
+                # What lies on disks can lead to pieces that no whole copy is made of: then as if nothing did.
+                others, covered_too = self._reach(spans, target, {})
+                if min(covered_too) >= target:
+                    found, covered = others, covered_too
+            if min(covered) < target == 1:
+                return None
+            spans = found
+            if min(covered) < target:
                 break
         return [Assignment(node, start, end) for node, (start, end) in sorted(spans.items())]
 
-    def _idle(self, spans: Mapping[str, tuple[int, int]]) -> dict[object, list[str]]:
+    def _reach(
+        self, spans: Mapping[str, tuple[int, int]], target: int, held: Held
+    ) -> tuple[dict[str, tuple[int, int]], list[int]]:
+        """The spans with additions that bring each layer to `target` hosts, or as near as they come, and the hosts of
+        each layer then."""
+        spans = dict(spans)
+        counts = coverage([Assignment(n, a, b) for n, (a, b) in spans.items()], self._model.layers)
+        idle = self._idle(spans, held)
+        while min(counts) < target:
+            step = self._best_step(spans, idle, [count < target for count in counts], target, held)
+            if step is None:
+                break
+            old = spans.get(step.node)
+            for x in range(step.start, step.end):
+                counts[x] += not (old and old[0] <= x < old[1])
+            spans[step.node] = (step.start, step.end)
+            for group in idle.values():
+                if step.node in group:
+                    group.remove(step.node)
+        return spans, counts
+
+    def _idle(self, spans: Mapping[str, tuple[int, int]], held: Held) -> dict[object, list[str]]:
         """Nodes without a span, quickest first, those alike in room together; holders of weights each alone."""
         groups: dict[object, list[str]] = {}
         for seat in sorted(self._seats.values(), key=lambda s: (s.layer_s, s.node)):
             if seat.room > 0 and seat.node not in spans:
                 factor = self._fetch_factors.get(seat.node, 1.0)
                 alike = (seat.room, seat.room_first, seat.room_last, seat.room_alone, factor)
-                groups.setdefault(seat.node if self._held.get(seat.node) else alike, []).append(seat.node)
+                groups.setdefault(seat.node if held.get(seat.node) else alike, []).append(seat.node)
         return groups
 
     def _best_step(
@@ -102,6 +118,7 @@ class Mender:
         idle: Mapping[object, Sequence[str]],
         short: Sequence[bool],
         target: int,
+        held: Held,
     ) -> Assignment | None:
         """One node's new span that covers short layers at the least cost a layer; None when none can.
 
@@ -120,26 +137,36 @@ class Mender:
         best: tuple[tuple[float, float, str, int, int], Assignment] | None = None
         for node, old in candidates:
             seat = self._seats[node]
-            for start, end in self._windows(seat, old, runs):
+            for start, end in self._windows(seat, old, runs, held.get(node, ())):
                 covered = sum(short[start:end])
                 if covered == 0 or end - start > self._room(seat, start, end):
                     continue
-                cost = self._cost(node, old, (start, end)) / covered
+                cost = self._cost(node, old, (start, end), held.get(node, ())) / covered
                 key = (round(cost, 9), seat.layer_s, node, start, end)
                 if best is None or key < best[0]:
                     best = (key, Assignment(node, start, end))
         return None if best is None else best[1]
 
-    def _cost(self, node: str, old: tuple[int, int] | None, new: tuple[int, int]) -> float:
+    def _cost(
+        self,
+        node: str,
+        old: tuple[int, int] | None,
+        new: tuple[int, int],
+        held: Iterable[tuple[int, int]],
+    ) -> float:
         """Layers' worth of bytes to fetch, with the penalties for growing and for one more stage."""
-        fetched = fetch_bytes(self._model, old, new, self._held.get(node, ())) / self._model.layer_bytes
+        fetched = fetch_bytes(self._model, old, new, held) / self._model.layer_bytes
         fetched *= self._fetch_factors.get(node, 1.0)
         if old is not None:
             return fetched + GROW_PENALTY * (old[1] - old[0])
         return fetched + PIECE_PENALTY
 
     def _windows(
-        self, seat: Seat, old: tuple[int, int] | None, runs: Sequence[tuple[int, int]]
+        self,
+        seat: Seat,
+        old: tuple[int, int] | None,
+        runs: Sequence[tuple[int, int]],
+        held: Sequence[tuple[int, int]],
     ) -> list[tuple[int, int]]:
         """Spans worth trying: old ones grown to either side, new ones at edges of short runs and on held layers."""
         found: set[tuple[int, int]] = set()
@@ -152,7 +179,6 @@ class Mender:
             return sorted(found)
         # First and last stages have less room: shorter windows at the ends of the model.
         sizes = {seat.room, seat.room_first, seat.room_last, seat.room_alone} - {0}
-        held = self._held.get(seat.node, ())
         for a, b in runs:
             anchors = {a, max(a, b - seat.room)}
             anchors.update(x for h, e in held for x in (h, max(0, e - seat.room)) if a <= x < b)

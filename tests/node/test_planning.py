@@ -409,10 +409,10 @@ def test_a_node_whose_owner_starts_to_use_it_hands_its_work_over_at_leisure():
     ]
 
 
-@pytest.mark.parametrize("seconds", [{}, {"sessions": 40}])
+@pytest.mark.parametrize("seconds", [{}, {"sessions": 10}])
 def test_open_sessions_hold_a_span_where_it_is(seconds):
     """A move that would pay if nobody was served is put off while sessions are open there."""
-    mesh = Clocked("a", "b", memory_bytes=9 * MIB)
+    mesh = Clocked("a", "b", memory_bytes=9 * MIB, models=[toy(concurrency=64)])
     mesh.minutes(1)
     host = mesh.cores[mesh.first()].plans[MODEL_ID].assignments[0].node
     other = "b" if host == "a" else "a"

@@ -17,8 +17,9 @@ from scheduler import (
     needs_replan,
 )
 from scheduler.judge import Judge
-from scheduler.mend import fetch_bytes
+from scheduler.mend import Mender, fetch_bytes
 from scheduler.pipeline import Seat
+from scheduler.seating import seat_of
 
 MIB = 1 << 20
 
@@ -157,6 +158,18 @@ def test_a_dead_nodes_span_goes_to_who_holds_it_on_disk(build):
             held={holder: [(dead.start, dead.end)]},
         )
         assert spans(after)[holder] == (dead.start, dead.end)
+
+
+def test_weights_on_disks_do_not_stand_in_the_way_of_a_whole_copy(build):
+    """The one idle node held the end of the model once: going on from there alone would leave the copy in pieces."""
+    nodes = [build.node("n0", 30), build.node("n1", 30)]
+    before = Plan("m", 1, "n0", (Assignment("n0", 0, 8),))
+    held = {"n1": [(5, 8)]}
+    after = place(build.model(), nodes, build.links(), previous=before, held=held, copies=2, epoch=2)
+    assert spans(after) == {"n0": (0, 8), "n1": (0, 8)}
+    seats = [seat_of(build.model(), n) for n in nodes]
+    mended = Mender(build.model(), seats, held).mend(before.assignments, 2)
+    assert {a.node: (a.start, a.end) for a in mended} == spans(after)
 
 
 def test_without_idle_nodes_a_neighbour_grows(build):

@@ -126,9 +126,9 @@ def test_gateways_with_one_old_view_find_chains_that_bear_the_load():
     config = replace(
         SMALL, nodes=24, hours=0.02, gateways=32, churn_per_hour=0.0, load=Load(requests_per_s=8.0)
     )
-    old, fresh = run(config), run(replace(config, view_age_s=0.0, gossip_s=0.1))
-    assert old["retries"] > fresh["retries"]
-    assert old["attainment"] > 0.9 * fresh["attainment"]
+    old = run(config)
+    assert old["retries"] > 0
+    assert old["attainment"] > 0.98
 
 
 def test_a_prompt_on_its_way_counts_as_work_and_is_counted_once():

@@ -10,6 +10,7 @@ torch, and does not know what is trained.
 """
 
 from collectives.agreement import Settings
+from collectives.agreement.detector import DetectorSettings
 from collectives.config import RunConfig
 from collectives.errors import (
     BadContribution,
@@ -40,6 +41,7 @@ __all__ = [
     "Behind",
     "CollectiveError",
     "Collectives",
+    "DetectorSettings",
     "Diverged",
     "ExchangeSettings",
     "Excluded",

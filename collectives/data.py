@@ -195,7 +195,10 @@ class Plane:
             return
         if any(whole.result is exchange.result for whole in self._wholes.values()):
             exchange.result = Result(given.layout, given.tensors)
+        before = set(exchange.peers)
         exchange.rebase(declaration)
+        for peer in (set(exchange.peers) - before) & self._touched:
+            exchange.relinked(peer)  # what it sent before it was a member was dropped here
 
     def _begin(self, given: Input, declaration: Declaration) -> None:
         """Start afresh; what came for this epoch before and is not here any more is asked for again."""

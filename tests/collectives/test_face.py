@@ -9,6 +9,7 @@ def test_the_face_is_what_it_was():
         "Behind",
         "CollectiveError",
         "Collectives",
+        "DetectorSettings",
         "Diverged",
         "ExchangeSettings",
         "Excluded",

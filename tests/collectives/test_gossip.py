@@ -43,8 +43,9 @@ async def test_a_run_that_does_not_allow_it_refuses(members):
 
 
 async def test_what_a_minority_learnt_enters_its_next_round(members, together, reduce):
-    # All five in the first round; three are enough for the second one, shortly before its deadline.
-    runs = await members.start(*"abcde", config=RunConfig(gossip=True, agreement=Settings(members_min=5)))
+    # Patient enough that all five are in the first round; three are enough for the second one.
+    patient = Settings(members_min=3, grace_min_s=0.3, grace_first_s=1.0)
+    runs = await members.start(*"abcde", config=RunConfig(gossip=True, agreement=patient))
     peers = [run.me for run in runs]
     base = {"w": torch.zeros(5000)}
 

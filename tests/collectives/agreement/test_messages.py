@@ -217,7 +217,7 @@ events = st.one_of(
 
 
 @given(st.lists(events, max_size=40), st.sampled_from(["founder", "joiner"]))
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(deadline=None, derandomize=True, max_examples=120)
 def test_no_sequence_of_messages_breaks_a_chain(told, kind):
     """Whatever peers say: no exception, no vote without bytes, sane bounds."""
     config = founding("run", "outer", "abc") if kind == "founder" else None

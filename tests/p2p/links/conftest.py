@@ -1,5 +1,6 @@
 """Nodes with links: over the in-memory network (streams only), or over libp2p on loopback (direct paths)."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -157,3 +158,40 @@ def until():
                 await trio.lowlevel.checkpoint()
 
     return wait
+
+
+async def _echo(link):
+    while True:
+        header, payload = await link.receive()
+        await link.send(header, [payload])
+
+
+async def _idle(link):
+    await trio.sleep_forever()
+
+
+async def _rally(link, count=5, size=300_000):
+    """Messages there and back, checked."""
+    for index in range(count):
+        payload = os.urandom(size)
+        await link.send(str(index).encode(), [payload])
+        header, got = await link.receive()
+        assert (header, bytes(got)) == (str(index).encode(), payload)
+
+
+@pytest.fixture
+def echo():
+    """A handler that sends back what it receives."""
+    return _echo
+
+
+@pytest.fixture
+def idle():
+    """A handler that neither receives nor sends."""
+    return _idle
+
+
+@pytest.fixture
+def rally():
+    """Sends some messages over a link to `echo`, and checks that they come back."""
+    return _rally

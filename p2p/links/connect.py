@@ -120,10 +120,11 @@ def _hello(link: Link, generation: int, index: int, count: int) -> Hello:
 async def _reach(link: Link, address: Address) -> tuple[SocketCarrier, bytes]:
     """A connected socket and the challenge of who listens there. Raises PeerLost, ProtocolViolation."""
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    sock: trio.socket.SocketType | None = None
     carrier: SocketCarrier | None = None
     done = False
     try:
+        sock = trio.socket.socket(family, socket.SOCK_STREAM)
         await sock.connect(address)
         carrier = SocketCarrier(release(sock), link.peer)
         challenge = challenge_of(await carrier.receive_exactly(CHALLENGE_SIZE))
@@ -133,7 +134,8 @@ async def _reach(link: Link, address: Address) -> tuple[SocketCarrier, bytes]:
         raise PeerLost(link.peer, error.strerror or str(error)) from error
     finally:
         if not done:
-            sock.close()
+            if sock is not None:
+                sock.close()
             if carrier is not None:
                 carrier.close()
 

@@ -7,6 +7,7 @@ other links (`links`).
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -45,6 +46,8 @@ from p2p.links.records import (
     seal,
 )
 from p2p.links.types import LinksConfig, PathName
+
+logger = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -394,6 +397,9 @@ class Link:
             self.fail(violation)
         except RemoteFault as fault:
             path.end(str(fault))
+        except Exception:  # what a peer sends must never end more than its link
+            logger.exception("the link to %s failed here", self.peer)
+            self.fail(PeerLost(self.peer, "the link failed here"))
 
     async def _write(self, path: Path, carrier: Carrier) -> None:
         """The only carrier of a path: finish what `_send_now` could not, and do what it is woken for."""

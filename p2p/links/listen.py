@@ -91,6 +91,9 @@ class Listener:
         self._knocking[ip] += 1
         try:
             await self._on_socket(sock)
+        except Exception:  # what a stranger sets off must never end more than its socket
+            logger.exception("a socket from %s failed here", ip)
+            sock.close()
         finally:
             self._knocking[ip] -= 1
             if not self._knocking[ip]:

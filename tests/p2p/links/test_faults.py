@@ -371,3 +371,44 @@ async def test_disconnecting_a_peer_ends_its_links(nodes, echo, rally):
     with pytest.raises(PeerLost):
         async with one.links.open(other.peer_id, "echo"):
             pass
+
+
+async def test_what_fails_for_one_socket_ends_that_socket_only(real_nodes, rally, echo, caplog, monkeypatch):
+    one, other = await real_nodes(2)
+    other.links.serve("echo", echo)
+
+    async def fail(sock):
+        raise OSError("the system is out of something")
+
+    monkeypatch.setattr(other.links._listener, "_on_socket", fail)
+    async with one.links.open(other.peer_id, "echo") as link:
+        await rally(link)
+        assert link.path == "stream"
+    assert "out of something" in caplog.text
+
+
+async def test_without_sockets_to_dial_with_a_stream_does(real_nodes, rally, echo, monkeypatch):
+    one, other = await real_nodes(2)
+    other.links.serve("echo", echo)
+
+    def fail(*args):
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trio.socket, "socket", fail)
+        async with one.links.open(other.peer_id, "echo") as link:
+            await rally(link)
+            assert link.path == "stream"
+
+
+async def test_a_fault_of_our_own_ends_the_link_and_is_logged(nodes, echo, rally, caplog, monkeypatch):
+    one, other = await nodes(2)
+    other.links.serve("echo", echo)
+    async with one.links.open(other.peer_id, "echo") as link:
+        await rally(link, count=1)
+        monkeypatch.setattr(link.inbox, "arrived", lambda head, record: 1 // 0)
+        with pytest.raises(PeerLost, match="failed here"):
+            await rally(link)
+    assert "ZeroDivisionError" in caplog.text
+    async with one.links.open(other.peer_id, "echo") as link:
+        await rally(link, count=1)

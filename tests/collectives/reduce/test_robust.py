@@ -300,7 +300,9 @@ def test_fingerprints_differ_where_results_would():
 def test_in_a_group_honest_norms_are_counted_once(tools):
     groups = ["x", "x", "x", "", "y", "y"]
     rows = torch.randn(6, 40_000)
-    members = [Member(f"p{n}", 0, n, 1.0 + n, group=groups[n], norm=float(rows[n].norm())) for n in range(6)]
+    norms = [float(row.norm()) for row in rows]
+    hidden = {1, 2}  # so that one head sees all of their values
+    members = [Member(f"p{n}", 0, n, 1.0 + n, 0.0, groups[n], n not in hidden, norms[n]) for n in range(6)]
     mesh = tools.Mesh({f"p{n}": [rows[n]] for n in range(6)}, tools.declare(members), seed=1)
     mesh.run()
     assert all(node.done and not node.refused for node in mesh.nodes.values())

@@ -123,7 +123,11 @@ class Run:
         shell.plane.open_attempt(given)
         try:
             outcome = await shell.attempt_round(self._offer(shell, given, norm), deadline_s)
-            await shell.plane.drain(deadline_s)
+            try:
+                await shell.plane.drain(deadline_s)
+            except trio.Cancelled:
+                shell.missed.append(outcome)  # it is decided, and the next catch_up gives it
+                raise
         finally:
             shell.plane.close_attempt(given.nonce)
         shell.caller_epoch = outcome.epoch

@@ -194,11 +194,13 @@ class TagShell:
         self.tell(Enter(offer, deadline_s))
         try:
             await attempt.ended.wait()
-        finally:
-            if not attempt.ended.is_set():
+        except trio.Cancelled:
+            if attempt.outcome is not None:
+                self.missed.append(attempt.outcome)
+            elif self.attempt is attempt:
+                self.attempt = None
                 self.tell(Withdraw())
-                if self.attempt is attempt:
-                    self.attempt = None
+            raise
         if attempt.error is not None:
             raise attempt.error
         if attempt.outcome is None:

@@ -175,6 +175,7 @@ def forked(order: dict) -> None:
     )
     order["settings"] = Settings(**order.get("settings", {}))
     sys.stdin.close()
+    os.setsid()  # a session of its own gets a fair share of a busy machine
     try:
         trio.run(Member(order).live)
     except BaseException:

@@ -1,0 +1,44 @@
+"""The limit on what a node sends is exact over time, whatever the sizes of messages."""
+
+import pytest
+import trio
+
+from collectives.data_links import Uplink
+
+
+@pytest.mark.parametrize("size", [1000, 64 << 10, 1 << 20])
+async def test_the_average_is_the_rate(autojump_clock, size):
+    uplink = Uplink(100e6)
+    count = (25 << 20) // size
+    began_s = trio.current_time()
+    for _ in range(count):
+        await uplink.take(size)
+    took_s = trio.current_time() - began_s
+    wanted_s = count * size * 8 / 100e6
+    assert wanted_s - (64 << 10) * 8 / 100e6 - 1e-6 <= took_s <= wanted_s + 1e-6
+
+
+async def test_many_senders_share_one_limit(autojump_clock):
+    uplink = Uplink(8e6, burst_bytes=1000)
+    began_s = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(uplink.take, 100_000)
+    assert trio.current_time() - began_s == pytest.approx(1.0, abs=0.01)
+
+
+async def test_an_idle_time_is_not_saved_up(autojump_clock):
+    uplink = Uplink(8e6, burst_bytes=1000)
+    await uplink.take(1000)
+    await trio.sleep(100)
+    began_s = trio.current_time()
+    for _ in range(11):
+        await uplink.take(1000)
+    assert trio.current_time() - began_s == pytest.approx(0.010, abs=0.001)
+
+
+async def test_no_limit_never_waits(autojump_clock):
+    began_s = trio.current_time()
+    for _ in range(100):
+        await Uplink(0.0).take(1 << 30)
+    assert trio.current_time() == began_s

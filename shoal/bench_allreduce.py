@@ -29,7 +29,7 @@ class Peers:
         self.children = [
             subprocess.Popen(
                 [sys.executable, "-m", PEER, json.dumps(settings | {"index": index, "peers": count})],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
             )
             for index in range(count)
         ]  # fmt: skip

@@ -40,6 +40,7 @@ from node.serve.protocol import (
     TokenOut,
 )
 from node.serve.returns import Returns
+from node.serve.selection import Selector
 from node.serve.stage import StageService
 from p2p import CallFailed, Rpc, RpcRefusal, Tensor
 from p2p.testing import MemoryNetwork
@@ -498,20 +499,25 @@ async def test_only_the_stage_before_opens_a_later_stage(model):
         assert refused.value.code == "denied"
 
 
-async def test_the_gateway_sees_what_every_stage_takes(model, prompt):
+async def test_the_gateway_sees_what_every_stage_takes(model, prompt, monkeypatch):
+    seen = {}
+
+    def note(self, choice, stage, tokens, seconds, now_s):
+        seen.setdefault(choice.stages[stage].peer, []).append((tokens, seconds))
+
+    monkeypatch.setattr(Selector, "observe", note)
     async with ring_of(model, CUTS["four"]) as ring:
-        slow, run = ring.nodes[2].computes[MANIFEST], ring.nodes[2].computes[MANIFEST].engine.run
+        slow, run = ring.nodes[2], ring.nodes[2].computes[MANIFEST].engine.run
 
         def slowly(steps, check_cancelled):
             threading.Event().wait(0.03)
             return run(steps, check_cancelled=check_cancelled)
 
-        slow.engine.run = slowly
-        for _ in range(2):
-            await tokens_of(ring, wish(prompt, max_tokens=40))
-        standings = ring.gateway.standings()
-        assert set(standings) == {node.me for node in ring.nodes}
-        assert {name for name, seen in standings.items() if seen.state == "slow"} == {ring.nodes[2].me}
+        slow.computes[MANIFEST].engine.run = slowly
+        await tokens_of(ring, wish(prompt, max_tokens=40))
+        counts = [[tokens for tokens, _ in seen[node.me]] for node in ring.nodes]
+        assert counts == [[len(prompt), 1, 1]] * 4, "the prompt, and the first token of each 32"
+        assert min(seconds for _, seconds in seen[slow.me]) >= 0.03
 
 
 async def test_a_lost_stage_counts_against_its_node(model, prompt):

@@ -110,7 +110,10 @@ class Inbox:
             and self._posted
             and head.kind == PART
             and head.message == message.number
-            and message.first <= seq <= message.last
+            and self.received
+            <= seq
+            <= message.last  # again is not enough: a bad copy would spoil the good one
+            and message.first <= seq
             and seq not in message.placed
             and seq not in self._held
         ):

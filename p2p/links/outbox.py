@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from p2p.errors import LocalFault, ProtocolViolation
 from p2p.links.keys import Cipher
@@ -127,6 +127,9 @@ class Outbox:
         """A new path: send again from `position`, the first that the peer lacked when it was asked."""
         if position > self.next_seq:
             raise ProtocolViolation(f"the peer has record {position} of {self.next_seq}")
+        # The peer may say that it has one of these, by the old path, while the new path still sends it: such memory is
+        # not used again.
+        self._records = deque(replace(one, slot=None) for one in self._records)
         self.cursor = max(position, self.first)
         index = self.cursor - self.first
         self.unsent_bytes = sum(len(one.view) for one in list(self._records)[index:])

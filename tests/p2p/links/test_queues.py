@@ -192,6 +192,35 @@ def test_while_nobody_receives_no_buffer_is_written_to():
     assert inbox.take() == (b"h", memoryview(b"x" * len(place)))
 
 
+def test_a_spoilt_copy_of_what_was_placed_does_not_spoil_it():
+    outbox, inbox = queues()
+    payload = random.Random(2).randbytes(3 * RECORD)
+    inbox.post(None)
+    put(outbox, b"h", payload)
+    records = outbox.take(1 << 20)
+    deliver(inbox, records[:3])
+    bad = bytearray(records[1])
+    bad[-1] ^= 1
+    deliver(inbox, [memoryview(bad)])
+    deliver(inbox, records[3:])
+    assert inbox.take() == (b"h", memoryview(payload))
+    inbox.validate()
+
+
+def test_memory_that_a_new_path_may_be_sending_is_not_used_again():
+    outbox, inbox = queues()
+    put(outbox, b"h", b"x" * 2 * RECORD)
+    sent_by_the_old_path = outbox.take(1 << 20)
+    outbox.rewind(0)
+    under_way = outbox.take(1 << 20)
+    sealed = [bytes(view) for view in under_way]
+    inbox.post(None)
+    deliver(inbox, sent_by_the_old_path)
+    outbox.acknowledged(inbox.received, inbox.consumed)
+    put(outbox, b"h", b"y" * 2 * RECORD)
+    assert [bytes(view) for view in under_way] == sealed
+
+
 @pytest.mark.parametrize("at", [0, 3, 8, HEAD_BYTES, -1])
 def test_a_changed_bit_is_refused_and_the_true_record_still_counts(at):
     outbox, inbox = queues()

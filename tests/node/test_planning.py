@@ -13,7 +13,6 @@ from node.atlas import Atlas
 from node.planning import Planning, Publish
 from node.preview import preview_document
 from scheduler import Assignment, memory_needed, planner_rank
-from scheduler.pins import uncovered
 from scheduler.planner import MESH
 
 MIB = 1 << 20
@@ -570,12 +569,6 @@ def test_what_would_go_where_is_said_with_what_each_must_fetch():
     assert mesh.settle() == core.plans[MODEL_ID]
 
 
-def test_uncovered_layers_are_found_with_how_many_hosts_they_lack():
-    fixed = [Assignment("a", 0, 3), Assignment("b", 2, 5)]
-    assert uncovered(fixed, 8, 1) == [(5, 8, 1)]
-    assert uncovered(fixed, 8, 2) == [(0, 2, 1), (3, 5, 1), (5, 8, 2)]
-
-
 INTS = st.integers(0, 1 << 60)
 RATES = st.floats(0, 1e24)
 PINS = st.none() | st.tuples(st.integers(0, 9), st.integers(1, 99))
@@ -584,15 +577,10 @@ PLANS = st.lists(
     st.tuples(st.integers(0, 1 << 53), st.sampled_from("abcdz"), st.integers(0, 9), st.integers(1, 1024)),
     max_size=3,
 )
-SHAPES = st.fixed_dictionaries(
-    {
-        "layers": st.integers(1, 1024),
-        "copies": st.integers(1, 64),
-        "layer_bytes": st.integers(1, 1 << 50),
-        "kv_bytes_per_token_per_layer": st.integers(0, 1 << 40),
-        "tied": st.booleans(),
-    }
-)
+SHAPES = st.fixed_dictionaries({
+    "layers": st.integers(1, 1024), "copies": st.integers(1, 64), "layer_bytes": st.integers(1, 1 << 50),
+    "kv_bytes_per_token_per_layer": st.integers(0, 1 << 40), "tied": st.booleans(),
+})  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

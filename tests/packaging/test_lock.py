@@ -60,7 +60,8 @@ def test_every_run_time_import_is_pinned_and_declared(root: Path, project: dict[
 
 def test_every_import_of_tests_and_tools_is_pinned(root: Path) -> None:
     locked = pins(root, "lock.txt", "dev.txt")
-    for name, providers in distributions(imports(root / "tests") | imports(root / "tools")).items():
+    beside = {path.stem for path in (root / "tests").rglob("*.py")}  # helpers that tests share by a path of their own
+    for name, providers in distributions((imports(root / "tests") | imports(root / "tools")) - beside).items():
         assert providers & locked.keys(), f"nothing in requirements/ provides {name!r}"
 
 

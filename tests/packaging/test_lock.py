@@ -61,7 +61,9 @@ def test_every_run_time_import_is_pinned_and_declared(root: Path, project: dict[
 def test_every_import_of_tests_and_tools_is_pinned(root: Path) -> None:
     locked = pins(root, "lock.txt", "dev.txt")
     # Without the helpers that tests share by a path of their own.
-    used = (imports(root / "tests") | imports(root / "tools")) - {p.stem for p in (root / "tests").rglob("*.py")}
+    used = (imports(root / "tests") | imports(root / "tools")) - {
+        p.stem for p in (root / "tests").rglob("*.py")
+    }
     for name, providers in distributions(used).items():
         assert providers & locked.keys(), f"nothing in requirements/ provides {name!r}"
 

@@ -11,7 +11,20 @@ import shoal as package
 from shoal import errors
 from shoal.cli_parser import count, positive, ttl
 
-COMMANDS = ["up", "join", "invite", "status", "add", "models", "run", "plan", "tags", "sim", "testnet", "demo"]
+COMMANDS = [
+    "up",
+    "join",
+    "invite",
+    "status",
+    "add",
+    "models",
+    "run",
+    "plan",
+    "tags",
+    "sim",
+    "testnet",
+    "demo",
+]
 
 
 def test_public_face():

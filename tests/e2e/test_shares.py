@@ -148,9 +148,9 @@ class Slow:
     def _run(self):
         while not self._end.is_set():
             self._node.signal(signal.SIGSTOP)
-            self._end.wait(0.12)
+            self._end.wait(0.1)
             self._node.signal(signal.SIGCONT)
-            self._end.wait(0.02)
+            self._end.wait(0.04)
 
     def __enter__(self):
         self._thread.start()
@@ -163,8 +163,9 @@ class Slow:
 
 
 def health(mesh, node):
-    seen = next(n for n in mesh.nodes[0].view()["nodes"] if n["peer"] == node.peer)["health"]
-    return seen["state"] if seen else None
+    """What the gateway thinks of a node; None while it knows nothing of it."""
+    seen = [n["health"] for n in mesh.nodes[0].view()["nodes"] if n["peer"] == node.peer]
+    return seen[0]["state"] if seen and seen[0] else None
 
 
 def chain_of(mesh, tools):

@@ -8,6 +8,8 @@ import threading
 
 import pytest
 
+pytestmark = pytest.mark.slow  # whole meshes under load for minutes
+
 PROMPT = "def read_file(path):\n"
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 import pytest
 
+pytestmark = pytest.mark.slow  # whole meshes under load for minutes
+
 PROMPT = "def read_file(path):\n"
 LONG = "".join(f"value_{number} = {number * 7}\n" for number in range(110))
 

@@ -131,4 +131,5 @@ class Gather:
             offer.group,
             offer.dialable,
             offer.norm,
+            offer.commit,
         )

@@ -307,6 +307,7 @@ def _offer(offer: Offer) -> None:
     _epoch(offer.epoch)
     _hash(offer.layout)
     _hash(offer.state)
+    _hash(offer.commit)
     _names((offer.codec, offer.group), 2)
     _numbers(offer.weight, offer.bandwidth_bps, offer.norm)
 
@@ -324,6 +325,7 @@ def _declaration(declaration: Declaration, members_max: int) -> None:
         raise ProtocolViolation("a declaration's members must be there, and each only once")
     for member in declaration.members:
         _names((member.group,), 1)
+        _hash(member.commit)
         _numbers(member.weight, member.bandwidth_bps, member.norm)
     for left in declaration.left_out:
         _names((left.peer, left.why), 2)

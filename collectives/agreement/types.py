@@ -94,6 +94,7 @@ class Offer:
     `nonce` is new for every attempt, also after a restart: contributions, held or in flight, belong to (peer, nonce).
     `layout`, `state`: digests of the tensors' shapes and of the state; members whose `layout`, `state` and `codec` are
     not the quorum's are refused. `weight` >= 0 (tokens), `norm` the L2 norm of the contribution, `group` the LAN.
+    `commit` binds the member to its contribution's bytes, where there are audits: the digest of their hashes.
     """
 
     epoch: int
@@ -106,6 +107,7 @@ class Offer:
     group: str = ""
     dialable: bool = True
     norm: float = 0.0
+    commit: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class Member:
     group: str = ""
     dialable: bool = True
     norm: float = 0.0
+    commit: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

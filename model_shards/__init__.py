@@ -20,6 +20,7 @@ from model_shards.errors import (
     RemoteFault,
     ResourceLimit,
     SamplingError,
+    StateError,
     StepError,
     TokenizerError,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "Sampling",
     "SamplingError",
     "Span",
+    "StateError",
     "Step",
     "StepError",
     "StepResult",

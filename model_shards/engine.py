@@ -15,11 +15,13 @@ from model_shards.attention import Batch, Rows
 from model_shards.dtypes import is_finite
 from model_shards.errors import ContextOverflow, LocalFault, StepError
 from model_shards.exact import RowsExact
+from model_shards.exchange import StateExchange
 from model_shards.kv import BLOCK_TOKENS, KvCache, KvPool, SessionKv
 from model_shards.pooling import POOLS, Pooled
 from model_shards.rope import LENGTH_DEPENDENT, RotaryTable
 from model_shards.sampler import Said, Sampling, pick
 from model_shards.span import Span
+from model_shards.state import layout_of
 
 GROUP_ROWS_MAX = 32
 
@@ -68,7 +70,7 @@ def _never() -> None:
     return None
 
 
-class Engine:
+class Engine(StateExchange):
     """Serves sessions over ``span`` within ``kv_bytes_max`` bytes of KV cache.
 
     What is guaranteed of the numbers, given the same machine, dtype and torch thread count: a session's
@@ -78,11 +80,14 @@ class Engine:
     several sessions share one pass only in group sizes for which this machine's kernels were found to give
     each row the very bits it has alone (see `exact.py`). A prompt given in other pieces may differ in the
     last bits, as matrix kernels differ by shape.
+
+    ``identity`` names the model's weights: only engines of one identity exchange session state.
     """
 
-    def __init__(self, span: Span, *, kv_bytes_max: int) -> None:
+    def __init__(self, span: Span, *, kv_bytes_max: int, identity: str = "") -> None:
         config = span.config
         self.span = span
+        super().__init__(layout_of(config, span.dtype, identity))
         pool = KvPool(kv_bytes_max, *config.kv_shape, span.dtype, span.device)
         self._cache = KvCache(pool)
         self._rotary = [RotaryTable(rope, span.dtype, span.device) for rope in config.ropes]
@@ -157,6 +162,7 @@ class Engine:
         kv = self._sessions.pop(session, None)
         self._said.pop(session, None)
         self._pooled.pop(session, None)
+        self._arrivals.pop(session, None)
         if kv is not None:
             if tokens and self._sharing:
                 kv.learn(tokens)
@@ -169,6 +175,7 @@ class Engine:
         if not 0 <= position <= kv.length:
             raise StepError(session, f"cannot rewind to {position}, it holds {kv.length} positions")
         kv.rewind(position)
+        self._arrivals.pop(session, None)
         if position != self._pooled.get(session, Pooled()).count:
             self._pooled.pop(session, None)  # rows cannot be taken out of a sum again
         del self._said[session].tokens[position:]
@@ -195,6 +202,8 @@ class Engine:
             raise StepError(step.session, "needs either tokens or hidden")
         if count < 1:
             raise StepError(step.session, "holds no positions")
+        if step.session in self._arrivals:
+            raise StepError(step.session, "has layers whose rows have still to come")
         if step.position != kv.length:
             raise StepError(step.session, f"step at position {step.position}, expected {kv.length}")
         if step.position + count > kv.tokens_max:

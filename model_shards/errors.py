@@ -7,7 +7,8 @@ ModelError
 │   ├── TokenizerError         tokenizer files or a chat template: .file .detail
 │   ├── ContextOverflow        more tokens than the model's context: .limit .got
 │   ├── SamplingError          a sampling parameter out of range: .field .value .expected
-│   └── StepError              a step that does not fit its session: .session .detail
+│   ├── StepError              a step that does not fit its session: .session .detail
+│   └── StateError             bytes of a session's state that cannot be taken over: .field .value .expected
 ├── ResourceLimit          shed load; .retry_after_s says when to come back
 │   └── NoRoom                 the KV cache cannot take another session of this size
 └── LocalFault             our own caller is wrong (an unknown dtype, a span outside the model)
@@ -81,6 +82,16 @@ class SamplingError(RemoteFault):
 
     def __init__(self, field: str, value: object, expected: str) -> None:
         super().__init__(f"{field} is {_short(value)}, expected {expected}")
+        self.field = field
+        self.value = value
+        self.expected = expected
+
+
+class StateError(RemoteFault):
+    """A session's state that is broken or of another model, span or dtype: names field, value and what is right."""
+
+    def __init__(self, field: str, value: object, expected: str) -> None:
+        super().__init__(f"session state: {field} is {_short(value)}, expected {expected}")
         self.field = field
         self.value = value
         self.expected = expected

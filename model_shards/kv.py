@@ -177,9 +177,9 @@ class SessionKv:
         return keys, values
 
     def advance(self, count: int, tokens: Sequence[int] | None) -> None:
-        """``count`` more positions are filled, of ``tokens`` where those are seen here; full blocks become
-        pages."""
-        if tokens is not None and self._sharing:
+        """``count`` more positions are filled, of ``tokens`` where those and all before are seen here; full blocks
+        become pages."""
+        if tokens is not None and self._sharing and self.length <= len(self._known):
             self._known[self.length :] = tokens
         self.length += count
         self._share()

@@ -25,6 +25,7 @@ def test_the_face_is_pinned():
         "Sampling",
         "SamplingError",
         "Span",
+        "StateError",
         "Step",
         "StepError",
         "StepResult",

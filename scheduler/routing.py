@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scheduler.errors import NoChain, NoRoom, Rejected
 from scheduler.shapes import Links
@@ -208,36 +208,68 @@ class Router:
             )
         return Chain(best.stages, best.cost_s, tuple(found[1 : 1 + alternates]))
 
-    def split(self, request: ChainRequest) -> Split | None:
-        """Separate chains for prefill and decode where that pays by SPLIT_GAIN_LEAST; None where it does not.
+    def prefill(self, request: ChainRequest) -> Chain | None:
+        """The chain that reads the prompt quickest and need not decode, at that cost; None where none has room."""
+        costs = self._costs(request, float(request.prompt_tokens), 0.0)
+        found = self._chains(request, self._roomy(request), costs, 0.0, 1)
+        return found[0] if found else None
 
-        The prompt's cache then travels once, over the slowest of the links between the chains, layer by layer.
+    def split(
+        self,
+        request: ChainRequest,
+        *,
+        together_s: float | None = None,
+        first: Chain | None = None,
+        gain_least: float = SPLIT_GAIN_LEAST,
+    ) -> Split | None:
+        """Separate chains for prefill and decode where that costs less by the share `gain_least` than one chain; None
+        where it does not, or where it is not known how much cache a token takes.
+
+        `together_s` is what one chain costs and `first` the chain to read the prompt with, where they are known
+        already. The prompt's cache travels once, layer by layer; layers that stay on their node do not travel.
         """
-        together = self.choose(request, alternates=0)
-        roomy = self._roomy(request)
-        first = self._chains(request, roomy, self._costs(request, float(request.prompt_tokens), 0.0), 0.0, 1)
-        second = self._chains(
-            request, roomy, self._costs(request, 0.0, float(request.new_tokens)), float(request.new_tokens), 1
-        )
-        if not first or not second or first[0].stages == second[0].stages:
+        if request.kv_bytes_per_token_per_layer <= 0:
             return None
-        moved_s = max(
-            (
-                self._links(a.node, b.node).seconds(
-                    request.prompt_tokens
-                    * request.kv_bytes_per_token_per_layer
-                    * (min(a.end, b.end) - max(a.start, b.start))
-                )
-                for a in first[0].stages
-                for b in second[0].stages
-                if a.node != b.node and max(a.start, b.start) < min(a.end, b.end)
-            ),
-            default=0.0,
-        )
-        cost_s = first[0].cost_s + moved_s + second[0].cost_s
-        if cost_s > together.cost_s * (1 - SPLIT_GAIN_LEAST):
+        limit_s = self.choose(request, alternates=0).cost_s if together_s is None else together_s
+        limit_s *= 1 - gain_least
+        first = self.prefill(request) if first is None else first
+        if first is None or first.cost_s >= limit_s:
             return None
-        return Split(first[0], second[0], cost_s)
+        costs = self._costs(request, 0.0, float(request.new_tokens))
+        hops, asked = float(request.new_tokens), replace(request, prompt_tokens=0)
+        moving_s = self._moving_s(request, first)
+        found = self._chains(asked, self._roomy(request), costs, hops, 1, moving_s)
+        if not found or found[0].stages == first.stages:
+            return None
+        busy_s = self._busy_s(request, first, found[0].stages)
+        cost_s = first.cost_s + max(busy_s.values(), default=0.0) + found[0].cost_s
+        return Split(first, found[0], cost_s) if cost_s <= limit_s else None
+
+    def _busy_s(
+        self, request: ChainRequest, first: Chain, stages: Sequence[Stage]
+    ) -> dict[tuple[str, bool], float]:
+        """Seconds that each giver (False) and each taker (True) is busy with the prompt's cache."""
+        busy_s: dict[tuple[str, bool], float] = {}
+        for a in first.stages:
+            for b in stages:
+                layers = min(a.end, b.end) - max(a.start, b.start)
+                if a.node == b.node or layers <= 0:
+                    continue
+                size = request.prompt_tokens * request.kv_bytes_per_token_per_layer * layers
+                took_s = self._links(a.node, b.node).seconds(size)
+                for end in ((a.node, False), (b.node, True)):
+                    busy_s[end] = busy_s.get(end, 0.0) + took_s
+        return busy_s
+
+    def _moving_s(self, request: ChainRequest, first: Chain) -> list[float]:
+        """Seconds for each span to take over one layer's cache of the prompt from where `first` leaves it, so that a
+        search finds chains near to it."""
+        found = []
+        for h in self._spans:
+            stage = Stage(h.node, h.start, min(h.end, request.layers))
+            taken_s = self._busy_s(request, first, [stage]).get((stage.node, True), 0.0)
+            found.append(taken_s / max(1, stage.end - stage.start))
+        return found
 
     def _roomy(self, request: ChainRequest) -> list[int]:
         tokens, layers = request.tokens, request.layers
@@ -269,10 +301,19 @@ class Router:
         return _Costs(enter_s, layer_s)
 
     def _chains(
-        self, request: ChainRequest, roomy: list[int], costs: _Costs, hops: float, count: int
+        self,
+        request: ChainRequest,
+        roomy: list[int],
+        costs: _Costs,
+        hops: float,
+        count: int,
+        more_s: Sequence[float] = (),
     ) -> list[Chain]:
-        """Up to `count` chains, each avoiding the nodes of those before it."""
+        """Up to `count` chains, each avoiding the nodes of those before it. `more_s` weighs in the search, by span and
+        layer, and not in the price."""
         seen = costs.blurred(noise(self._marks, request.seed, SPREAD)) if request.seed else costs
+        if more_s:
+            seen = _Costs(seen.enter_s, [a + b for a, b in zip(seen.layer_s, more_s, strict=True)])
         trip = _Trip(request, costs, seen, hops, self._near_s(request.gateway))
         large = len(roomy) > EXACT_SPANS_MAX
         places = self._places(trip, roomy) if large else []

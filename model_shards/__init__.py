@@ -5,6 +5,7 @@ Knows torch and file formats; knows no network, no mesh and no clock. See `engin
 of the numbers.
 """
 
+from model_shards.batcher import Batcher, BatchLimits, Resume, Room, Run
 from model_shards.bench import micro_benchmark
 from model_shards.checkpoint import CheckpointIndex
 from model_shards.config import ModelConfig, supported_families
@@ -24,6 +25,8 @@ from model_shards.errors import (
     StepError,
     TokenizerError,
 )
+from model_shards.kv import BLOCK_TOKENS
+from model_shards.parking import ParkingLot
 from model_shards.safetensors_header import TensorInfo, header_range
 from model_shards.sampler import Sampling
 from model_shards.span import Span, load_span, shape_of
@@ -31,6 +34,9 @@ from model_shards.tokens import IncrementalDecoder, StopMatcher, Tokenizer
 from model_shards.weight_cache import WeightCache
 
 __all__ = [
+    "BLOCK_TOKENS",
+    "BatchLimits",
+    "Batcher",
     "CheckpointError",
     "CheckpointIndex",
     "ConfigError",
@@ -41,8 +47,12 @@ __all__ = [
     "ModelConfig",
     "ModelError",
     "NoRoom",
+    "ParkingLot",
     "RemoteFault",
     "ResourceLimit",
+    "Resume",
+    "Room",
+    "Run",
     "Sampling",
     "SamplingError",
     "Span",

@@ -17,6 +17,7 @@ from model_shards.errors import ContextOverflow, LocalFault, StepError
 from model_shards.exact import RowsExact
 from model_shards.exchange import StateExchange
 from model_shards.kv import BLOCK_TOKENS, KvCache, KvPool, SessionKv
+from model_shards.parking import ParkingLot
 from model_shards.pooling import POOLS, Pooled
 from model_shards.rope import LENGTH_DEPENDENT, RotaryTable
 from model_shards.sampler import Said, Sampling, pick
@@ -84,9 +85,12 @@ class Engine(StateExchange):
     ``identity`` names the model's weights: only engines of one identity exchange session state.
     """
 
-    def __init__(self, span: Span, *, kv_bytes_max: int, identity: str = "") -> None:
+    def __init__(
+        self, span: Span, *, kv_bytes_max: int, parking: ParkingLot | None = None, identity: str = ""
+    ) -> None:
         config = span.config
         self.span = span
+        self._lot = parking or ParkingLot(0)
         super().__init__(layout_of(config, span.dtype, identity))
         pool = KvPool(kv_bytes_max, *config.kv_shape, span.dtype, span.device)
         self._cache = KvCache(pool)
@@ -164,9 +168,43 @@ class Engine(StateExchange):
         self._pooled.pop(session, None)
         self._arrivals.pop(session, None)
         if kv is not None:
-            if tokens and self._sharing:
+            if tokens and self._sharing and not kv.parked:
                 kv.learn(tokens)
-            kv.release()
+            kv.release(self._lot)
+
+    def blocks_wanted(
+        self,
+        start: int,
+        end: int,
+        tokens_max: int,
+        *,
+        prompt: Sequence[int] = (),
+        reuse: int = 0,
+        scope: str = "",
+    ) -> int:
+        """How many free KV blocks an open() with these arguments would take now."""
+        self._check_layers(start, end)
+        pages = (
+            self._cache.pages.match(_scope(scope, start, end), prompt)[: reuse // BLOCK_TOKENS]
+            if reuse
+            else []
+        )
+        own = (end - start) * (-(-tokens_max // BLOCK_TOKENS) - len(pages))
+        return own + sum(len(page.blocks) for page in pages if page.refs == 0)
+
+    def park(self, session: str) -> int:
+        """Moves the session's KV out of the cache until unpark(); meanwhile it can only be closed. Returns how many
+        free blocks it needs to come back. Raises StepError, or NoRoom where the parking lot has none."""
+        kv = self._kv(session)
+        kv.park(self._lot)
+        return kv.blocks
+
+    def unpark(self, session: str) -> None:
+        """Brings a parked session back, bit for bit. Raises StepError, NoRoom (it stays parked) or OSError."""
+        kv = self._sessions.get(session)
+        if kv is None or not kv.parked:
+            raise StepError(session, "is not parked")
+        kv.unpark(self._lot)
 
     def rewind(self, session: str, position: int) -> None:
         """Forgets every position from ``position`` on, so that the next step may start there. Raises
@@ -285,6 +323,16 @@ class Engine(StateExchange):
             self._sessions[step.session].advance(step.count, step.tokens)
         return found
 
+    @property
+    def kv_blocks(self) -> int:
+        """KV blocks in all; a block holds BLOCK_TOKENS positions of one layer."""
+        return self._cache.pool.blocks
+
+    @property
+    def kv_blocks_free(self) -> int:
+        """KV blocks that no session holds, cached or not."""
+        return self._cache.free_blocks
+
     def kv_tokens_free(self) -> int:
         """How many more positions a session over the whole span could reserve now."""
         return self._cache.free_blocks // (self.span.end - self.span.start) * BLOCK_TOKENS
@@ -307,6 +355,8 @@ class Engine(StateExchange):
         kv = self._sessions.get(session)
         if kv is None:
             raise StepError(session, "is not open")
+        if kv.parked:
+            raise StepError(session, "is parked")
         return kv
 
     def _check_all(self, steps: Sequence[Step]) -> None:

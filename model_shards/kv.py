@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from model_shards.errors import LocalFault, NoRoom, ResourceLimit
+from model_shards.parking import Parked, ParkingLot
 from model_shards.prefix import Page, PrefixCache
 
 BLOCK_TOKENS = 16
@@ -140,6 +141,7 @@ class SessionKv:
         self._sharing = sharing
         self._known = list(prompt)
         self._held = list(reuse)
+        self._parked: Parked | None = None
         cache.pages.acquire(self._held)
         try:
             own = cache.take(end - start, -(-tokens_max // BLOCK_TOKENS) - len(self._held))
@@ -211,8 +213,46 @@ class SessionKv:
         if shared:
             self._map_layers()
 
-    def release(self) -> None:
-        """Lets go of every page and gives every block of its own back. The session must not be used again."""
+    @property
+    def parked(self) -> bool:
+        """Whether its rows lie in a parking lot."""
+        return self._parked is not None
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks its rows take where none are shared."""
+        return (self.end - self.start) * -(-self.tokens_max // BLOCK_TOKENS)
+
+    def park(self, lot: ParkingLot) -> None:
+        """Moves its rows into ``lot`` and frees its blocks. Raises NoRoom with nothing changed."""
+        filled = [rows for layer in range(self.start, self.end) for rows in self.read(layer, 0, self.length)]
+        self._parked = lot.put(filled)
+        self.release()
+
+    def unpark(self, lot: ParkingLot) -> None:
+        """Takes blocks again (shared with nobody) and brings its rows back, bit for bit. Raises NoRoom or OSError
+        with nothing changed."""
+        if self._parked is None:
+            raise LocalFault("a session that is not parked cannot come back")
+        own = self._cache.take(self.end - self.start, -(-self.tokens_max // BLOCK_TOKENS))
+        self._table = own
+        self._map_layers()
+        try:
+            rows = iter(lot.read(self._parked))
+            for layer, (keys, values) in enumerate(zip(rows, rows, strict=True), self.start):
+                self.write(layer, 0, keys.to(self.device), values.to(self.device))
+        except OSError:
+            self.release()
+            raise
+        lot.drop(self._parked)
+        self._parked = None
+
+    def release(self, lot: ParkingLot | None = None) -> None:
+        """Lets go of every page, gives every block of its own back and forgets what is parked in ``lot``. The session
+        must not be used again."""
+        if self._parked is not None and lot is not None:
+            lot.drop(self._parked)
+            self._parked = None
         for row in self._table:
             self._cache.pool.give(row[len(self._held) :])
         self._cache.pages.release(self._held)

@@ -105,6 +105,12 @@ class DataDir:
     def blobs_path(self) -> Path:
         return self.root / "blobs"
 
+    def parking_path(self) -> Path:
+        """Where caches of parked sessions lie, made if need be; what is in it has no names."""
+        path = self.root / "parked"
+        path.mkdir(exist_ok=True, mode=0o700)
+        return path
+
     @property
     def peers_path(self) -> Path:
         return self.root / "peers.json"

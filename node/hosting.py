@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import trio
 
-from model_shards import ModelError, load_span
+from model_shards import ModelError, ParkingLot, load_span
 from node.adverts import HostAdvert, ModelAdvert, host_name
 from node.hardware import DeviceFigures
 from node.library import Library, ModelFiles
@@ -29,6 +30,8 @@ RETRY_S = 2.0
 PUBLISH_EVERY_S = 1.0
 DROP_AFTER_S = 5.0
 ROOM_WAIT_S = 3 * DROP_AFTER_S
+PARKING_SHARE = 2
+"""Times the KV cache that parked sessions may take on the disk."""
 WARM_UP_WEIGHT = 4
 """The measure taken after loading counts as so many steps."""
 
@@ -65,8 +68,10 @@ class Host:
         devices: Sequence[DeviceFigures],
         publish: Callable[[str, HostAdvert | None], None],
         clock: Callable[[], float] = time.perf_counter,
+        parking: Path | None = None,
     ) -> None:
         self._library = library
+        self._parking = parking
         self._devices = devices
         self._publish = publish
         self._clock = clock
@@ -218,7 +223,8 @@ class Host:
         )  # fmt: skip
 
         def work() -> tuple[TimedEngine, float]:
-            engine = TimedEngine(load(), kv_bytes_max=kv_bytes)
+            lot = ParkingLot(PARKING_SHARE * kv_bytes, self._parking)
+            engine = TimedEngine(load(), kv_bytes_max=kv_bytes, parking=lot)
             return engine, warm_up(engine)
 
         limiter = self._limiters[wish.device]

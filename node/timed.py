@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model_shards import Engine, Span, Step, StepResult
+from model_shards import Engine, ParkingLot, Span, Step, StepResult
 from scheduler.corrections import Kind
 
 KEPT_MAX = 256
@@ -33,9 +33,14 @@ class TimedEngine(Engine):
     """`busy_s` is the time spent in `run` so far. Called from one thread at a time; `take` from any."""
 
     def __init__(
-        self, span: Span, *, kv_bytes_max: int, clock: Callable[[], float] = time.perf_counter
+        self,
+        span: Span,
+        *,
+        kv_bytes_max: int,
+        parking: ParkingLot | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        super().__init__(span, kv_bytes_max=kv_bytes_max)
+        super().__init__(span, kv_bytes_max=kv_bytes_max, parking=parking)
         self.busy_s = 0.0
         self._clock = clock
         self._layers: dict[str, int] = {}

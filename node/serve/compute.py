@@ -1,22 +1,33 @@
 """The bridge between trio and the engine: one worker thread a device, steps gathered into batches.
 
-Sessions hand in steps and wait for results; whatever is waiting when the device falls free is run together, background
-work only where nothing else waits, and it stops between two layers when something else comes. It measures what steps
-take and knows nothing of networks or of what a step means.
+Sessions hand in steps and wait for results. What runs together, what stops between two layers, who is parked and who
+may come in is decided by the batcher of `model_shards`; this file performs it. It measures what steps take and knows
+nothing of networks or of what a step means.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import trio
 
-from model_shards import Engine, ModelError, Step, StepResult
+from model_shards import (
+    BLOCK_TOKENS,
+    Batcher,
+    BatchLimits,
+    Engine,
+    ModelError,
+    NoRoom,
+    Resume,
+    Run,
+    Step,
+    StepError,
+    StepResult,
+)
 from node.serve.prefixes import Held
 from node.serve.protocol import BACKGROUND, HIGH, NORMAL, PIECE_TOKENS
 
@@ -24,6 +35,7 @@ IDLE_S = 5.0
 """After so long without work a node that got slow measures itself anew."""
 SLOWED = 1.3
 SMOOTHING = 0.2
+LIMITS = BatchLimits(chunk_tokens_max=PIECE_TOKENS, yields_from=BACKGROUND)
 
 
 class Stale(Exception):
@@ -45,45 +57,31 @@ class Abandoned(Exception):
 @dataclass(slots=True)
 class _Job:
     step: Step
-    priority: int = NORMAL
     done: trio.Event = field(default_factory=trio.Event)
     result: StepResult | None = None
     problem: Exception | None = None
 
-
-@dataclass(slots=True)
-class _Load:
-    """What an open session holds and has yet to read: `tokens` of room over the whole span, prompt tokens to come."""
-
-    priority: int
-    tokens: int
-    prompt_left: int
+    def fail(self, problem: Exception) -> None:
+        self.problem = problem
+        self.done.set()
 
 
 class Compute:
     """Runs an engine's steps for many sessions, one batch at a time, on a worker thread.
 
-    `batch_tokens_max` bounds one batch, so that a long prompt delays running decodes by at most that many tokens.
+    A long prompt runs in pieces of PIECE_TOKENS, whatever came as one message: it delays running decodes by at most one
+    of them.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        device: trio.CapacityLimiter,
-        *,
-        batch_tokens_max: int = 512,
-        s_per_layer: float = 0.0,
-    ) -> None:
+    def __init__(self, engine: Engine, device: trio.CapacityLimiter, *, s_per_layer: float = 0.0) -> None:
         self.engine = engine
         self._device = device
-        self._batch_tokens_max = batch_tokens_max
-        self._waiting: deque[_Job] = deque()
+        self._batcher = Batcher(engine.kv_blocks, LIMITS)
+        self._jobs: dict[int, _Job] = {}
         self._wake = trio.Event()
         self._idle = trio.Lock()
-        self._closed: set[str] = set()
+        self._stop = ""
         self._rate_at, self._rate_tokens = time.monotonic(), 0
-        self._loads: dict[str, _Load] = {}
-        self._background_runs = self._preempt = False
         self.tokens = 0
         self.s_per_layer = self._best_s = s_per_layer
         self.prefill_s_per_layer = 0.0
@@ -96,15 +94,14 @@ class Compute:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._look_idle)
                 while True:
-                    while not self._waiting:
-                        await self._wake.wait()
-                        self._wake = trio.Event()
+                    wake = self._wake
                     async with self._idle:
-                        await self._run_batch(self._take())
+                        acted = await self._act()
+                    if not acted:
+                        await wake.wait()
         finally:
-            for job in self._waiting:
-                job.problem = Abandoned()
-                job.done.set()
+            for job in self._jobs.values():
+                job.fail(Abandoned())
 
     async def open(
         self,
@@ -119,19 +116,35 @@ class Compute:
         reuse: int = 0,
         scope: str = "",
     ) -> None:
-        """Reserve room for a session over layers [start, end), of `prompt_tokens` and up to `tokens_max` in all.
+        """Reserve room for a session over layers [start, end), of `prompt_tokens` and up to `tokens_max` in all. Where
+        there is none, background sessions are parked for one that is not.
 
-        `prompt`, `reuse` and `scope` are the engine's. Raises model_shards.NoRoom, and Stale where less than `reuse` is
-        cached.
+        `prompt`, `reuse` and `scope` are the engine's. Raises model_shards.NoRoom, which says when to come again, and
+        Stale where less than `reuse` is cached.
         """
         async with self._idle:
-            self._closed.discard(session)
             if reuse and (cached := self.engine.cached(start, end, prompt, scope=scope)) < reuse:
                 raise Stale(cached)
+            while True:
+                blocks = self.engine.blocks_wanted(
+                    start, end, tokens_max, prompt=prompt, reuse=reuse, scope=scope
+                )
+                # A model's context or a wrong layer is told before anybody is parked for it.
+                if blocks > self.engine.kv_blocks:
+                    break
+                room = self._batcher.room(priority, blocks, self.engine.kv_blocks_free, trio.current_time())
+                if room.refused_s is not None:
+                    free = f"{self.engine.kv_blocks_free} of {self.engine.kv_blocks} are free"
+                    raise NoRoom(f"{blocks} KV blocks wanted, {free}", room.refused_s)
+                if not room.parked:
+                    break
+                for guest in room.parked:
+                    needed = await trio.to_thread.run_sync(self.engine.park, guest, limiter=self._device)
+                    self._batcher.parked(guest, needed)
             self.engine.open(session, start, end, tokens_max, prompt=prompt, reuse=reuse, scope=scope)
-            layers = self.engine.span.end - self.engine.span.start
-            room = -(-tokens_max * (end - start) // layers)
-            self._loads[session] = _Load(priority, room, max(0, prompt_tokens - reuse))
+            now_s = trio.current_time()
+            unread = max(0, prompt_tokens - reuse)
+            self._batcher.opened(session, priority, blocks, unread, tokens_max - reuse, now_s)
 
     async def close(self, session: str, keep: int | None = None) -> None:
         """Free a session's room, at once or between the layers of its running step.
@@ -139,27 +152,36 @@ class Compute:
         Of what it computed the first `keep` positions (all, where None) stay in the cache for those after it.
         """
         with trio.CancelScope(shield=True):
-            self._closed.add(session)
-            self._loads.pop(session, None)
+            self._forget(self._batcher.closed(session))
             async with self._idle:
-                self._closed.discard(session)
                 if keep is not None:
                     with contextlib.suppress(ModelError):
                         self.engine.rewind(session, min(keep, self.engine.position(session)))
                 self.engine.close(session)
+            self._nudge()
 
-    async def step(self, step: Step, priority: int = NORMAL) -> StepResult:
-        """Run one step in some batch and return its result."""
-        job = _Job(step, priority)
-        self._waiting.append(job)
-        self._wake.set()
-        if priority < BACKGROUND and self._background_runs:
-            self._preempt = True
+    async def step(self, step: Step) -> StepResult:
+        """Run one step, in pieces if it is long, each in some batch, and return its result."""
+        found = [await self._part(part) for part in _pieces(step)]
+        hidden = [result.hidden for result in found if result.hidden is not None]
+        return replace(found[-1], hidden=torch.cat(hidden)) if len(hidden) > 1 else found[-1]
+
+    async def _part(self, step: Step) -> StepResult:
+        if step.session not in self._batcher:
+            raise StepError(step.session, "is not open")
+        if step.count < 1:
+            raise StepError(step.session, "holds no positions")
+        job = _Job(step)
+        number = self._batcher.submitted(step.session, step.count, trio.current_time())
+        self._jobs[number] = job
+        self._nudge()
         try:
             await job.done.wait()
         except trio.Cancelled:
-            self._closed.add(step.session)
+            self._forget(self._batcher.dropped(step.session))
             raise
+        finally:
+            self._jobs.pop(number, None)
         if job.problem is not None:
             raise job.problem
         if job.result is None:
@@ -170,14 +192,12 @@ class Compute:
         """Seconds of prompts that open sessions have still to read here, by priority, the most urgent first."""
         layers = self.engine.span.end - self.engine.span.start
         token_s = (self.prefill_s_per_layer or self.s_per_layer) * layers
-        return tuple(
-            token_s * sum(load.prompt_left for load in self._loads.values() if load.priority == priority)
-            for priority in (HIGH, NORMAL, BACKGROUND)
-        )
+        return tuple(token_s * self._batcher.prompt_left(at) for at in (HIGH, NORMAL, BACKGROUND))
 
     def tokens_yielding(self) -> int:
         """Room over the whole span that background sessions hold and would give to others."""
-        return sum(load.tokens for load in self._loads.values() if load.priority == BACKGROUND)
+        layers = self.engine.span.end - self.engine.span.start
+        return self._batcher.blocks_yielding() // layers * BLOCK_TOKENS
 
     def kv_usage(self) -> float:
         """The share of the cache that sessions hold, 0 to 1."""
@@ -190,41 +210,52 @@ class Compute:
         self._rate_at, self._rate_tokens = now, tokens
         return (tokens - before) / since_s if since_s > 0 else 0.0
 
-    def _take(self) -> list[_Job]:
-        """The next batch: the urgent before others, decodes before prompt pieces, one step a session, within the token
-        bound; background work only by itself."""
-        order = sorted(self._waiting, key=lambda job: (job.priority, _tokens(job.step) > 1))
-        if order and order[0].priority < BACKGROUND:
-            order = [job for job in order if job.priority < BACKGROUND or job.step.session in self._closed]
-        batch: list[_Job] = []
-        sessions: set[str] = set()
-        tokens = 0
-        for job in order:
-            if job.step.session in self._closed:
-                self._waiting.remove(job)
-                job.done.set()
-                continue
-            size = _tokens(job.step)
-            if job.step.session in sessions or (batch and tokens + size > self._batch_tokens_max):
-                continue
-            sessions.add(job.step.session)
-            tokens += size
-            batch.append(job)
-            self._waiting.remove(job)
-        return batch
+    def _nudge(self) -> None:
+        """Something changed: the loop looks again, a running batch may have to stop."""
+        self._stop = self._batcher.stop
+        self._wake.set()
+        self._wake = trio.Event()
 
-    async def _run_batch(self, batch: list[_Job]) -> None:
-        if not batch:
+    def _forget(self, numbers: Sequence[int]) -> None:
+        """Work that will not run."""
+        for number in numbers:
+            if number in self._jobs:
+                self._jobs[number].done.set()
+        self._nudge()
+
+    async def _act(self) -> bool:
+        """Do the next thing; whether there was one."""
+        chosen = self._batcher.next(self.engine.kv_blocks_free, trio.current_time())
+        if isinstance(chosen, Run):
+            await self._run_batch(chosen)
+        elif isinstance(chosen, Resume):
+            await self._resume(chosen.session)
+        return chosen is not None
+
+    async def _resume(self, session: str) -> None:
+        try:
+            await trio.to_thread.run_sync(self.engine.unpark, session, limiter=self._device)
+        except (ModelError, OSError) as problem:
+            # Its cache cannot be had again: whoever waits for the session hears it, all others go on.
+            for number in self._batcher.dropped(session):
+                self._jobs[number].fail(StepError(session, f"cannot be brought back: {problem}"))
             return
-        sessions = {job.step.session for job in batch}
-        self._background_runs = all(job.priority == BACKGROUND for job in batch)
-        self._preempt = False
+        self._batcher.resumed(session, trio.current_time())
+
+    async def _run_batch(self, chosen: Run) -> None:
+        self._stop = self._batcher.stop
+        again = False
+        try:
+            again = not await self._compute([self._jobs[n] for n in chosen.work if n in self._jobs])
+        finally:
+            self._batcher.finished(trio.current_time(), again=again)
+
+    async def _compute(self, batch: list[_Job], *, stoppable: bool = True) -> bool:
+        """Results for a batch; False where it was stopped for other work and has to run again."""
 
         def check() -> None:
-            if sessions <= self._closed:
-                raise Abandoned
-            if self._preempt:
-                raise _Preempted
+            if stoppable and self._stop:
+                raise Abandoned if self._stop == "abandoned" else _Preempted
 
         def work() -> tuple[list[StepResult], float]:
             began = time.perf_counter()
@@ -234,48 +265,37 @@ class Compute:
         try:
             results, took_s = await trio.to_thread.run_sync(work, limiter=self._device)
         except _Preempted:
-            self._waiting.extendleft(reversed(batch))
-            return
+            return False
         except Exception as problem:  # noqa: BLE001 - whatever the engine raises belongs to the waiting sessions
-            await self._settle(batch, problem)
-            return
-        finally:
-            self._background_runs = False
-        self._note_time(batch, took_s)
+            if len(batch) == 1 or isinstance(problem, Abandoned):
+                for job in batch:
+                    job.fail(problem)
+                return True
+            for job in batch:  # each by itself: only the guilty fails
+                await self._compute([job], stoppable=False)
+            return True
+        self._note_time([job.step.count for job in batch], took_s)
         for job, result in zip(batch, results, strict=True):
             job.result = result
             job.done.set()
+        return True
 
-    async def _settle(self, batch: list[_Job], problem: Exception) -> None:
-        """A failed batch: alone, a job owns the problem; together, each runs by itself: only the guilty fails."""
-        if len(batch) == 1:
-            batch[0].problem = problem
-            batch[0].done.set()
-            return
-        for job in batch:
-            await self._run_batch([job])
-
-    def _note_time(self, batch: Sequence[_Job], took_s: float) -> None:
-        """A batch of single tokens tells what a token waits for a layer, however many share it; one with prompt pieces
+    def _note_time(self, counts: Sequence[int], took_s: float) -> None:
+        """A batch of single tokens tells what a token waits for a layer, however many share it; a piece of a prompt
         what a prompt's token costs."""
-        counts = [_tokens(job.step) for job in batch]
         layers = self.engine.span.end - self.engine.span.start
         if max(counts) == 1:
             self.s_per_layer = _smoothed(self.s_per_layer, took_s / layers)
             self._best_s = min(self._best_s or self.s_per_layer, self.s_per_layer)
         else:
             self.prefill_s_per_layer = _smoothed(self.prefill_s_per_layer, took_s / (sum(counts) * layers))
-        for job, count in zip(batch, counts, strict=True):
-            load = self._loads.get(job.step.session)
-            if load is not None:
-                load.prompt_left = max(0, load.prompt_left - count)
         self.tokens += sum(counts)
 
     async def _look_idle(self) -> None:
         while True:
             before = self.tokens
             await trio.sleep(IDLE_S)
-            if self.tokens == before and not self._waiting:
+            if self.tokens == before and not self._batcher.waiting():
                 await self._measure_anew()
 
     async def _measure_anew(self) -> None:
@@ -318,7 +338,25 @@ def warm_up(engine: Engine, steps: int = 4) -> float:
     return best_s / (span.end - span.start)
 
 
-def _tokens(step: Step) -> int:
-    if step.tokens is not None:
-        return len(step.tokens)
-    return 0 if step.hidden is None else int(step.hidden.shape[0])
+def _pieces(step: Step) -> list[Step]:
+    """The step cut where pieces of a prompt end, whatever came as one message: what is computed together must depend on
+    positions alone. Only the last part samples."""
+    if step.position % PIECE_TOKENS + step.count <= PIECE_TOKENS:
+        return [step]
+    found, first = [], 0
+    while first < step.count:
+        at = step.position + first
+        end = min(step.count, first + PIECE_TOKENS - at % PIECE_TOKENS)
+        last = end == step.count
+        found.append(
+            Step(
+                step.session,
+                at,
+                step.tokens[first:end] if step.tokens is not None else None,
+                step.hidden[first:end] if step.hidden is not None else None,
+                step.sample if last else None,
+                step.pool,
+            )
+        )
+        first = end
+    return found

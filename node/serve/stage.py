@@ -380,7 +380,7 @@ class _Stage:
         step = Step(
             session=self._request.session, position=position, tokens=tokens, hidden=hidden, sample=sampling
         )
-        result = await self._compute.step(step, self._request.priority)
+        result = await self._compute.step(step)
         await self._onward.put(position, result, sample, tell)
         told = self._plan.told
         if told and position + step.count == len(told) * PIECE_TOKENS:

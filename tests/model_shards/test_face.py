@@ -10,6 +10,9 @@ from model_shards import errors, micro_benchmark
 
 def test_the_face_is_pinned():
     assert model_shards.__all__ == [
+        "BLOCK_TOKENS",
+        "BatchLimits",
+        "Batcher",
         "CheckpointError",
         "CheckpointIndex",
         "ConfigError",
@@ -20,8 +23,12 @@ def test_the_face_is_pinned():
         "ModelConfig",
         "ModelError",
         "NoRoom",
+        "ParkingLot",
         "RemoteFault",
         "ResourceLimit",
+        "Resume",
+        "Room",
+        "Run",
         "Sampling",
         "SamplingError",
         "Span",

@@ -9,10 +9,10 @@ import torch
 import trio
 import trio.testing
 
-from model_shards import CheckpointIndex, Engine, ModelConfig, NoRoom, Step, load_span
+from model_shards import CheckpointIndex, Engine, ModelConfig, NoRoom, ParkingLot, Step, StepError, load_span
 from node import embedded
 from node.serve import compute as module
-from node.serve.compute import Compute, Stale
+from node.serve.compute import Abandoned, Compute, Stale
 from node.serve.protocol import BACKGROUND, HIGH, NORMAL, PIECE_TOKENS
 
 PROMPT = tuple(range(5, 5 + 2 * PIECE_TOKENS + 1))
@@ -75,11 +75,11 @@ async def test_urgent_steps_go_first_and_background_ones_only_when_nothing_else_
     for name, priority in names.items():
         await opened(running, name, priority)
     gate = Gate(engine, monkeypatch)
-    nursery.start_soon(running.step, Step("first", 0, (1,)), NORMAL)
+    nursery.start_soon(running.step, Step("first", 0, (1,)))
     await gate.running()
     async with trio.open_nursery() as others:
-        for name, priority in list(names.items())[1:]:
-            others.start_soon(running.step, Step(name, 0, (1,)), priority)
+        for name in list(names)[1:]:
+            others.start_soon(running.step, Step(name, 0, (1,)))
         await trio.testing.wait_all_tasks_blocked()
         gate.go.set()
     assert gate.batches == [["first"], ["urgent", "usual"], ["late"]]
@@ -92,14 +92,14 @@ async def test_a_background_batch_stops_between_layers_for_other_work_and_runs_a
     await opened(running, "usual")
     gate, done = Gate(engine, monkeypatch), []
 
-    async def step(name, priority):
-        result = await running.step(Step(name, 0, (1, 2, 3)), priority)
+    async def step(name):
+        result = await running.step(Step(name, 0, (1, 2, 3)))
         done.append((name, result.hidden.shape[0]))
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(step, "late", BACKGROUND)
+        nursery.start_soon(step, "late")
         await gate.running()
-        nursery.start_soon(step, "usual", NORMAL)
+        nursery.start_soon(step, "usual")
         await trio.testing.wait_all_tasks_blocked()
         gate.go.set()
     assert gate.batches == [["late"], ["usual"], ["late"]]
@@ -112,9 +112,9 @@ async def test_work_that_is_no_background_work_is_never_stopped(running, engine,
     await opened(running, "urgent", HIGH)
     gate = Gate(engine, monkeypatch)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(running.step, Step("usual", 0, (1,)), NORMAL)
+        nursery.start_soon(running.step, Step("usual", 0, (1,)))
         await gate.running()
-        nursery.start_soon(running.step, Step("urgent", 0, (1,)), HIGH)
+        nursery.start_soon(running.step, Step("urgent", 0, (1,)))
         await trio.testing.wait_all_tasks_blocked()
         gate.go.set()
     assert gate.batches == [["usual"], ["urgent"]]
@@ -125,7 +125,7 @@ async def test_queues_tell_what_prompts_have_still_to_come_by_class(running):
     await opened(running, "usual", NORMAL, tokens=40)
     await opened(running, "late", BACKGROUND, tokens=24)
     assert running.queue_by_class_s() == pytest.approx((0.0, 32 * 0.02, 16 * 0.02))
-    assert running.tokens_yielding() == 24
+    assert running.tokens_yielding() == 32  # in whole blocks
     await running.step(Step("usual", 0, tuple(range(30))))
     token_s = running.prefill_s_per_layer * 2
     assert running.queue_by_class_s() == pytest.approx((0.0, 2 * token_s, 16 * token_s))
@@ -179,3 +179,99 @@ async def test_without_room_nothing_is_kept(running):
     for name in "abc":
         await running.close(name)
     assert running.kv_usage() == 0.0
+
+
+def kv_engine(parking_bytes):
+    directory = embedded.path()
+    config, index = ModelConfig.from_dir(directory), CheckpointIndex.open(directory)
+    span = load_span(directory, index, config, 0, 2)
+    return Engine(span, kv_bytes_max=1 << 20, parking=ParkingLot(parking_bytes))
+
+
+async def test_background_sessions_are_parked_for_others_and_go_on_bit_for_bit(nursery):
+    compute = Compute(kv_engine(1 << 20), trio.CapacityLimiter(1))
+    nursery.start_soon(compute.run)
+    await compute.open("alone", 0, 2, 1024)
+    wanted = [await compute.step(Step("alone", at, (at + 3,))) for at in range(4)]
+    await compute.close("alone")
+    await compute.open("guest", 0, 2, 1024, priority=BACKGROUND)
+    await compute.open("kept", 0, 2, 1024)
+    found = [await compute.step(Step("guest", at, (at + 3,))) for at in range(2)]
+    await compute.open("urgent", 0, 2, 1024)
+    assert compute.tokens_yielding() == 0
+
+    async def go_on():
+        for at in range(2, 4):
+            found.append(await compute.step(Step("guest", at, (at + 3,))))
+
+    async with trio.open_nursery() as waiting:
+        waiting.start_soon(go_on)
+        await compute.step(Step("urgent", 0, (1, 2, 3)))
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(found) == 2
+        with pytest.raises(NoRoom):
+            await compute.open("newcomer", 0, 2, 16, priority=BACKGROUND)
+        await compute.close("urgent")
+    assert all(torch.equal(a.hidden, b.hidden) for a, b in zip(wanted, found, strict=True))
+    for name in ("guest", "kept"):
+        await compute.close(name)
+    assert compute.kv_usage() == 0.0
+
+
+async def test_without_room_to_park_nobody_is_parked_and_the_newcomer_hears_when_to_come_again(nursery):
+    compute = Compute(kv_engine(0), trio.CapacityLimiter(1))
+    nursery.start_soon(compute.run)
+    await compute.open("guest", 0, 2, 1024, priority=BACKGROUND)
+    await compute.open("kept", 0, 2, 1024)
+    await compute.step(Step("guest", 0, (1, 2)))
+    with pytest.raises(NoRoom) as refused:
+        await compute.open("usual", 0, 2, 16)
+    assert 0 < refused.value.retry_after_s <= 60
+    assert (await compute.step(Step("guest", 2, (3,)))).hidden.shape[0] == 1
+
+
+async def test_a_long_message_runs_in_pieces_and_a_decode_waits_for_one_of_them(
+    running, engine, monkeypatch, nursery
+):
+    await running.open("long", 0, 2, 400)
+    await opened(running, "talk")
+    gate, whole = Gate(engine, monkeypatch), []
+
+    async def read():
+        whole.append(await running.step(Step("long", 0, tuple(range(3 * PIECE_TOKENS + 5)))))
+
+    async with trio.open_nursery() as others:
+        others.start_soon(read)
+        await gate.running()
+        others.start_soon(running.step, Step("talk", 0, (1,)))
+        await trio.testing.wait_all_tasks_blocked()
+        gate.go.set()
+    assert gate.batches == [["long"], ["talk"], ["long"], ["long"], ["long"]]
+    assert whole[0].hidden.shape[0] == 3 * PIECE_TOKENS + 5
+    await running.open("pieces", 0, 2, 400)
+    parts = [
+        await running.step(Step("pieces", at, tuple(range(3 * PIECE_TOKENS + 5))[at : at + PIECE_TOKENS]))
+        for at in range(0, 3 * PIECE_TOKENS + 5, PIECE_TOKENS)
+    ]
+    assert torch.equal(torch.cat([part.hidden for part in parts]), whole[0].hidden)
+
+
+async def test_a_session_that_is_closed_while_its_only_step_runs_stops_between_layers(
+    running, engine, monkeypatch
+):
+    await opened(running, "gone")
+    gate = Gate(engine, monkeypatch)
+    async with trio.open_nursery() as nursery:
+
+        async def step():
+            with pytest.raises(Abandoned):
+                await running.step(Step("gone", 0, (1, 2)))
+
+        nursery.start_soon(step)
+        await gate.running()
+        nursery.start_soon(running.close, "gone")
+        await trio.testing.wait_all_tasks_blocked()
+        gate.go.set()
+    assert engine.sessions() == 0
+    with pytest.raises(StepError, match="not open"):
+        await running.step(Step("gone", 2, (1,)))

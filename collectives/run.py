@@ -376,8 +376,7 @@ class Run:
         plane.own_fault = shell.abort
         self._nursery.start_soon(shell.run)
         self._nursery.start_soon(plane.run)
-        if shell.chain.epoch < 0:
-            shell.tell(Met((*self._contacts, *self._founders)))
+        shell.tell(Met((*self._contacts, *self._founders)))
         for peer in self._watch.suspects():
             shell.tell(Suspected(peer))
         return shell

@@ -15,15 +15,19 @@ PROTOCOL. Paxos for each epoch, where what is proposed is first reduced.
            new ballot, whose Declare also asks for promises, so that the reduction goes on meanwhile.
  vote      The coordinator that holds the whole result sends Accept(ballot, value). A member votes (Voted) for what it
            holds only, after saving the vote; what it lacks it fetches from holders. One ballot has one digest, the
-           coordinator's; a member with another one says Trouble(mismatch) and does not vote.
+           coordinator's; a member with another one says Trouble(mismatch) and does not vote. Proposals and votes
+           name the value's *tellers*: the owners of all ballots in which it was proposed, one after another.
  commit    Votes of a quorum of C_{e-1} and of more than half of the declared members (those who resigned do not count)
-           decide. The coordinator saves the decision, sends Commit to all, and C_e takes over.
+           decide. They are counted by the ballot's owner alone, which saves the decision, sends Commit to all, and
+           C_e takes over.
  takeover  A coordinator that is suspected, silent, resigned or declines (its caller is late) is passed over by rank.
            Ballots above 0 begin with Prepare; the answers (Promise) carry the last vote, the digests held, the offer.
-           From a quorum of them: the value of the highest vote must be proposed; without any vote the membership
-           that was being reduced goes on without the lost ones, else a new one is gathered.
+           From a quorum of them: the value of the highest vote must be proposed, unless it can be passed over (3);
+           without any vote the membership that was being reduced goes on without the lost ones, else a new one is
+           gathered. The same after a proposal for which too few of its members are left: its owner begins anew.
  catch-up  Whatever belongs to an earlier epoch is answered with Commit(last decision, certificate); the bytes are
-           fetched, or, several epochs behind, the state is transferred (Lagging). A zombie hears the same.
+           fetched, or, several epochs behind, the state is transferred (Lagging). A zombie hears the same. Who is
+           no member any more is told decisions unasked, while it is known: all that it knows of may have left.
  leaving   A resignation freezes an acceptor: its last promise and vote travel with it.
 
 STATES of an acceptor: (epoch decided, promised ballot, last vote), saved before anybody hears of a change. Of a member:
@@ -35,8 +39,11 @@ WHY IT CANNOT FORK.
  2. Reading quorums meet voting quorums. With resignations R known to the reader and R' to the counter: a voter in R
     shows its vote; somebody in R' abstains only if it never promised more than the ballot, so it cannot be among the
     reader's promises; the rest are quorums of shrinking sets, of which two always meet (tests enumerate all cases).
- 3. Votes whose bytes nobody has are passed over only if every acceptor answered with a promise or a resignation and
-    none knows a decision. That is safe because whoever promises a ballot never counts votes for lower ones again.
+ 3. A value is passed over only if all its tellers answered a higher ballot with a promise or a resignation. Then none
+    of them knows it decided, and none will ever count its votes: whoever promises a ballot never counts votes for lower
+    ones again. Ballots below the first teller's were found free, those between two tellers' had no quorum, or their
+    votes would have been found instead. So nothing below the higher ballot is, or will be, decided. It is done where
+    nobody has the bytes any more, and where so many of the members are dead that the rest cannot decide it.
  4. Who lost its journal has another incarnation, and so no seat. (C_0's founders have incarnation 0: a founder without
     journal must be started as a joiner.)
 INVARIANTS checked in simulation after every step: one value an epoch; one state an epoch; every result is the exact
@@ -44,7 +51,8 @@ weighted mean over the attempts its declaration names, all on the state of the e
 votes are for bytes held; each epoch is delivered once, in order; every round ends by its deadline; after healing, the
 next epochs are decided. docs/round.pml is a model of the commit for spin.
 What nobody can mend is named, and stops the chain rather than forking it: a quorum of seats gone for good without
-resigning, more than half of a voted-for membership likewise, all bytes and states of a decided epoch lost.
+resigning (of two, the best-ranked); more than half of a voted-for membership likewise, where one of its tellers is gone
+too and may have decided it; all bytes and states of a decided epoch lost.
 
 HOW A SHELL DRIVES `Chain` (one for each run and tag):
 - One thread of control: `for one in chain.handle(event, now_s): do(one)`, instructions strictly in order. `now_s` is

@@ -91,7 +91,7 @@ class Chain(Leading):
                 if peer in self.suspected or len(self.suspected) < 4 * self.settings.members_max:
                     self.on_suspected(peer, now_s)
             case Alive(peer):
-                self.suspected.discard(peer)
+                self._on_alive(peer)
             case Met(peers):
                 self.meet(peers)
                 self.ask_at = now_s
@@ -201,12 +201,19 @@ class Chain(Leading):
             self.send_all((*config.peers, *self.contacts), Resign(resignation, decided))
         self.out.append(Left())
 
+    def _on_alive(self, peer: str) -> None:
+        """Whoever is no member may have missed why."""
+        self.suspected.discard(peer)
+        if self.ledger.decided is not None and peer in self.former:
+            self.tell_decided(peer, self.ledger.decided)
+
     def _on_resign(self, sender: str, message: Resign, now_s: float) -> None:
         if self.ledger.decided is None or not self.ledger.note(message.resignation):
             return
         peer = message.resignation.seat.peer
         if sender == peer:  # who leaves says it only once
             self.send_all([one for one in self.ledger.config.peers if one != peer], message)
+        self.former = tuple([one for one in self.former if one != peer])
         if self.gather is not None:
             self.gather.drop(peer)
         lead = self.lead

@@ -70,6 +70,7 @@ class Core:
         self.awaiting: Decided | None = None  # the last decision, while its bytes are not here
         self.suspected: set[str] = set()
         self.contacts: tuple[str, ...] = ()
+        self.former: tuple[str, ...] = ()  # belonged to the run, or wanted to, and are no members now
         self.waiting: frozenset[str] = (
             frozenset()
         )  # were left out of the last epoch, and may come for this one
@@ -100,6 +101,7 @@ class Core:
         self.pushed = 0
         self.declined = False
         self.unheld = False
+        self.incarnations: dict[str, int] = {}  # as peers said in this epoch
         self.top = NO_BALLOT  # the highest ballot heard of
         self.gather: Gather | None = None
         if self.ledger.decided is not None:
@@ -167,6 +169,11 @@ class Core:
         known.pop(self.me, None)
         self.contacts = tuple(known)[: self.settings.members_max]
 
+    def _part(self, peers: Iterable[str], config: Config) -> None:
+        """Whom to tell what is decided, though they are no members: whoever they know may have left for good."""
+        known = [peer for peer in dict.fromkeys(peers) if peer != self.me and config.seat(peer) is None]
+        self.former = tuple(known)[: self.settings.members_max]
+
     def ask(self, now_s: float) -> None:
         """Whoever knows more than I do answers."""
         if now_s >= self.ask_at:
@@ -218,6 +225,9 @@ class Core:
         elif self.declaration is not None and self.done is None:
             self.out.append(Abandon(self.declaration.ballot))
         fetching = self.fetching
+        known = self.ledger.config.peers if self.ledger.decided is not None else ()
+        leavers = {*self.ledger.resigned, *self.ledger.departed}
+        offered = self.gather.offers if self.gather is not None else ()
         gone = self.ledger.decide(decided)
         left = value.declaration.left_out if value is not None else ()
         self.waiting = frozenset((*waiting, *[one.peer for one in left if one.why in ("late", "silent")]))
@@ -235,6 +245,8 @@ class Core:
         self.zero_free = True
         self._new_epoch()
         self.meet(decided.config.peers)
+        former = (*sorted(self.waiting), *offered, *known, *self.former)
+        self._part([peer for peer in former if peer not in leavers], decided.config)
         self.word_at = now_s
         if value is not None and epoch == before + 1 and missed is None and before >= 0:
             self._settle_next(decided, value)

@@ -32,7 +32,8 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Met:
-    """These peers belong to the run: they are asked what is decided. A joiner needs one; it does no harm later."""
+    """These peers belong to the run: they are asked what is decided. A joiner
+    needs one, and so does whoever restarts."""
 
     peers: tuple[str, ...]
 

@@ -92,7 +92,7 @@ class Following(Core):
             self.see(ballot)
 
     def _adopt(self, sender: str, declaration: Declaration) -> None:
-        """Reduces it, unless I am not (any more) in it or have voted for something else already."""
+        """Reduces it, unless I am not (any more) in it. What I voted for stays: whoever declares may not know of it."""
         member = declaration.member(self.me)
         attempt = self.round
         if member is None:
@@ -101,11 +101,11 @@ class Following(Core):
         if attempt is None or attempt.offer.nonce != member.nonce or not self.entered:
             self.send(sender, Gone(self.epoch + 1, member.nonce))
             return
-        if self.ledger.vote is None or self.ledger.vote.value.digest not in self.ledger.held:
-            self.start_reducing(declaration)
+        self.start_reducing(declaration)
 
     def start_reducing(self, declaration: Declaration) -> None:
-        """A ballot that declares anew found nothing voted for, so earlier results of mine are of no use."""
+        """A ballot that declares anew found nothing that is or will be decided, so earlier results of mine are of no
+        use, but for the one I voted for."""
         for digest in self.ledger.useless(self.pending.value.digest if self.pending is not None else b""):
             self.out.append(Release(self.epoch + 1, digest))
         self.declaration = declaration
@@ -155,7 +155,7 @@ class Following(Core):
             return False
         self.pending = None
         self.fetching = None
-        self.ledger.cast(pending.ballot, pending.value)
+        self.ledger.cast(pending.ballot, pending.value, pending.tellers)
         self.persist()
         self._yield_to(pending.ballot)
         self._say_voted(pending)

@@ -6,24 +6,26 @@ oblige this ballot to propose.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from collectives.agreement.ledger import Ledger
 from collectives.agreement.messages import Promise
-from collectives.agreement.types import Ballot, Config, Declaration, Value, Vote
+from collectives.agreement.types import Ballot, Config, Declaration, Seat, Value
 
 NOBODY: tuple[str, ...] = ()
+Lost = Callable[[Seat], bool]  # dead, as far as can be told, or not the one any more that had this seat
 
 
 class Finding(NamedTuple):
     """`free`: anything may be proposed. Otherwise `value` (held by `holders`) must be, or, where it is None, it is not
-    known yet what: promises are missing, or the bytes of what was voted for."""
+    known yet what: promises are missing, or the bytes of what was voted for (`unheld`)."""
 
     free: bool
     value: Value | None = None
     holders: tuple[str, ...] = NOBODY
+    tellers: tuple[str, ...] = NOBODY
     unheld: bool = False
 
 
@@ -43,6 +45,7 @@ class Lead:
     declaration: Declaration | None = None
     value: Value | None = None
     holders: tuple[str, ...] = NOBODY
+    tellers: tuple[str, ...] = NOBODY  # of `value`
     members: Config | None = None  # the configuration that `value` forms
     votes: dict[str, int] = field(default_factory=dict)  # peer -> incarnation
     reports: dict[str, tuple[tuple[str, ...], str]] = field(
@@ -58,28 +61,37 @@ class Lead:
     def needs_promises(self) -> bool:
         return self.ballot.number > 0
 
-    def finding(self, ledger: Ledger) -> Finding:
-        """Highest vote first. One whose bytes nobody has is passed over only where every acceptor answered (a promise
-        or a resignation): then none of them knows it decided, and none will ever count its votes."""
+    def finding(self, ledger: Ledger, lost: Lost) -> Finding:
+        """The highest vote binds: its value may be decided. It does not where all its tellers answered (a promise or a
+        resignation): then none of them knows it decided, and none will ever count its votes. That is made use of where
+        nobody has its bytes any more, and where too few of its members are left to decide it."""
         if not self.needs_promises:
             return FREE
-        answered = [peer for peer, one in self.promises.items() if ledger.has_seat(peer, one.incarnation)]
+        answered = {peer for peer, one in self.promises.items() if ledger.has_seat(peer, one.incarnation)}
         if not ledger.may_read(answered):
             return WAIT
-        votes: list[Vote] = [
-            vote for peer, one in self.promises.items() if peer in answered and (vote := one.vote) is not None
-        ]
+        votes = [vote for peer in answered if (vote := self.promises[peer].vote) is not None]
         votes += [vote for peer in ledger.resigned if (vote := ledger.frozen(peer)[1]) is not None]
         if not votes:
             return FREE
-        everybody = all(seat.peer in answered or seat.peer in ledger.resigned for seat in ledger.config.seats)
-        for vote in sorted(votes, key=lambda one: one.ballot, reverse=True):
-            holders = self._holders(vote.value, ledger)
-            if holders:
-                return Finding(False, vote.value, holders)
-            if not everybody:
-                return Finding(False, unheld=True)
-        return FREE
+        vote = max(votes, key=lambda one: one.ballot)
+        holders = self._holders(vote.value, ledger)
+        asked = [peer for peer in vote.tellers if peer not in answered and peer not in ledger.resigned]
+        if holders and not self.is_stranded(vote.value.declaration.config(), ledger, lost):
+            return Finding(False, vote.value, holders, vote.tellers)
+        if not asked:
+            return FREE
+        if holders and self.is_any_lost(asked, ledger, lost):
+            return Finding(False, vote.value, holders, vote.tellers)
+        return WAIT if holders else Finding(False, unheld=True)
+
+    def is_any_lost(self, peers: Iterable[str], ledger: Ledger, lost: Lost) -> bool:
+        """Somebody among these will not answer as the acceptor that it was."""
+        return any((seat := ledger.config.seat(peer)) is None or lost(seat) for peer in peers)
+
+    def is_stranded(self, members: Config, ledger: Ledger, lost: Lost) -> bool:
+        """Too few of those who would form the next configuration are left to vote for it."""
+        return not ledger.is_majority([seat.peer for seat in members.seats if not lost(seat)], members)
 
     def _holders(self, value: Value, ledger: Ledger) -> tuple[str, ...]:
         found = [peer for peer, one in self.promises.items() if value.digest in one.held]
@@ -87,11 +99,12 @@ class Lead:
             found.append(ledger.me)
         return tuple(sorted(found))
 
-    def propose(self, value: Value, holders: tuple[str, ...]) -> None:
+    def propose(self, value: Value, holders: tuple[str, ...], tellers: tuple[str, ...]) -> None:
         if self.value is not None:
             raise RuntimeError(f"{self.ballot} has a value already")
         self.value = value
         self.holders = holders
+        self.tellers = tuple(dict.fromkeys((*tellers, self.ballot.owner)))
         self.members = value.declaration.config()
         self.redo_at = None
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from collectives.agreement.following import Following
 from collectives.agreement.gather import Gather
-from collectives.agreement.lead import Lead
+from collectives.agreement.lead import Finding, Lead
 from collectives.agreement.messages import (
     Accept,
     Declare,
@@ -25,7 +25,7 @@ from collectives.agreement.messages import (
     Trouble,
     Voted,
 )
-from collectives.agreement.types import Ballot, Decided, Declaration, LeftOut, Value, seed_of
+from collectives.agreement.types import Ballot, Decided, Declaration, LeftOut, Seat, Value, seed_of
 from collectives.errors import Diverged
 
 RESENDS_ALONE_MAX = 10  # of a proposal whose own round is over
@@ -44,6 +44,7 @@ class Leading(Following):
         ):
             return
         self.see(message.seen)
+        self._hears(sender, message.incarnation)
         for one in message.resigned:
             self.ledger.note(one)
         known = sender in self.gather.offers
@@ -69,7 +70,7 @@ class Leading(Following):
             value.declaration.member(sender) is not None or self.ledger.config.seat(sender) is not None
         )
         if concerned and sender not in lead.votes:
-            self.send(sender, Accept(self.epoch + 1, lead.ballot, value, self._holders(lead)))
+            self.send(sender, self._accept(lead, value))
         else:
             self.send(sender, Heard(self.epoch + 1, lead.ballot))
 
@@ -85,11 +86,16 @@ class Leading(Following):
         else:
             self.send(sender, Heard(message.epoch, lead.ballot))
 
+    def _hears(self, peer: str, incarnation: int) -> None:
+        if peer in self.incarnations or len(self.incarnations) < 4 * self.settings.members_max:
+            self.incarnations[peer] = incarnation
+
     def on_promise(self, sender: str, message: Promise, now_s: float) -> None:
         if not self.current(sender, message.epoch) or self.gather is None:
             return
         for one in message.resigned:
             self.ledger.note(one)
+        self._hears(sender, message.incarnation)
         lead = self.lead
         if lead is None or lead.ballot != message.ballot:
             return
@@ -143,6 +149,7 @@ class Leading(Following):
         lead = self.lead
         if message.epoch != self.epoch + 1 or lead is None or lead.value is None:
             return
+        self._hears(sender, message.incarnation)
         if lead.ballot == message.ballot and lead.value.digest == message.digest:
             lead.votes[sender] = message.incarnation
 
@@ -193,11 +200,11 @@ class Leading(Following):
     def _prepare(self, lead: Lead, now_s: float) -> None:
         if lead.needs_promises and now_s >= lead.resend_at:
             self._ask_again(lead, now_s)
-        finding = lead.finding(self.ledger)
+        finding = lead.finding(self.ledger, self._is_lost)
         self.unheld = finding.unheld
         lead.free = finding.free
         if finding.value is not None:
-            self._propose(lead, finding.value, finding.holders, now_s)
+            self._propose(lead, finding, now_s)
             return
         if not finding.free:
             return
@@ -209,7 +216,7 @@ class Leading(Following):
         elif (
             self.done is not None and self.declaration is not None and self.declaration.key == declaration.key
         ):
-            self._propose(lead, Value(declaration, self.done), (self.me,), now_s)
+            self._propose(lead, Finding(False, Value(declaration, self.done), (self.me,)), now_s)
         elif lead.redo_at is not None and now_s >= lead.redo_at:
             self._redo(lead, declaration, now_s)
 
@@ -395,14 +402,20 @@ class Leading(Following):
         due = self._due_s(gather, agreeing, attempt.deadline_s)
         return [] if due is None else [due]
 
-    def _propose(self, lead: Lead, value: Value, holders: tuple[str, ...], now_s: float) -> None:
+    def _accept(self, lead: Lead, value: Value) -> Accept:
+        return Accept(self.epoch + 1, lead.ballot, value, self._holders(lead), lead.tellers)
+
+    def _propose(self, lead: Lead, finding: Finding, now_s: float) -> None:
         """What was found in others' votes goes to all acceptors, what was just reduced to those who reduced it."""
+        value = finding.value
+        if value is None:
+            return
         found = lead.declaration is None or lead.declaration.key != value.declaration.key
-        lead.propose(value, holders)
+        lead.propose(value, finding.holders, finding.tellers)
         lead.resend_at = now_s + self.settings.resend_s
         lead.resends = 0
         seats = self.ledger.config.peers if found else ()
-        accept = Accept(self.epoch + 1, lead.ballot, value, holders)
+        accept = self._accept(lead, value)
         self.send_all((*value.declaration.peers, *seats), accept)
         self.on_accept(self.me, accept)
         self._count(lead, value, now_s)
@@ -418,14 +431,34 @@ class Leading(Following):
             if self.round is None and lead.resends > RESENDS_ALONE_MAX:
                 self.lead = None
                 return
-            accept = Accept(self.epoch + 1, lead.ballot, value, self._holders(lead))
+            if self._may_pass_over(lead):
+                self._prepare(self._new_ballot(now_s, None), now_s)
+                return
+            accept = self._accept(lead, value)
             peers = (*value.declaration.peers, *self.ledger.config.peers)
             self.send_all([peer for peer in peers if peer not in lead.votes], accept)
+
+    def _may_pass_over(self, lead: Lead) -> bool:
+        """Too few are left to decide this value, and whoever may have decided it can be asked: a new ballot may find
+        that it is not, and go on without the lost ones."""
+        return (
+            self.entered
+            and lead.members is not None
+            and lead.is_stranded(lead.members, self.ledger, self._is_lost)
+            and not lead.is_any_lost(lead.tellers, self.ledger, self._is_lost)
+        )
+
+    def _is_lost(self, seat: Seat) -> bool:
+        if seat.peer == self.me:
+            return seat.incarnation != self.ledger.incarnation
+        known = self.incarnations.get(seat.peer, seat.incarnation)
+        return seat.peer in self.suspected or seat.incarnation != known
 
     def _commit(self, lead: Lead, value: Value, now_s: float) -> None:
         config = lead.members or value.declaration.config()
         decided = Decided(config, value, self.ledger.certificate(lead.ballot, lead.votes))
         offers = self.gather.offers if self.gather is not None else {}
-        told = (*value.declaration.peers, *self.ledger.config.peers, *offers)
+        former = [peer for peer in self.former if peer not in self.suspected]
+        told = (*value.declaration.peers, *self.ledger.config.peers, *offers, *former)
         late = [peer for peer in offers if value.declaration.member(peer) is None]
         self.settle(decided, now_s, late, told)

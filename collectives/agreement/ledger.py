@@ -6,7 +6,7 @@ knows no time. `saved()` is what must be durable before anybody hears of a promi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from collectives.agreement.types import (
     NO_BALLOT,
@@ -75,12 +75,12 @@ class Ledger:
         self.promised = ballot
         return True
 
-    def cast(self, ballot: Ballot, value: Value) -> None:
+    def cast(self, ballot: Ballot, value: Value, tellers: tuple[str, ...]) -> None:
         """Only what is held, and nothing below a promise."""
         if ballot < self.promised or value.digest not in self.held:
             raise RuntimeError(f"a vote in {ballot} for {value.digest.hex()} is not allowed")
         self.promised = ballot
-        self.vote = Vote(ballot, value)
+        self.vote = Vote(ballot, value, tellers)
 
     def useless(self, wanted: bytes) -> list[bytes]:
         """Forgets what is held and neither decided, voted for nor `wanted`."""
@@ -161,8 +161,12 @@ class Ledger:
         if not self.config.is_quorum(acceptors, self.abstaining(ballot)):
             return False
         holders = [seat.peer for seat in members.seats if voters.get(seat.peer) == seat.incarnation]
+        return self.is_majority(holders, members)
+
+    def is_majority(self, peers: Iterable[str], members: Config) -> bool:
+        """More than half of `members`; those who resigned do not count."""
         gone = [seat.peer for seat in members.seats if self.has_resigned(seat.peer, seat.incarnation)]
-        return 2 * len(set(holders) - set(gone)) > len(members.seats) - len(gone)
+        return 2 * len(set(peers) - set(gone)) > len(members.seats) - len(gone)
 
     def certifies(self, decided: Decided) -> bool:
         """Whether the certificate of the next epoch holds, as far as can be told from here."""

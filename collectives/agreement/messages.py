@@ -113,12 +113,13 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class Accept:
-    """Vote for this if you hold it; get it from `holders` if you do not."""
+    """Vote for this if you hold it; get it from `holders` if you do not. `tellers` as in Vote."""
 
     epoch: int
     ballot: Ballot
     value: Value
     holders: tuple[str, ...]
+    tellers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,11 +237,12 @@ def check(message: Message, members_max: int) -> None:
             _resignations(resigned, members_max)
         case Declare(declaration):
             _declaration(declaration, members_max)
-        case Accept(epoch, ballot, value, holders):
+        case Accept(epoch, ballot, value, holders, tellers):
             _epoch(epoch)
             _ballot(ballot)
             _value(value, members_max)
             _names(holders, members_max)
+            _tellers(tellers, ballot, members_max)
         case Voted(epoch, ballot, _, digest):
             _epoch(epoch)
             _ballot(ballot)
@@ -293,6 +295,12 @@ def _names(names: tuple[str, ...], most: int) -> None:
         raise ProtocolViolation(f"a name may have {NAME_BYTES_MAX} bytes")
 
 
+def _tellers(tellers: tuple[str, ...], ballot: Ballot, members_max: int) -> None:
+    _names(tellers, members_max)
+    if ballot.owner not in tellers:
+        raise ProtocolViolation("whoever owns a ballot counts its votes")
+
+
 def _hash(data: bytes) -> None:
     if len(data) > HASH_BYTES_MAX:
         raise ProtocolViolation(f"a digest may have {HASH_BYTES_MAX} bytes, got {len(data)}")
@@ -340,6 +348,7 @@ def _vote(vote: Vote | None, members_max: int) -> None:
     if vote is not None:
         _ballot(vote.ballot)
         _value(vote.value, members_max)
+        _tellers(vote.tellers, vote.ballot, members_max)
 
 
 def _resignation(resignation: Resignation, members_max: int) -> None:

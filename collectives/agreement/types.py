@@ -198,10 +198,12 @@ class Certificate:
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """The last vote of an acceptor in an epoch."""
+    """The last vote of an acceptor in an epoch. `tellers` are the owners of all ballots in which this value may have
+    been decided, `ballot`'s among them: nobody else ever counts votes for it."""
 
     ballot: Ballot
     value: Value
+    tellers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

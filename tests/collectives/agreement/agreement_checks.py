@@ -81,25 +81,27 @@ class Checks:
                 resigned |= set(node.chain.ledger.resigned)
         if not config.is_quorum(seated, resigned):
             return "a quorum of seats lost their journals or left"
-        dead = {seat.peer for seat in config.seats} - seated - resigned
-        known = set(resigned)
+        known = set()
         for node in self.nodes.values():
             if not node.gone and node.chain.epoch == top:
-                known |= set(node.chain.ledger.departed)
+                known |= {one.seat for one in node.chain.ledger.notes()}
         unheld = stranded = False
         for node in self.nodes.values():
             vote = node.chain.ledger.vote  # a leaver's too
             if vote is None or node.chain.epoch != top:
                 continue
+            tellers = [config.seat(peer) for peer in vote.tellers]
+            if all(seat in known or self.is_there(seat.peer, seat.incarnation) for seat in tellers):
+                continue  # it can be passed over
             digest = vote.value.digest
             unheld = unheld or not any(digest in one.results for one in self.nodes.values() if not one.gone)
-            members = [one for one in vote.value.declaration.members if one.peer not in known]
+            members = [one for one in vote.value.declaration.config().seats if one not in known]
             alive = [one for one in members if self.is_there(one.peer, one.incarnation)]
             stranded = stranded or 2 * len(alive) <= len(members)
-        if unheld and dead:
-            return "the bytes of a vote are lost, and so is a seat that might know more"
+        if unheld:
+            return "the bytes of a vote are lost, and so is one who may have counted it"
         if stranded:
-            return "most members of a value that was voted for are lost for good"
+            return "most members of a value that was voted for are lost, and so is one who may have counted the votes"
         return None
 
     def is_there(self, name, incarnation):

@@ -49,33 +49,37 @@ def promises_are_not_saved(patch):
 def votes_found_are_ignored(patch):
     old = Lead.finding
 
-    def finding(self, ledger):
-        found = old(self, ledger)
+    def finding(self, ledger, lost):
+        found = old(self, ledger, lost)
         return FREE if found.value is not None or found.unheld else found
 
     patch(Lead, "finding", finding)
 
 
 def the_lowest_vote_is_taken(patch):
-    def by_ballot(items, key=None, reverse=False):
-        return sorted(items, key=key)
-
-    patch(Lead.finding, "sorted", by_ballot)
+    patch(Lead.finding, "max", min)
 
 
 def lost_bytes_are_passed_over_too_soon(patch):
     old = Lead.finding
 
-    def finding(self, ledger):
-        found = old(self, ledger)
+    def finding(self, ledger, lost):
+        found = old(self, ledger, lost)
         return FREE if found.unheld else found
 
     patch(Lead, "finding", finding)
 
 
+def only_the_last_teller_is_remembered(patch):
+    def propose(self, value, holders, tellers, old=Lead.propose):
+        old(self, value, holders, ())
+
+    patch(Lead, "propose", propose)
+
+
 def votes_below_a_promise(patch):
-    def cast(self, ballot, value):
-        self.vote = ty.Vote(ballot, value)
+    def cast(self, ballot, value, tellers):
+        self.vote = ty.Vote(ballot, value, tellers)
         self.promised = max(self.promised, ballot)
 
     def on_accept(self, sender, message, old=Following.on_accept):
@@ -181,6 +185,7 @@ MUTATIONS = [
     votes_found_are_ignored,
     the_lowest_vote_is_taken,
     lost_bytes_are_passed_over_too_soon,
+    only_the_last_teller_is_remembered,
     votes_below_a_promise,
     what_leavers_voted_is_forgotten,
     leavers_never_count,

@@ -141,7 +141,7 @@ class World(Trouble, Checks):
         node.chain = self.chain_type(
             node.name, RUN, TAG, config, self.settings, incarnation=node.incarnation, saved=node.disk
         )
-        if node.chain.config is None:
+        if node.disk is not None or node.chain.config is None:
             others = tuple(name for name in self.nodes if name != node.name)
             self.tell(node, ev.Met(others))
         if node.disk is not None:

@@ -33,18 +33,18 @@ MEMBERS = (Member("a", 0, 5, 3.0, 1e6, "lan", True, 2.5, b"c"), Member("b", 4, 6
 DECLARATION = Declaration("run", "outer", 1, BALLOT, MEMBERS, "int8", b"l", b"seed", (LeftOut("c", "late"),))
 VALUE = Value(DECLARATION, b"digest")
 DECIDED = Decided(DECLARATION.config(), VALUE, Certificate(BALLOT, ("a", "b"), ("c",)))
-GONE = Resignation(Seat("c", 1), 1, BALLOT, Vote(BALLOT, VALUE))
+GONE = Resignation(Seat("c", 1), 1, BALLOT, Vote(BALLOT, VALUE, ("b", "a")))
 EXAMPLES = [
     ms.Ready(1, 0, OFFER, BALLOT, (GONE,)),
     ms.Heard(1, BALLOT),
     ms.Gone(1, 5),
     ms.Decline(1, "b"),
     ms.Prepare(1, BALLOT),
-    ms.Promise(1, BALLOT, 0, Vote(BALLOT, VALUE), (b"digest",), OFFER, (GONE,)),
+    ms.Promise(1, BALLOT, 0, Vote(BALLOT, VALUE, ("b", "a")), (b"digest",), OFFER, (GONE,)),
     ms.Nack(1, BALLOT, BALLOT),
     ms.Declare(DECLARATION),
     ms.Trouble(1, BALLOT, ("b",), "silent"),
-    ms.Accept(1, BALLOT, VALUE, ("a",)),
+    ms.Accept(1, BALLOT, VALUE, ("a",), ("a",)),
     ms.Voted(1, BALLOT, 0, b"digest"),
     ms.Commit(DECIDED),
     ms.Ask(-1),
@@ -54,24 +54,24 @@ EXAMPLES = [
 GOLDEN = {
     "Ready": (
         "009501009b0005cb4008000000000000c4016cc40173a4696e7438cb412e848000000000a36c616ec3cb400400000000"
-        "0000c401639202a161919492a16301019202a16191929202a1619299a372756ea56f75746572019202a1619299a16100"
+        "0000c401639202a161919492a16301019202a16191939202a1619299a372756ea56f75746572019202a1619299a16100"
         "05cb4008000000000000cb412e848000000000a36c616ec3cb4004000000000000c4016399a1620406cb3ff000000000"
         "0000cb0000000000000000a0c3cb0000000000000000c400a4696e7438c4016cc404736565649192a163a46c617465c4"
-        "06646967657374"
+        "0664696765737492a162a161"
     ),
     "Heard": "0192019202a161",
     "Gone": "02920105",
     "Decline": "039201a162",
     "Prepare": "0492019202a161",
     "Promise": (
-        "0597019202a1610091929202a1619299a372756ea56f75746572019202a1619299a1610005cb4008000000000000cb41"
+        "0597019202a1610091939202a1619299a372756ea56f75746572019202a1619299a1610005cb4008000000000000cb41"
         "2e848000000000a36c616ec3cb4004000000000000c4016399a1620406cb3ff0000000000000cb0000000000000000a0"
-        "c3cb0000000000000000c400a4696e7438c4016cc404736565649192a163a46c617465c40664696765737491c4066469"
-        "67657374919b0005cb4008000000000000c4016cc40173a4696e7438cb412e848000000000a36c616ec3cb4004000000"
-        "000000c40163919492a16301019202a16191929202a1619299a372756ea56f75746572019202a1619299a1610005cb40"
-        "08000000000000cb412e848000000000a36c616ec3cb4004000000000000c4016399a1620406cb3ff0000000000000cb"
-        "0000000000000000a0c3cb0000000000000000c400a4696e7438c4016cc404736565649192a163a46c617465c4066469"
-        "67657374"
+        "c3cb0000000000000000c400a4696e7438c4016cc404736565649192a163a46c617465c40664696765737492a162a161"
+        "91c406646967657374919b0005cb4008000000000000c4016cc40173a4696e7438cb412e848000000000a36c616ec3cb"
+        "4004000000000000c40163919492a16301019202a16191939202a1619299a372756ea56f75746572019202a1619299a1"
+        "610005cb4008000000000000cb412e848000000000a36c616ec3cb4004000000000000c4016399a1620406cb3ff00000"
+        "00000000cb0000000000000000a0c3cb0000000000000000c400a4696e7438c4016cc404736565649192a163a46c6174"
+        "65c40664696765737492a162a161"
     ),
     "Nack": "0693019202a1619202a161",
     "Declare": (
@@ -81,9 +81,9 @@ GOLDEN = {
     ),
     "Trouble": "0894019202a16191a162a673696c656e74",
     "Accept": (
-        "0994019202a1619299a372756ea56f75746572019202a1619299a1610005cb4008000000000000cb412e848000000000"
+        "0995019202a1619299a372756ea56f75746572019202a1619299a1610005cb4008000000000000cb412e848000000000"
         "a36c616ec3cb4004000000000000c4016399a1620406cb3ff0000000000000cb0000000000000000a0c3cb0000000000"
-        "000000c400a4696e7438c4016cc404736565649192a163a46c617465c40664696765737491a161"
+        "000000c400a4696e7438c4016cc404736565649192a163a46c617465c40664696765737491a16191a161"
     ),
     "Voted": "0a94019202a16100c406646967657374",
     "Commit": (
@@ -95,10 +95,10 @@ GOLDEN = {
     "Ask": "0c91ff",
     "Refused": "0d930105a86469766572676564",
     "Resign": (
-        "0e929492a16301019202a16191929202a1619299a372756ea56f75746572019202a1619299a1610005cb400800000000"
+        "0e929492a16301019202a16191939202a1619299a372756ea56f75746572019202a1619299a1610005cb400800000000"
         "0000cb412e848000000000a36c616ec3cb4004000000000000c4016399a1620406cb3ff0000000000000cb0000000000"
-        "000000a0c3cb0000000000000000c400a4696e7438c4016cc404736565649192a163a46c617465c40664696765737493"
-        "92009292a1620092a161009090"
+        "000000a0c3cb0000000000000000c400a4696e7438c4016cc404736565649192a163a46c617465c40664696765737492"
+        "a162a1619392009292a1620092a161009090"
     ),
 }
 
@@ -115,7 +115,7 @@ def test_there_is_an_example_of_every_kind():
 
 
 def test_what_is_saved_survives_a_journal():
-    saved = Saved(3, DECIDED, BALLOT, Vote(BALLOT, VALUE), True)
+    saved = Saved(3, DECIDED, BALLOT, Vote(BALLOT, VALUE, ("b", "a")), True)
     assert unpack_value(Saved, pack_value(saved)) == saved
 
 
@@ -150,6 +150,8 @@ def test_altered_bytes_are_a_message_or_a_violation(message, data):
         ms.Ready(1, 0, Offer(0, 5, float("inf")), BALLOT),
         ms.Ready(1, 0, Offer(0, 5, -1.0), BALLOT),
         ms.Voted(1, BALLOT, 0, b"x" * 65),
+        ms.Accept(1, BALLOT, VALUE, ("a",), ("b",)),
+        ms.Promise(1, BALLOT, 0, Vote(BALLOT, VALUE, ()), (), None),
         ms.Declare(Declaration("run", "outer", 1, BALLOT, (), "fp32", b"", b"")),
         ms.Declare(Declaration("run", "outer", 1, BALLOT, (MEMBERS[0], MEMBERS[0]), "fp32", b"", b"")),
         ms.Commit(Decided(CONFIG, VALUE, Certificate(BALLOT, ()))),
@@ -174,8 +176,8 @@ declarations = st.builds(
     st.sampled_from([b"1", b"2"]),
 )  # fmt: skip
 values = st.builds(Value, declarations, st.sampled_from([b"x", b"y"]))
-votes = st.none() | st.builds(Vote, ballots, values)
 holders = st.lists(names, max_size=3).map(tuple)
+votes = st.none() | st.builds(Vote, ballots, values, holders)
 gone = st.builds(Resignation, st.builds(Seat, names), st.integers(0, 2), ballots, votes)
 decisions = values.flatmap(
     lambda value: st.builds(
@@ -197,7 +199,7 @@ messages = st.one_of(
     st.builds(ms.Nack, epochs, ballots, ballots),
     st.builds(ms.Declare, declarations),
     st.builds(ms.Trouble, epochs, ballots, holders, st.sampled_from(["silent", "norm", "mismatch"])),
-    st.builds(ms.Accept, epochs, ballots, values, holders),
+    st.builds(ms.Accept, epochs, ballots, values, holders, holders),
     st.builds(ms.Voted, epochs, ballots, st.integers(0, 1), st.sampled_from([b"x", b"y"])),
     st.builds(ms.Commit, decisions),
     st.builds(ms.Ask, st.integers(-1, 3)),

@@ -13,7 +13,7 @@ HISTORIES = {
     "votes_for_bytes_not_held": 0,
     "nothing_is_saved": 0,
     "promises_are_not_saved": 0,
-    "votes_found_are_ignored": 22,
+    "votes_found_are_ignored": 76,
     "votes_below_a_promise": 125,
     "any_attempt_will_do": 19,
     "rounds_do_not_expire": 0,
@@ -25,8 +25,9 @@ HISTORIES = {
 SCENES = {
     "the_lowest_vote_is_taken": "test_the_highest_vote_found_is_proposed",
     "lost_bytes_are_passed_over_too_soon": (
-        "test_a_value_whose_bytes_nobody_has_stops_all_until_everybody_answered"
+        "test_a_value_whose_bytes_nobody_has_stops_all_until_its_teller_answers"
     ),
+    "only_the_last_teller_is_remembered": "test_a_value_that_somebody_lost_may_have_decided_stands",
     "what_leavers_voted_is_forgotten": "test_what_a_leaver_voted_for_is_found",
     "leavers_never_count": "test_a_leaver_that_promised_more_still_counts_against_lower_ballots",
     "restarts_begin_with_ballot_zero": "test_a_coordinator_that_restarts_does_not_use_ballot_zero_again",

@@ -200,32 +200,55 @@ def test_the_highest_vote_found_is_proposed(table):
     ballot = lead_of.lead.ballot
     values = [ms.Value(declaration, digest) for digest in (b"low", b"high")]
     for peer, number, value in ((c, 0, values[0]), (d, 1, values[1])):
-        vote = Vote(Ballot(number, a if number == 0 else e), value)
+        vote = Vote(Ballot(number, a if number == 0 else e), value, (a, e))
         promise = ms.Promise(1, ballot, 0, vote, (value.digest,), None)
         one.tell(b, ev.Received(peer, promise))
     assert lead_of.lead.value.digest == b"high"
 
 
-def test_a_value_whose_bytes_nobody_has_stops_all_until_everybody_answered(table):
+def test_a_value_whose_bytes_nobody_has_stops_all_until_its_teller_answers(table):
     one = table("abc")
-    first, second, _third = one.ranked
+    first, second, third = one.ranked
     one.enter()
     one.deliver()
-    one.reduced(first)
+    one.reduced(first, third)
+    one.deliver(lambda s, r, m: isinstance(m, ms.Accept) and r == third)
     one.post = []
-    one.restart(first)  # its vote is in the journal, its bytes are gone
-    one.enter(first)
-    one.deliver(lambda s, r, m: second not in (s, r))
-    assert one.chains[first].lead.declaration is None
-    assert one.chains[first].unheld
-    one.tell(second, ev.Withdraw())
+    one.restart(third)  # its vote is in the journal, its bytes are gone
+    one.tell(second, ev.Suspected(first))
+    one.deliver(lambda s, r, m: first not in (s, r))
+    assert one.chains[second].lead.declaration is None
+    assert one.chains[second].unheld
+    one.restart(first)
+    one.tell(second, ev.Alive(first))
+    one.enter(first, third)
+    one.run(1.0)
+    one.reduced(digest=b"anew")
     one.deliver()
-    one.pass_time(1.0)
-    one.deliver()
-    assert one.chains[first].lead.declaration is not None
+    assert {one.committed(name)[0][:2] for name in one.ranked} == {(1, b"anew")}
 
 
 def test_what_a_leaver_voted_for_is_found(table):
+    one = table("abcd")
+    first, second, third, fourth = one.ranked
+    one.enter()
+    one.deliver()
+    one.reduced(first, second)
+    one.deliver(lambda s, r, m: isinstance(m, ms.Accept) and r == second)
+    one.post = []
+    one.tell(second, ev.Leave())
+    one.deliver(lambda s, r, m: s == second and r != first)
+    one.tell(third, ev.Suspected(first))
+    for _ in range(30):
+        one.deliver(lambda s, r, m: {s, r} == {third, fourth})
+        one.pass_time(0.1, third, fourth)
+    lead = one.chains[third].lead
+    assert set(lead.promises) == {third, fourth}
+    assert lead.declaration is None
+    assert one.chains[third].unheld
+
+
+def test_a_leaver_that_counted_votes_says_that_it_decided_nothing(table):
     one = table("abc")
     first, second, third = one.ranked
     one.enter()
@@ -237,10 +260,102 @@ def test_what_a_leaver_voted_for_is_found(table):
     one.deliver(lambda s, r, m: r == second)
     one.tell(second, ev.Suspected(third))
     one.pass_time(3.0, second)
+    assert one.chains[second].declaration.peers == (second,)
+
+
+def in_the_vote(table, names):
+    """The first two are the members; the second voted, and nobody heard of it."""
+    one = table(names)
+    first, second = one.ranked[:2]
+    one.enter(first, second, limit_s=20.0)
+    one.deliver()
+    one.pass_time(1.0)
+    one.deliver()
+    one.reduced(first, second)
+    one.deliver(lambda s, r, m: isinstance(m, ms.Accept))
+    assert one.saved[second].vote.value.digest == b"result"
+    one.post = []
+    return one
+
+
+def test_a_value_is_passed_over_where_too_few_are_left_for_it_and_its_teller_says_so(table):
+    one = in_the_vote(table, "ab")
+    first, second = one.ranked
+    one.tell(first, ev.Suspected(second))
+    one.pass_time(1.0, first)
+    assert one.chains[first].declaration.peers == (first,)
+    one.reduced(first, digest=b"alone")
+    assert one.committed(first) == [(1, b"alone", True)]
+    one.post = []
+    one.restart(second)  # it comes back, with its vote, and finds out
+    one.enter(second)
+    one.deliver()
+    assert one.chains[second].epoch == 1
+    assert one.said(second, ev.Fetch)[-1].value.digest == b"alone"
+
+
+def test_a_value_that_somebody_lost_may_have_decided_stands(table):
+    one = in_the_vote(table, "abc")
+    first, second, third = one.ranked
+    one.enter(third, limit_s=20.0)
+    for name in (second, third):
+        one.tell(name, ev.Suspected(first))
+    for _ in range(30):
+        one.deliver(lambda s, r, m: first not in (s, r))
+        one.pass_time(0.1, second, third)
+    assert one.chains[second].declaration.peers == (first, second)
     lead = one.chains[second].lead
-    assert lead is not None
-    assert lead.declaration is None
-    assert one.chains[second].unheld
+    assert lead.value.digest == b"result"
+    assert set(lead.tellers) == {first, second}
+    one.tell(second, ev.Alive(first))
+    one.run(2.0)
+    assert {one.committed(name)[0][:2] for name in (first, second)} == {(1, b"result")}
+
+
+def test_whoever_knows_only_leavers_is_told_what_it_missed(table):
+    one = table("ab")
+    first, second = one.ranked
+    join(one, first)
+    one.tell(first, ev.Suspected(second))
+    one.enter("j")
+    one.deliver(lambda s, r, m: second not in (s, r))
+    one.enter(first)
+    one.deliver(lambda s, r, m: second not in (s, r))
+    one.reduced("j", first)
+    one.deliver(lambda s, r, m: second not in (s, r))
+    assert set(one.chains["j"].config.peers) == {"j", first}
+    one.tell(first, ev.Leave())
+    one.deliver(lambda s, r, m: r == "j")
+    one.post = []
+    one.enter("j")
+    one.pass_time(1.0, "j")
+    one.reduced("j", digest=b"alone")
+    assert one.chains["j"].epoch == 2
+    one.deliver(lambda s, r, m: s == "j")
+    assert one.chains[second].epoch == 2
+
+
+def test_whoever_is_trusted_again_and_no_member_is_told_what_it_missed(table):
+    one = table("ab")
+    first, second = one.ranked
+    one.tell(first, ev.Suspected(second))
+    one.enter(first)
+    one.pass_time(1.0, first)
+    one.reduced(first)
+    assert one.chains[first].epoch == 1
+    one.post = []
+    one.tell(first, ev.Alive(second))
+    one.deliver()
+    assert one.chains[second].epoch == 1
+
+
+def join(one, contact, name="j"):
+    joiner = type(one.chains[contact])(name, "run", "outer", None, one.settings, incarnation=7)
+    one.chains[name] = joiner
+    one.did[name] = []
+    one.tell(name, ev.Met((contact,)))
+    one.deliver(lambda s, r, m: {s, r} == {contact, name})
+    return joiner
 
 
 def test_leaving_needs_no_deadline(table):
@@ -371,11 +486,7 @@ def test_a_coordinator_with_another_state_steps_back(table):
 
 def test_a_joiner_is_a_member_of_the_next_epoch_and_an_acceptor_of_the_one_after(table):
     one = table("ab")
-    joiner = one.chains["j"] = type(one.chains["a"])("j", "run", "outer", None, one.settings, incarnation=7)
-    one.did["j"] = []
-    one.tell("j", ev.Met(("a", "b")))
-    one.tell("a", ev.Received("j", ms.Ask(-1)))
-    one.deliver()
+    joiner = join(one, "a")
     assert joiner.epoch == 0
     one.enter("j")
     one.deliver()

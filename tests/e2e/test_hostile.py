@@ -46,6 +46,7 @@ from p2p import (
     pack_value,
 )
 from scheduler import planner_rank
+from scheduler.planner import MESH
 
 PROMPT = "def read_file(path):\n"
 LISTEN = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
@@ -93,10 +94,9 @@ class Villain:
 @asynccontextmanager
 async def villain(mesh):
     invite = Invite.decode(mesh.nodes[0].invite())
-    manifest = mesh.nodes[0].view()["models"][0]["manifest"]
     peers = [node.peer for node in mesh.nodes]
     identity = Identity.generate()
-    while planner_rank(manifest, [*peers, identity.peer_id])[0] == identity.peer_id:
+    while planner_rank(MESH, [*peers, identity.peer_id])[0] == identity.peer_id:
         identity = Identity.generate()  # whose turn it is to plan is trusted; a plan out of turn is not
     async with open_host(identity, invite.mesh_id, invite.swarm_key, LISTEN) as host:
         for node in mesh.nodes[0].view()["nodes"]:

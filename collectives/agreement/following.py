@@ -202,6 +202,8 @@ class Following(Core):
 
     def on_held(self, epoch: int, digest: bytes) -> None:
         decided = self.ledger.decided
+        if self.fetching is not None and self.fetching.digest == digest:
+            self.fetching = None  # what is held is released by the ledger's rules alone
         if decided is not None and decided.value is not None and decided.value.digest == digest:
             self.ledger.held.add(digest)
             if self.awaiting is not None:

@@ -312,6 +312,29 @@ def test_a_value_that_somebody_lost_may_have_decided_stands(table):
     assert {one.committed(name)[0][:2] for name in (first, second)} == {(1, b"result")}
 
 
+def test_bytes_that_came_too_late_for_one_ballot_serve_another(table):
+    one = table("abc")
+    first, second, third = one.ranked
+    one.enter()
+    one.deliver()
+    declaration = one.chains[third].declaration
+    one.tell(third, ev.Withdraw())
+
+    def accept(number, owner, digest):
+        value = ms.Value(declaration, digest)
+        message = ms.Accept(1, Ballot(number, owner), value, (owner,), (first, second))
+        return one.tell(third, ev.Received(owner, message))
+
+    accept(0, first, b"one")
+    one.tell(third, ev.Received(second, ms.Prepare(1, Ballot(1, second))))
+    one.tell(third, ev.Held(1, b"one"))
+    accept(1, second, b"two")
+    assert [fetch.value.digest for fetch in one.said(third, ev.Fetch)] == [b"one", b"two"]
+    assert one.said(third, ev.Release) == []
+    accept(2, first, b"one")
+    assert one.saved[third].vote.value.digest == b"one"
+
+
 def test_whoever_knows_only_leavers_is_told_what_it_missed(table):
     one = table("ab")
     first, second = one.ranked

@@ -18,6 +18,7 @@ from blake3 import blake3
 from collectives.agreement import Declaration, Value
 from collectives.errors import CollectiveError, RemoteFault
 from collectives.reduce import ExchangeSettings, Layout, Result, digest_of
+from collectives.reduce.evidence import layout_name
 from collectives.reduce.result import HASH_BYTES
 from p2p import Call, Method, P2pError, Rpc, RpcRefusal, Tensor
 
@@ -62,11 +63,6 @@ CHUNK = Method(
     "collectives/value/chunk", AskValue, ValueChunk, body_bytes_max=4096, payload_bytes_max=CHUNK_BYTES_MAX,
     deadline_s=60.0, lane="bulk",
 )  # fmt: skip
-
-
-def layout_name(layout: Layout, settings: ExchangeSettings) -> bytes:
-    """What members compare before they reduce together: shapes, dtypes, and how is averaged."""
-    return blake3(layout.digest + settings.fingerprint).digest()
 
 
 def value_digest(declaration: Declaration, result: bytes) -> bytes:

@@ -10,10 +10,12 @@ from collectives.reduce.evidence import (
     Equivocation,
     Statement,
     Verdict,
-    audited,
+    commit_of,
     contribution_statement,
+    pack_proof,
     recheck,
     result_statement,
+    verify_proof,
 )
 from collectives.reduce.exchange import Exchange
 from collectives.reduce.feedback import Feedback
@@ -45,15 +47,17 @@ __all__ = [
     "Statement",
     "Vector",
     "Verdict",
-    "audited",
     "capped",
+    "commit_of",
     "contribution_statement",
     "digest_of",
     "header_of",
     "norm_of",
     "outliers",
+    "pack_proof",
     "plan_reduce",
     "recheck",
     "result_statement",
+    "verify_proof",
     "weighted_mean",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from blake3 import blake3
 
 from collectives.codecs import Codec
 from collectives.codecs.base import F32
@@ -31,6 +32,10 @@ class Contribution:
     def encoded(self, chunk: int) -> memoryview:
         """A chunk for the others; memory of the tensors where that can be."""
         return encoded(self._codec, self._read(chunk, None))
+
+    def hashes(self) -> bytes:
+        """32 bytes a chunk of what the others are given: what a member signs where there are audits."""
+        return b"".join([blake3(self.encoded(chunk)).digest() for chunk in range(self._layout.chunks)])
 
     def values(self, chunk: int) -> F32:
         """A chunk as the others decode it, whoever adds it up. Memory of the tensors, or scratch memory that the next

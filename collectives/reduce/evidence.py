@@ -1,12 +1,12 @@
 """Evidence that anyone can recheck: who altered a part, who said two things, who accuses without proof.
 
-Before a reduction each member signs the hashes of its encoded contribution, chunk by chunk (`Exchange.contribution`,
-`Exchange.committed`); afterwards each root signs the hashes of the results it gave out. One chunk's contributions,
-which the members hand out again on request, and those statements are enough to make the result once more: the
-arithmetic is the same on every machine. Works without LAN groups (`ExchangeSettings.audit` sees to that).
+Before a round each member signs the hashes of its encoded contribution, chunk by chunk; their digest (`commit_of`) is
+part of its offer, and so of every declaration. Before anybody votes each root signs the hashes of the results it gave
+out, under the declaration it made them for, whole. One chunk's contributions and those statements are enough to make
+its result once more: the arithmetic is the same on every machine.
 
-It does not know whom the round agreed on: whoever rechecks compares the evidence's declaration with the decided one.
-Which chunks are looked at should hang on something nobody knows before the results are out: the decided digest does.
+What the accused has signed holds all that its result depends on (members, weights, codec, layout, settings, the bytes
+of the contributions), so a proof needs no belief in whoever shows it, and nobody can be framed by what others signed.
 What this cannot see: values that are wrong from the start but signed; the aggregators are for those.
 """
 
@@ -18,32 +18,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from blake3 import blake3
 
 from collectives.agreement import Declaration, Member
-from collectives.codecs import CodecFault, UnknownCodec, codec
-from collectives.codecs.base import F32
+from collectives.codecs import Codec, CodecFault, UnknownCodec, codec
 from collectives.errors import NonFinite
 from collectives.reduce import combine
 from collectives.reduce.contribution import encoded
-from collectives.reduce.errors import PlanError
+from collectives.reduce.errors import LayoutError, PlanError
 from collectives.reduce.frames import IDENT_MASK
-from collectives.reduce.layout import Layout
+from collectives.reduce.layout import CHUNKS_MAX, Layout, applied
 from collectives.reduce.plan import plan_reduce
 from collectives.reduce.result import HASH_BYTES
 from collectives.reduce.robust import aggregate, capped
-from collectives.reduce.settings import DEFAULTS, ExchangeSettings
-from p2p import Identity, PeerId, verify
+from collectives.reduce.settings import ExchangeSettings
+from p2p import Identity, PeerId, ProtocolViolation, pack_value, unpack_value, verify
 
 CONTRIBUTION = "contribution"
 RESULT = "result"
+HONEST = "the result is what the contributions make"
 _DOMAIN = "shoal reduce statement 1"
+TERMS_BYTES_MAX = 1 << 30  # of decoded contributions to one chunk: more is not rechecked
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What `peer` says of an epoch, signed. kind `contribution`: `name` is its nonce, `hashes` has 32 bytes a chunk.
-    kind `result`: `name` is the declaration's key, `hashes` has 32 bytes for each chunk it is root of, in order."""
+    """What `peer` says of an epoch, signed. kind `contribution`: `name` is `contribution_name`, `hashes` has 32 bytes a
+    chunk. kind `result`: `name` is `declared`, `hashes` has 32 bytes for each chunk it is root of, in order."""
 
     kind: str
     run: str
@@ -83,21 +85,47 @@ class Statement:
         return verify(PeerId(self.peer), _DOMAIN, self._signed(), self.signature)
 
 
-def nonce_name(nonce: int) -> bytes:
-    """The name under which a contribution is stated."""
-    return (nonce & IDENT_MASK).to_bytes(8, "little")
+def contribution_name(nonce: int, codec_name: str, layout: bytes) -> bytes:
+    """The name under which a contribution is stated: also how it is to be read. `layout` is the declaration's."""
+    head = (nonce & IDENT_MASK).to_bytes(8, "little") + codec_name.encode() + b"\0"
+    return blake3(b"shoal contribution 1\0" + head + layout).digest()
+
+
+def commit_of(hashes: bytes) -> bytes:
+    """What a member offers with a contribution of these hashes: they cannot be others afterwards."""
+    return blake3(b"shoal commit 1\0" + hashes).digest()
+
+
+def declared(declaration: Declaration) -> bytes:
+    """The name of a declaration and of everything in it, which `key` is not."""
+    return blake3(b"shoal declared 1\0" + pack_value(declaration)).digest()
+
+
+def layout_name(layout: Layout, settings: ExchangeSettings) -> bytes:
+    """What members compare before they reduce together: shapes, dtypes, and how is averaged."""
+    return blake3(layout.digest + settings.fingerprint).digest()
 
 
 def contribution_statement(declaration: Declaration, member: Member, hashes: bytes) -> Statement:
     """Unsigned."""
     where = declaration.run, declaration.tag, declaration.epoch
-    return Statement(CONTRIBUTION, *where, member.peer, nonce_name(member.nonce), hashes)
+    name = contribution_name(member.nonce, declaration.codec, declaration.layout)
+    return Statement(CONTRIBUTION, *where, member.peer, name, hashes)
 
 
 def result_statement(declaration: Declaration, peer: str, hashes: bytes) -> Statement:
     """Unsigned."""
-    return Statement(
-        RESULT, declaration.run, declaration.tag, declaration.epoch, peer, declaration.key, hashes
+    where = declaration.run, declaration.tag, declaration.epoch
+    return Statement(RESULT, *where, peer, declared(declaration), hashes)
+
+
+def is_bound(declaration: Declaration, member: Member, statement: Statement, chunks: int) -> bool:
+    """Whether `statement` is `member`'s own, of the very contribution that it has offered."""
+    return (
+        statement.subject == contribution_statement(declaration, member, b"").subject
+        and len(statement.hashes) == HASH_BYTES * chunks
+        and commit_of(statement.hashes) == member.commit
+        and statement.genuine
     )
 
 
@@ -134,10 +162,9 @@ class Verdict:
     detail: str = ""
 
 
-def recheck(
-    evidence: Accusation | Equivocation, layout: Layout, settings: ExchangeSettings = DEFAULTS
-) -> Verdict:
-    """The same verdict for everybody; never raises, whatever the evidence holds."""
+def recheck(evidence: Accusation | Equivocation, layout: Layout, settings: ExchangeSettings) -> Verdict:
+    """The same verdict for everybody; never raises, whatever the evidence holds. Layout and settings are those that
+    the accused has signed, or the verdict is: unfounded."""
     if isinstance(evidence, Equivocation):
         return _equivocation(evidence)
     try:
@@ -146,12 +173,51 @@ def recheck(
         return Verdict(evidence.accuser, "unfounded", str(reason))
 
 
-def audited(seed: bytes, chunks: int, count: int) -> tuple[int, ...]:
-    """`count` different chunks drawn from `seed`, rising; the same for everybody."""
-    order = sorted(
-        range(chunks), key=lambda chunk: hashlib.blake2b(seed + chunk.to_bytes(8, "little")).digest()
-    )
-    return tuple(sorted(order[:count]))
+@dataclass(frozen=True, slots=True)
+class _Proof:
+    """Evidence as it travels, with all that is needed to recheck it."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    chunk_elements: int
+    settings: ExchangeSettings
+    altered: Accusation | None
+    equivocated: Equivocation | None
+
+
+def pack_proof(evidence: Accusation | Equivocation, layout: Layout, settings: ExchangeSettings) -> bytes:
+    """Bytes that `verify_proof` takes, anywhere, at any time."""
+    dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in layout.dtypes)
+    altered = evidence if isinstance(evidence, Accusation) else None
+    equivocated = evidence if isinstance(evidence, Equivocation) else None
+    return pack_value(_Proof(layout.shapes, dtypes, layout.chunk_elements, settings, altered, equivocated))
+
+
+def verify_proof(proof: bytes, run: str | None = None) -> Verdict:
+    """Who is guilty of what, by `proof` alone: whoever shows it need not be trusted. Total: `why` is "unfounded", with
+    nobody named, for whatever proves nothing, or (with `run`) is of another run."""
+    try:
+        found = unpack_value(_Proof, proof)
+        layout = _layout(found.shapes, found.dtypes, found.chunk_elements)
+    except (ProtocolViolation, LayoutError, ValueError, OverflowError) as fault:
+        return Verdict("", "unfounded", str(fault))
+    evidence = found.altered if found.altered is not None else found.equivocated
+    if evidence is None:
+        return Verdict("", "unfounded", "it accuses nobody")
+    of = evidence.result.run if isinstance(evidence, Accusation) else evidence.first.run
+    if run is not None and of != run:
+        return Verdict("", "unfounded", "it is of another run")
+    verdict = recheck(evidence, layout, found.settings)
+    return replace(verdict, guilty="") if verdict.why == "unfounded" else verdict
+
+
+def _layout(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], chunk_elements: int) -> Layout:
+    known = [getattr(torch, name, None) for name in dtypes]
+    if len(shapes) != len(known) or not all(isinstance(dtype, torch.dtype) for dtype in known):
+        raise LayoutError("unknown dtypes")
+    if any(not 0 <= size <= 1 << 40 for shape in shapes for size in shape):
+        raise LayoutError("a shape that no tensor has")
+    return Layout(shapes, [dtype for dtype in known if isinstance(dtype, torch.dtype)], chunk_elements)
 
 
 class _Unfounded(Exception):
@@ -169,8 +235,11 @@ def _equivocation(evidence: Equivocation) -> Verdict:
 
 def _accusation(evidence: Accusation, layout: Layout, settings: ExchangeSettings) -> Verdict:
     declaration, chunk = evidence.declaration, evidence.chunk
+    _expect(declaration.layout == layout_name(layout, settings), "of other tensors, or settings")
+    _expect(not settings.groups, "LAN groups are not rechecked")
+    _expect(0 <= chunk < layout.chunks <= CHUNKS_MAX, "no such chunk")
+    _expect(4 * layout.size(chunk) * len(declaration.members) <= TERMS_BYTES_MAX, "too large to be rechecked")
     members = capped(declaration.members, settings.weight_cap, settings.weight_share_max)
-    _expect(0 <= chunk < layout.chunks, "no such chunk")
     try:
         made = codec(declaration.codec)
         plan = plan_reduce(
@@ -181,23 +250,35 @@ def _accusation(evidence: Accusation, layout: Layout, settings: ExchangeSettings
     root = plan.root(chunk)
     _expect(members[root].peer == evidence.accused, "the accused is not the chunk's root")
     stated = evidence.result
-    _expect(
-        stated.subject == result_statement(declaration, evidence.accused, b"").subject, "of another result"
-    )
+    subject = result_statement(declaration, evidence.accused, b"").subject
+    _expect(stated.subject == subject, "of another result")
     _expect(stated.genuine and len(stated.hashes) == HASH_BYTES * plan.counts_of(root), "no genuine result")
+    terms = _terms(evidence, members, made, layout)
+    if isinstance(terms, Verdict):
+        return terms
+    try:
+        right = blake3(remade(terms, made, layout, chunk, settings)).digest()
+    except NonFinite as fault:
+        raise _Unfounded(f"the sum is no number: {fault}") from fault
+    place = int(np.count_nonzero(plan.roots[:chunk] == root))
+    if right == _hash_at(stated.hashes, place):
+        raise _Unfounded(HONEST)
+    return Verdict(evidence.accused, "altered", f"chunk {chunk} of epoch {declaration.epoch}")
+
+
+def _terms(
+    evidence: Accusation, members: Sequence[Member], made: Codec, layout: Layout
+) -> list[combine.Term] | Verdict:
+    """What was added up, or who has signed what cannot be."""
+    declaration, chunk, size = evidence.declaration, evidence.chunk, layout.size(evidence.chunk)
     weighty = [member for member in members if member.weight > 0]
     _expect(
         len(weighty) == len(evidence.contributions) == len(evidence.payloads), "contributions are missing"
     )
-    size = layout.size(chunk)
     terms: list[combine.Term] = []
     for member, statement, payload in zip(weighty, evidence.contributions, evidence.payloads, strict=True):
         _expect(
-            statement.subject == contribution_statement(declaration, member, b"").subject, "of another member"
-        )
-        _expect(
-            statement.genuine and len(statement.hashes) == HASH_BYTES * layout.chunks,
-            "no genuine contribution",
+            is_bound(declaration, member, statement, layout.chunks), f"not what {member.peer} has offered"
         )
         _expect(
             blake3(payload).digest() == _hash_at(statement.hashes, chunk),
@@ -210,24 +291,25 @@ def _accusation(evidence: Accusation, layout: Layout, settings: ExchangeSettings
         if not math.isfinite(combine.squares(values)):
             return Verdict(member.peer, "nonfinite", "signed values hold NaN or infinity")
         terms.append((member.weight, values))
-    place = int(np.count_nonzero(plan.roots[:chunk] == root))
-    try:
-        right = blake3(encoded(made.result, _combined(terms, size, settings))).digest()
-    except NonFinite as fault:
-        raise _Unfounded(f"the sum is no number: {fault}") from fault
-    if right == _hash_at(stated.hashes, place):
-        raise _Unfounded("the result is what the contributions make")
-    return Verdict(evidence.accused, "altered", f"chunk {chunk} of epoch {declaration.epoch}")
+    return terms
 
 
-def _combined(terms: Sequence[combine.Term], size: int, settings: ExchangeSettings) -> F32:
+def remade(
+    terms: Sequence[combine.Term], made: Codec, layout: Layout, chunk: int, settings: ExchangeSettings
+) -> memoryview:
+    """The result of `chunk` as its root hands it out. `terms`: weights above 0 and values, in the members' order."""
+    size = layout.size(chunk)
+    out = np.zeros(size, np.float32)
     if terms and settings.aggregator != "mean":
-        out = np.empty(size, np.float32)
         aggregate(settings.aggregator, terms, out, trim=settings.trim, clip_factor=settings.clip_factor)
-        return out
-    if not terms:
-        return np.zeros(size, np.float32)
-    return combine.weighted_mean([[term] for term in terms])
+    elif terms:
+        out = combine.weighted_mean([[term] for term in terms])
+    final = made.result
+    data = encoded(final, out)
+    if final.relative_error:
+        final.decode(data, size, torch.from_numpy(out))
+    # What can be sent again from the tensors is sent from there, rounded as they are.
+    return encoded(final, applied(layout, chunk, out)) if final.stable else data
 
 
 def _hash_at(hashes: bytes, place: int) -> bytes:
@@ -237,8 +319,3 @@ def _hash_at(hashes: bytes, place: int) -> bytes:
 def _expect(good: bool, otherwise: str) -> None:
     if not good:
         raise _Unfounded(otherwise)
-
-
-def hashes_of(payloads: Sequence[memoryview]) -> bytes:
-    """The hash list of a statement."""
-    return b"".join(blake3(payload).digest() for payload in payloads)

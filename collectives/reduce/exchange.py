@@ -83,6 +83,7 @@ class Exchange:
         self._past: set[bytes] = set()
         self._strangers_ok: set[str] = set()
         self._encoded: dict[int, memoryview] = {}
+        self._given: dict[int, bytes] = {}
         self._later: dict[int, Callable[[], None]] = {}
         self._woken: set[str] = set()
         self._adopt(declaration)
@@ -353,6 +354,8 @@ class Exchange:
             self._collector.refused[peer] = "mismatch"
             return
         self.result.put(chunk, None if direct is not None else out)
+        if self.settings.audit:
+            self._given[chunk] = blake3(payload).digest()
         takers = self._takers(chunk)
         if takers and not final.stable:
             self._encoded[chunk] = memoryview(bytes(payload))
@@ -378,9 +381,21 @@ class Exchange:
         """What this member gives of `chunk`, encoded: the same bytes whenever it is asked."""
         return self._own.encoded(chunk)
 
-    def contribution_hashes(self) -> bytes:
-        """32 bytes a chunk of what this member gives, encoded: what it signs if there are audits."""
-        return b"".join([blake3(self.contribution(chunk)).digest() for chunk in range(self.layout.chunks)])
+    def roots(self) -> dict[str, list[int]]:
+        """The chunks that each member makes the result of, rising; only those who make any."""
+        return {
+            member.peer: chunks
+            for number, member in enumerate(self._members)
+            if (chunks := np.flatnonzero(self._plan.roots == number).tolist())
+        }
+
+    def given_hashes(self, peer: str) -> bytes:
+        """With `audit`, 32 bytes for each chunk that `peer` is root of: of the results it gave to this member, encoded.
+        MisuseError before they are there."""
+        chunks = self.roots().get(peer, [])
+        if not all(chunk in self._given for chunk in chunks):
+            raise MisuseError(f"results of {peer} are missing")
+        return b"".join([self._given[chunk] for chunk in chunks])
 
     def result_hashes(self) -> bytes:
         """32 bytes for each chunk this member is root of: of the results it gave out, encoded. MisuseError before they
@@ -403,6 +418,7 @@ class Exchange:
         self._past.add(self._key)
         self.result.begin()
         self._encoded.clear()
+        self._given.clear()
         self._later.clear()
         self._adopt(declaration)
 

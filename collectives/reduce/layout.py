@@ -208,6 +208,21 @@ class Vector:
         return flat[first:last]
 
 
+def applied(layout: Layout, chunk: int, values: F32) -> F32:
+    """`values` [size of the chunk] as they are read back from tensors that they were written to: rounded to their
+    dtypes. A new vector."""
+    start, end = layout.span(chunk)
+    out = np.empty(end - start, np.float32)
+    at = 0
+    for index, first, last in layout.pieces(start, end):
+        part = torch.from_numpy(values[at : at + last - first])
+        dtype = _COMPLEX.get(layout.dtypes[index], layout.dtypes[index])
+        rounded = part if dtype == torch.float32 else _rounded(part, dtype)
+        torch.from_numpy(out[at : at + last - first]).copy_(rounded)
+        at += last - first
+    return out
+
+
 def _real(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     if tensor.is_conj() or tensor.is_neg():

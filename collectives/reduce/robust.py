@@ -37,7 +37,9 @@ def aggregate(name: str, terms: Sequence[Term], out: F32, *, trim: float, clip_f
     if name != "trimmed":
         drop = (len(terms) - 1) // 2
     for start in range(0, len(out), slab):
-        rows = np.sort(np.stack([values[start : start + slab] for _, values in terms]), axis=0)
+        stack = np.stack([values[start : start + slab] for _, values in terms])
+        stack += np.float32(0)  # which of two zeros of unlike signs comes first differs between machines
+        rows = np.sort(stack, axis=0)
         rows = rows[drop : len(terms) - drop]
         acc = out[start : start + slab]
         np.copyto(acc, rows[0])
@@ -70,9 +72,14 @@ def _clip(terms: Sequence[Term], centre: F32, factor: float) -> None:
 
 
 def _length(values: F32) -> float:
-    """In float64, then rounded to float32, so that machines which add in another order agree."""
-    wide = values.astype(np.float64)
-    return float(np.float32(math.sqrt(float(np.dot(wide, wide)))))
+    """Added up in float64 in an order of its own, element by element, so that all machines agree to the last bit."""
+    squares = values.astype(np.float64)
+    np.multiply(squares, squares, out=squares)
+    while len(squares) > 1:
+        half = (len(squares) + 1) // 2
+        squares[: len(squares) - half] += squares[half:]
+        squares = squares[:half]
+    return float(np.float32(math.sqrt(float(squares[0])))) if len(squares) else 0.0
 
 
 def norm_of(

@@ -18,6 +18,10 @@ class RunConfig:
     for all of a run: members that differ are refused. `check_norms` makes every member state its contribution's
     length, which its owners then hold it to.
 
+    With `reduce.audit` every member makes `audit_parts` of the parts that others made once more, on the average, before
+    it votes. `audit_keep` keeps an encoded copy of what this node contributed until its next round, so that
+    `Run.audit` finds it.
+
     `group` names the LAN this node is on ("" for none): members of one group reduce among themselves first.
     `dialable` False says that peers cannot open connections to this node; it then owns no part. `gossip` allows
     pairwise averaging while there is no quorum. `uplink_bps` is what this node may send, in bits a second, over all
@@ -29,6 +33,8 @@ class RunConfig:
     dialable: bool = True
     gossip: bool = False
     check_norms: bool = False
+    audit_parts: float = 1.0
+    audit_keep: bool = False
     uplink_bps: float = 0.0
     round_deadline_s: float = 120.0
     tags_max: int = 64
@@ -48,7 +54,11 @@ class RunConfig:
             value = getattr(self, one.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if not math.isfinite(value) or value < 0 or (value == 0 and one.name != "uplink_bps"):
+            if (
+                not math.isfinite(value)
+                or value < 0
+                or (value == 0 and one.name not in ("uplink_bps", "audit_parts"))
+            ):
                 raise LocalFault(f"RunConfig.{one.name} must be positive, got {value!r}")
         if len(self.group) > 100:
             raise LocalFault(f"RunConfig.group must have at most 100 characters, got {len(self.group)}")

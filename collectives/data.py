@@ -9,19 +9,22 @@ from __future__ import annotations
 import logging
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import trio
 
 from collectives.agreement import Ballot, Declaration, Event, Held, Reduced, Stuck, Value
+from collectives.audit import Auditor
 from collectives.config import RunConfig
 from collectives.data_links import SERVICE, Purpose, introduce
-from collectives.errors import CollectiveError, LocalFault, NonFinite, RemoteFault
-from collectives.reduce import Exchange, FrameRefused, Layout, Result
-from collectives.reduce.feedback import Feedback
+from collectives.errors import CollectiveError, NonFinite, RemoteFault
+from collectives.given import Input, storages
+from collectives.reduce import Exchange, FrameRefused, Result, Statement
 from collectives.reduce.frames import KEY_BYTES
 from collectives.values import RETRY_S, fetch_value, value_digest
 from p2p import Link, P2pError
@@ -60,24 +63,12 @@ class Whole:
         return not storages(self.result.tensors).isdisjoint(storages(tensors))
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
-    """What the caller gave for one attempt."""
-
-    nonce: int
-    tensors: Sequence[torch.Tensor]
-    weight: float
-    layout: Layout
-    out: Sequence[torch.Tensor] | None = None
-    feedback: Feedback | None = None
-
-
 class _Line:
-    """What is kept of one peer: its link, if there is one, and when its frames came."""
+    """What is kept of one peer: the life of its link, if there is one, and when its frames came."""
 
     def __init__(self) -> None:
-        self.link: Link | None = None
         self.scope: trio.CancelScope | None = None
+        self.ended = trio.Event()
         self.kick = trio.Event()
         self.keeper = False
         self.marks = (0, 0)
@@ -119,11 +110,17 @@ class Plane:
         self._whole_here = trio.Event()
         self._drained = trio.Event()
         self._nursery: trio.Nursery | None = None
+        self.auditor: Auditor | None = None
+        if run.config.reduce.audit:
+            sign = partial(Statement.sign, identity=service.identity)
+            self.auditor = Auditor(run, service.rpc, tag, sign, self._trouble, self._after, self._not_finite)
 
     async def run(self) -> None:
         """Until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            if self.auditor is not None:
+                self.auditor.start(nursery)
             await self._look_for_stalls()
 
     # ---- what the caller gives
@@ -137,6 +134,8 @@ class Plane:
         moment goes on only with what it has already made."""
         if self._input is not None and self._input.nonce == nonce:
             self._input = None
+            if self.auditor is not None:
+                self.auditor.end()
         if self._exchange is not None and (not self._exchange.done or self._exchange.drained):
             self._close_exchange()
 
@@ -172,6 +171,8 @@ class Plane:
             self.own_fault(given.nonce, error)
             return
         self._keys.add(key)
+        if self.auditor is not None and self._exchange is not None:
+            self.auditor.begin(self._exchange, declaration)
         self._reported = False
         self._began_s = trio.current_time()
         for peer in declaration.peers:
@@ -310,6 +311,12 @@ class Plane:
         if line is not None and not trusted and line.scope is not None:
             line.wake()
 
+    def cut(self, peer: str) -> None:
+        """Nothing more goes to `peer`, nor comes from it."""
+        line = self._lines.get(peer)
+        if line is not None and line.scope is not None:
+            line.scope.cancel()
+
     def _close_exchange(self) -> None:
         if self._exchange is not None:
             self._exchange.close()
@@ -336,17 +343,37 @@ class Plane:
         if self._reported or self._ballot is None:
             return
         if exchange.done:
-            self._reported = True
             digest = value_digest(exchange.declaration, exchange.digest)
-            self._wholes[digest] = Whole(
-                exchange.result, self._epoch, exchange.bytes_sent, exchange.bytes_received
-            )
+            if digest not in self._wholes:
+                self._wholes[digest] = Whole(
+                    exchange.result, self._epoch, exchange.bytes_sent, exchange.bytes_received
+                )
+            if self.auditor is not None and not self.auditor.passed(exchange):
+                return  # others may decide on it all the same, and then it is here
+            self._reported = True
             self.tell(Reduced(self._ballot, digest))
         elif exchange.refused:
             self._reported = True
             for why in sorted(set(exchange.refused.values())):
                 culprits = frozenset(peer for peer, one in exchange.refused.items() if one == why)
                 self.tell(Stuck(self._ballot, culprits, why))
+
+    def _trouble(self, peers: Sequence[str], why: str) -> None:
+        """The audit cannot go on with these."""
+        if self._ballot is not None:
+            self.tell(Stuck(self._ballot, frozenset(peers), why))
+
+    def _not_finite(self, error: NonFinite) -> None:
+        if self._input is not None:
+            self.own_fault(self._input.nonce, error)
+
+    @contextmanager
+    def _own_faults(self) -> Iterator[None]:
+        """Tensors that were no numbers any more when they were wanted end the caller's attempt, and nothing else."""
+        try:
+            yield
+        except NonFinite as error:
+            self._not_finite(error)
 
     async def _look_for_stalls(self) -> None:
         """Whoever owes a contribution and sends nothing for much longer than it ever took is reported."""
@@ -407,10 +434,12 @@ class Plane:
     async def use(self, peer: str, link: Link) -> None:
         """Carry frames over `link` until it ends; a newer link to the same peer takes its place."""
         line = self._lines.setdefault(peer, _Line())
-        if line.scope is not None:
+        while line.scope is not None:
+            # To its end, not only told to: whose frame is being sent, and so must stay as it is, is known by peer.
             line.scope.cancel()
+            await line.ended.wait()
         with trio.CancelScope() as scope:
-            line.scope, line.link = scope, link
+            line.scope, line.ended = scope, trio.Event()
             self._relink(peer)
             try:
                 async with trio.open_nursery() as nursery:
@@ -420,10 +449,11 @@ class Plane:
             except* P2pError as problems:
                 log.debug("the data link to %s ended: %s", peer, problems.exceptions[0])
             finally:
-                if line.scope is scope:
-                    line.scope = line.link = None
-                if self._exchange is not None:
-                    self._exchange.dropped(peer)
+                line.scope = None
+                line.ended.set()
+                with self._own_faults():
+                    if self._exchange is not None:
+                        self._exchange.dropped(peer)
 
     def _relink(self, peer: str) -> None:
         exchange = self._exchange
@@ -437,7 +467,9 @@ class Plane:
             exchange = self._exchange
             if exchange is not None and peer in exchange.peers:
                 self._linked.add(peer)
-                frame = exchange.next_frame(peer)
+                frame = None
+                with self._own_faults():
+                    frame = exchange.next_frame(peer)
                 if frame is not None:
                     await self._uplink.take(len(frame.header) + _EPOCH.size + frame.payload_bytes)
                     await link.send(_EPOCH.pack(self._epoch) + frame.header, frame.payload)
@@ -474,16 +506,14 @@ class Plane:
                 if line.moved_s > self._began_s:
                     line.gap_s = max(0.98 * line.gap_s, now_s - line.moved_s)
                 line.moved_s = now_s
-                exchange.arrived(peer, memoryview(header)[_EPOCH.size :], payload)
+                with self._own_faults():
+                    exchange.arrived(peer, memoryview(header)[_EPOCH.size :], payload)
                 del exchange, payload
                 self._after()
         except FrameRefused as fault:
             log.warning("the data link is closed: %s", fault)
             if self._ballot is not None and self._exchange is not None and peer in self._exchange.peers:
                 self.tell(Stuck(self._ballot, frozenset((peer,)), "mismatch"))
-        except NonFinite as error:
-            if self._input is not None:
-                self.own_fault(self._input.nonce, error)
 
     def _may_read(self, peer: str) -> bool:
         exchange = self._exchange
@@ -524,32 +554,6 @@ class Plane:
             nursery.start_soon(_then_cancel, link.gone, nursery.cancel_scope)
             await self._changed.wait()
             nursery.cancel_scope.cancel()
-
-
-def storages(tensors: Sequence[torch.Tensor]) -> set[int]:
-    """Where their memory begins."""
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}
-
-
-def input_of(
-    nonce: int,
-    tensors: Sequence[torch.Tensor],
-    weight: float,
-    out: Sequence[torch.Tensor] | None,
-    feedback: Feedback | None,
-) -> Input:
-    """Checked. Raises LocalFault for what cannot be averaged, or written to."""
-    if not (math.isfinite(weight) and weight >= 0):
-        raise LocalFault(f"a weight must be finite and not negative, got {weight!r}")
-    layout = Layout.of(tensors)
-    if layout.elements == 0:
-        raise LocalFault("there is nothing to reduce: the tensors have no elements")
-    if out is not None:
-        if Layout.of(out).digest != layout.digest or not all(tensor.is_contiguous() for tensor in out):
-            raise LocalFault("out must be contiguous tensors of the shapes and dtypes that are reduced")
-        if not storages(out).isdisjoint(storages(tensors)):
-            raise LocalFault("out must not share memory with the tensors that are reduced")
-    return Input(nonce, tensors, weight, layout, out, feedback)
 
 
 async def _then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:

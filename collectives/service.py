@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from collectives.audit import Auditor, AuditServer
+from collectives.court import Court, CourtServer
 from collectives.data_links import LinkDesk, Purpose
 from collectives.errors import LocalFault
 from collectives.gossip import PAIR, Pair, Paired
@@ -39,6 +41,8 @@ class Collectives:
         self._desk = LinkDesk(links, self._on_link)
         StateServer(rpc, self._shelf)
         ValueServer(rpc, self._result)
+        AuditServer(rpc, self._auditor)
+        CourtServer(rpc, self._court)
         rpc.serve(PAIR, self._on_pair)
 
     @classmethod
@@ -84,13 +88,22 @@ class Collectives:
 
     async def _on_pair(self, call: Call, ask: Pair) -> Paired:
         run = self.runs.get(ask.run)
-        if run is None:
-            raise RpcRefusal("absent", "this node takes no part in the run")
+        if run is None or run.court.is_guilty(str(call.peer)):
+            raise RpcRefusal("absent", "this node takes no part in the run, or not with you")
         return await run.gossip.on_pair(call, ask)
 
     def _shelf(self, run_id: str, tag: str) -> Shelf | None:
         run = self.runs.get(run_id)
         return None if run is None else run.shelf(tag)
+
+    def _auditor(self, run_id: str, tag: str) -> Auditor | None:
+        run = self.runs.get(run_id)
+        plane = None if run is None else run.plane(tag)
+        return None if plane is None else plane.auditor
+
+    def _court(self, run_id: str) -> Court | None:
+        run = self.runs.get(run_id)
+        return None if run is None else run.court
 
     def _result(self, run_id: str, tag: str, digest: bytes) -> Result | None:
         run = self.runs.get(run_id)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import trio
+import trio.testing
 
 from collectives import RunConfig, Settings, open_run
 from p2p import Links, Rpc
@@ -19,12 +20,20 @@ class Members:
         self.scopes = {}
         self.founders = ()
 
-    async def start(self, *names, config=None, **more):
+    async def start(self, *names, config=None, each=None, **more):
+        """`each`: by name, what differs for it. The test itself must ask for `autojump_clock`: one that only a fixture
+        asks for is not used."""
+        if not isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock):
+            raise TypeError("a test of members takes the fixture autojump_clock")
         hosts = [self.network.host(name) for name in names]
         await self.network.connect_all()
         self.founders = self.founders or tuple(host.peer_id for host in hosts)
         config = config or RunConfig(agreement=Settings(members_min=min(2, len(names))))
-        return [await self.nursery.start(self._live, host, config, more) for host in hosts]
+        runs = []
+        for name, host in zip(names, hosts, strict=True):
+            its = {"config": config, **more, **(each or {}).get(name, {})}
+            runs.append(await self.nursery.start(self._live, host, its.pop("config"), its))
+        return runs
 
     async def join(self, name, config=None, **more):
         """One more, that founded nothing."""
@@ -77,7 +86,7 @@ class Together:
 
 
 @pytest.fixture
-def members(nursery, autojump_clock):
+def members(nursery):
     return Members(nursery, MemoryNetwork(latency_s=0.005))
 
 

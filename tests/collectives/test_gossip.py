@@ -9,7 +9,7 @@ from collectives import Fork, LocalFault, NoQuorum, RunConfig, Settings
 ALLOWED = RunConfig(gossip=True, agreement=Settings(members_min=2))
 
 
-async def test_two_that_seek_one_another_get_the_same_weighted_mean(members, together):
+async def test_two_that_seek_one_another_get_the_same_weighted_mean(autojump_clock, members, together):
     runs = await members.start("a", "b", config=ALLOWED)
     values = {runs[0].me: (torch.full((9000,), 2.0), 1.0), runs[1].me: (torch.full((9000,), 6.0), 3.0)}
     found = await together(runs, lambda run: run.average([values[run.me][0]], values[run.me][1]))
@@ -20,7 +20,7 @@ async def test_two_that_seek_one_another_get_the_same_weighted_mean(members, tog
     assert runs[0].committed() == 0, "no epoch moves"
 
 
-async def test_pairs_form_among_many_and_everybody_is_in_one(members, together):
+async def test_pairs_form_among_many_and_everybody_is_in_one(autojump_clock, members, together):
     runs = await members.start(*"abcd", config=ALLOWED)
     found = await together(runs, lambda run: run.average([torch.full((5000,), float(runs.index(run)))]))
     for run, one in zip(runs, found, strict=True):
@@ -28,7 +28,7 @@ async def test_pairs_form_among_many_and_everybody_is_in_one(members, together):
         assert float(one.tensors[0][0]) == (runs.index(run) + runs.index(partner)) / 2
 
 
-async def test_alone_there_is_nobody_to_average_with(members):
+async def test_alone_there_is_nobody_to_average_with(autojump_clock, members):
     runs = await members.start("a", "b", config=ALLOWED)
     before = trio.current_time()
     with pytest.raises(NoQuorum):
@@ -36,13 +36,13 @@ async def test_alone_there_is_nobody_to_average_with(members):
     assert trio.current_time() - before < 6
 
 
-async def test_a_run_that_does_not_allow_it_refuses(members):
+async def test_a_run_that_does_not_allow_it_refuses(autojump_clock, members):
     (run,) = await members.start("a")
     with pytest.raises(LocalFault, match="does not allow"):
         await run.average([torch.ones(4)])
 
 
-async def test_what_a_minority_learnt_enters_its_next_round(members, together, reduce):
+async def test_what_a_minority_learnt_enters_its_next_round(autojump_clock, members, together, reduce):
     # Patient enough that all five are in the first round; three are enough for the second one.
     patient = Settings(members_min=3, grace_min_s=0.3, grace_first_s=1.0)
     runs = await members.start(*"abcde", config=RunConfig(gossip=True, agreement=patient))

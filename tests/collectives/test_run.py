@@ -41,7 +41,7 @@ def same(got, wanted):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-async def test_every_member_gets_the_same_exact_mean(members, together, reduce, count):
+async def test_every_member_gets_the_same_exact_mean(autojump_clock, members, together, reduce, count):
     runs = await members.start(*"abcde"[:count])
     weights = {run.me: float(n + 1) for n, run in enumerate(runs)}
     for epoch in (1, 2, 3):
@@ -58,7 +58,7 @@ async def test_every_member_gets_the_same_exact_mean(members, together, reduce, 
         assert all(run.epoch() == epoch for run in runs)
 
 
-async def test_the_callers_tensors_stay_as_they_were_and_out_is_filled(members, together):
+async def test_the_callers_tensors_stay_as_they_were_and_out_is_filled(autojump_clock, members, together):
     runs = await members.start("a", "b")
     given = {run.me: tensors_of(run) for run in runs}
     before = {peer: [t.clone() for t in ts] for peer, ts in given.items()}
@@ -77,7 +77,7 @@ async def test_the_callers_tensors_stay_as_they_were_and_out_is_filled(members, 
         assert [t.data_ptr() for t in one.tensors] == [t.data_ptr() for t in outs[run.me]]
 
 
-async def test_rounds_of_different_tags_go_on_at_once(members, together, reduce):
+async def test_rounds_of_different_tags_go_on_at_once(autojump_clock, members, together, reduce):
     runs = await members.start("a", "b", "c")
 
     async def call(run):
@@ -97,7 +97,7 @@ async def test_rounds_of_different_tags_go_on_at_once(members, together, reduce)
         assert all(same(one[tag].tensors, mean_of(runs, [1, 1, 1], epoch)) for one in found)
 
 
-async def test_a_second_round_of_a_tag_is_refused_while_one_is_open(members):
+async def test_a_second_round_of_a_tag_is_refused_while_one_is_open(autojump_clock, members):
     (run,) = await members.start("a")
     async with run.round():
         with pytest.raises(Superseded):
@@ -107,7 +107,9 @@ async def test_a_second_round_of_a_tag_is_refused_while_one_is_open(members):
             pass
 
 
-async def test_the_death_of_any_member_leaves_a_round_of_the_others(members, together, reduce):
+async def test_the_death_of_any_member_leaves_a_round_of_the_others(
+    autojump_clock, members, together, reduce
+):
     runs = await members.start("a", "b", "c", "d", config=RunConfig(agreement=Settings(members_min=2)))
     await together(runs, lambda run: reduce(run, tensors_of(run)))
     alive = list(runs)
@@ -131,7 +133,9 @@ async def test_the_death_of_any_member_leaves_a_round_of_the_others(members, tog
         alive = others
 
 
-async def test_too_few_members_get_no_quorum_and_their_tensors_back(members, together, reduce):
+async def test_too_few_members_get_no_quorum_and_their_tensors_back(
+    autojump_clock, members, together, reduce
+):
     runs = await members.start("a", "b", "c")
     await together(runs, lambda run: reduce(run, tensors_of(run)))
     members.kill(runs[0])
@@ -144,7 +148,7 @@ async def test_too_few_members_get_no_quorum_and_their_tensors_back(members, tog
     assert same(given, tensors_of(runs[2], 2))
 
 
-async def test_a_joiner_fetches_the_state_and_takes_part(members, together, reduce):
+async def test_a_joiner_fetches_the_state_and_takes_part(autojump_clock, members, together, reduce):
     runs = await members.start("a", "b", "c")
     state = {"w": torch.arange(100_000.0), "step": torch.tensor(3)}
 
@@ -167,7 +171,7 @@ async def test_a_joiner_fetches_the_state_and_takes_part(members, together, redu
     assert all(same(one.tensors, mean_of(taking_part, [1] * len(taking_part), 2)) for one in results)
 
 
-async def test_a_member_with_another_state_is_left_out(members, together, reduce):
+async def test_a_member_with_another_state_is_left_out(autojump_clock, members, together, reduce):
     runs = await members.start("a", "b", "c", config=RunConfig(agreement=Settings(members_min=2)))
 
     async def call(run):
@@ -179,7 +183,9 @@ async def test_a_member_with_another_state_is_left_out(members, together, reduce
     assert all(set(one.peers) == {runs[0].me, runs[2].me} for one in (found[0], found[2]))
 
 
-async def test_values_that_are_not_finite_are_their_owners_error_alone(members, together, reduce):
+async def test_values_that_are_not_finite_are_their_owners_error_alone(
+    autojump_clock, members, together, reduce
+):
     runs = await members.start(
         "a", "b", "c", config=RunConfig(agreement=Settings(members_min=2), check_norms=True)
     )
@@ -199,13 +205,13 @@ async def test_values_that_are_not_finite_are_their_owners_error_alone(members, 
     ("tensors", "weight"),
     [([torch.zeros(0)], 1.0), ([], 1.0), ([torch.zeros(3)], -1.0), ([torch.zeros(3)], float("nan"))],
 )
-async def test_what_cannot_be_averaged_is_refused_at_once(members, reduce, tensors, weight):
+async def test_what_cannot_be_averaged_is_refused_at_once(autojump_clock, members, reduce, tensors, weight):
     (run,) = await members.start("a")
     with pytest.raises(LocalFault):
         await reduce(run, tensors, weight)
 
 
-async def test_a_cancelled_round_harms_nobody(members, together, reduce):
+async def test_a_cancelled_round_harms_nobody(autojump_clock, members, together, reduce):
     runs = await members.start("a", "b", "c", config=RunConfig(agreement=Settings(members_min=2)))
 
     async def call(run):
@@ -224,7 +230,7 @@ async def test_a_cancelled_round_harms_nobody(members, together, reduce):
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4", "topk"])
-async def test_lossy_codecs_leave_all_members_with_the_same_bytes(members, together, codec):
+async def test_lossy_codecs_leave_all_members_with_the_same_bytes(autojump_clock, members, together, codec):
     runs = await members.start(
         "a", "b", "c", config=RunConfig(codec=codec, agreement=Settings(members_min=3))
     )
@@ -245,7 +251,7 @@ async def test_lossy_codecs_leave_all_members_with_the_same_bytes(members, toget
         assert all(np.abs(feedback.residual).sum() > 0 for feedback in feedbacks.values())
 
 
-async def test_who_leaves_resigns_and_the_others_need_not_wait(members, together, reduce):
+async def test_who_leaves_resigns_and_the_others_need_not_wait(autojump_clock, members, together, reduce):
     runs = await members.start("a", "b", "c")
     await together(runs, lambda run: reduce(run, tensors_of(run)))
     await runs[1].leave()
@@ -254,3 +260,21 @@ async def test_who_leaves_resigns_and_the_others_need_not_wait(members, together
     found = await together(rest, lambda run: reduce(run, tensors_of(run, 2)))
     assert all(set(one.peers) == {run.me for run in rest} for one in found)
     assert trio.current_time() - before < 3
+
+
+async def test_a_run_that_ends_ends_its_rounds(autojump_clock, members, together, reduce):
+    runs = await members.start("a", "b", config=RunConfig(agreement=Settings(members_min=2)))
+
+    async def call(run):
+        if run is runs[1]:
+            await trio.sleep(1.0)
+            members.kill(runs[0])
+            return None
+        return await reduce(run, tensors_of(run), deadline_s=30.0)
+
+    before = trio.current_time()
+    found = await together(runs, call)
+    assert isinstance(found[0], Superseded)
+    assert trio.current_time() - before < 2
+    with pytest.raises(LocalFault, match="not open"):
+        await reduce(runs[0], tensors_of(runs[0]))

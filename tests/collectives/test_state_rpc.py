@@ -59,11 +59,11 @@ class Sources:
 
 
 @pytest.fixture
-def sources(nursery, autojump_clock):
+def sources(nursery):
     return Sources(nursery, MemoryNetwork(latency_s=0.01))
 
 
-async def test_chunks_come_from_every_peer_once(sources):
+async def test_chunks_come_from_every_peer_once(autojump_clock, sources):
     snapshot = Snapshot.take(a_state(mib=12), 5)
     peers = await sources.start(4, snapshot, snapshot, snapshot)
     heads = await ask_heads(sources.joiner, peers, "r", "outer", 1.0)
@@ -78,7 +78,7 @@ async def test_chunks_come_from_every_peer_once(sources):
     assert all(len(server.asked) >= 3 for server in sources.servers[:3])
 
 
-async def test_unknown_chains_and_silent_peers_have_no_head(sources):
+async def test_unknown_chains_and_silent_peers_have_no_head(autojump_clock, sources):
     peers = await sources.start(4, Snapshot.take({"a": torch.ones(1)}, 1))
     sources.network.freeze(peers[2])
     assert set(await ask_heads(sources.joiner, peers, "r", "outer", 1.0)) == {peers[0]}
@@ -95,7 +95,7 @@ def test_the_state_of_the_majority_of_the_newest_epoch_is_chosen():
     assert choose_head({}, 0) is None
 
 
-async def test_a_liar_is_found_out_and_left(sources):
+async def test_a_liar_is_found_out_and_left(autojump_clock, sources):
     snapshot = Snapshot.take(a_state(), 5)
     peers = await sources.start(3, snapshot, snapshot)
     lying = Snapshot.take(a_state(1), 5)
@@ -109,7 +109,7 @@ async def test_a_liar_is_found_out_and_left(sources):
     assert set(fetch.received_from) == {peers[1]}
 
 
-async def test_a_silent_peer_is_overtaken(sources):
+async def test_a_silent_peer_is_overtaken(autojump_clock, sources):
     snapshot = Snapshot.take(a_state(), 5)
     peers = await sources.start(4, snapshot, snapshot, snapshot)
     fetch = Fetch(sources.joiner, "r", "outer", Head(5, snapshot.digest, 0))
@@ -120,7 +120,7 @@ async def test_a_silent_peer_is_overtaken(sources):
     assert trio.current_time() - before < 10
 
 
-async def test_what_came_before_everybody_was_lost_is_not_fetched_again(sources, tmp_path):
+async def test_what_came_before_everybody_was_lost_is_not_fetched_again(autojump_clock, sources, tmp_path):
     snapshot = Snapshot.take(a_state(mib=8), 5)
     peers = await sources.start(3, snapshot, snapshot)
     head = Head(5, snapshot.digest, 0)
@@ -146,7 +146,9 @@ async def test_what_came_before_everybody_was_lost_is_not_fetched_again(sources,
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_files_of_an_older_state_are_removed_and_damaged_ones_are_not_believed(sources, tmp_path):
+async def test_files_of_an_older_state_are_removed_and_damaged_ones_are_not_believed(
+    autojump_clock, sources, tmp_path
+):
     snapshot = Snapshot.take(a_state(), 5)
     peers = await sources.start(2, snapshot)
     (tmp_path / "unrelated").write_bytes(b"stays")
@@ -161,7 +163,7 @@ async def test_files_of_an_older_state_are_removed_and_damaged_ones_are_not_beli
     assert [path.name for path in tmp_path.iterdir()] == ["unrelated"]
 
 
-async def test_a_snapshot_that_is_being_read_outlives_newer_ones(sources):
+async def test_a_snapshot_that_is_being_read_outlives_newer_ones(autojump_clock, sources):
     snapshot = Snapshot.take(a_state(mib=8), 5)
     peers = await sources.start(2, snapshot)
     fetch = Fetch(sources.joiner, "r", "outer", Head(5, snapshot.digest, 0), requests_per_peer=1)
@@ -178,7 +180,7 @@ async def test_a_snapshot_that_is_being_read_outlives_newer_ones(sources):
     assert sources.shelves[0].newest.epoch == 11
 
 
-async def test_an_empty_state_needs_no_chunks(sources, tmp_path):
+async def test_an_empty_state_needs_no_chunks(autojump_clock, sources, tmp_path):
     snapshot = Snapshot.take({"nothing": torch.zeros(0)}, 5)
     peers = await sources.start(2, snapshot)
     got = await Fetch(sources.joiner, "r", "outer", Head(5, snapshot.digest, 0), tmp_path).run(peers)

@@ -42,11 +42,13 @@ from collectives.agreement import (
 )
 from collectives.agreement.chain import Chain
 from collectives.data import Plane, Whole
-from collectives.errors import CollectiveError
+from collectives.errors import CollectiveError, RoundExpired
 from collectives.journal import Journal
 from p2p import pack_value, unpack_value
 
 log = logging.getLogger("shoal.collectives")
+
+END_EARLY_S = 0.05  # the chain ends a round by itself, with the better reason, this long before the caller goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,39 +175,47 @@ class TagShell:
     def _committed(self, one: Committed) -> None:
         whole = self.plane.whole(one.value.digest)
         outcome = Outcome(one.epoch, one.value, one.certificate, whole, one.nonce)
-        if one.nonce is None:
+        if one.nonce is None or not self._end(one.nonce, outcome, None):
             self.missed.append(outcome)
-        else:
-            self._end(one.nonce, outcome, None)
 
-    def _end(self, nonce: int, outcome: Outcome | None, error: CollectiveError | None) -> None:
+    def _end(self, nonce: int, outcome: Outcome | None, error: CollectiveError | None) -> bool:
+        """False if the caller does not wait for it any more."""
         attempt = self.attempt
         if attempt is None or attempt.offer.nonce != nonce:
-            return
+            return False
         attempt.outcome, attempt.error = outcome, error
         attempt.ended.set()
         self.attempt = None
+        return True
 
     # ---- the caller
 
     async def attempt_round(self, offer: Offer, deadline_s: float) -> Outcome:
-        """One round, from Enter to its end. Raises RoundFailed."""
+        """One round, from Enter to its end. Raises RoundFailed, at `deadline_s` at the latest: also where the chain
+        waits for its disk just then."""
         attempt = self.attempt = Attempt(offer, trio.Event())
-        self.tell(Enter(offer, deadline_s))
+        self.tell(Enter(offer, deadline_s - END_EARLY_S))
         try:
-            await attempt.ended.wait()
+            with trio.move_on_at(deadline_s):
+                await attempt.ended.wait()
         except trio.Cancelled:
             if attempt.outcome is not None:
                 self.missed.append(attempt.outcome)
-            elif self.attempt is attempt:
-                self.attempt = None
-                self.tell(Withdraw())
+            else:
+                self._give_up(attempt)
             raise
         if attempt.error is not None:
             raise attempt.error
         if attempt.outcome is None:
-            raise RuntimeError("a round ended without an end")
+            self._give_up(attempt)
+            raise RoundExpired(f"epoch {offer.epoch + 1} is not decided yet", offer.epoch + 1)
         return attempt.outcome
+
+    def _give_up(self, attempt: Attempt) -> None:
+        """What is decided all the same counts as missed."""
+        if self.attempt is attempt:
+            self.attempt = None
+            self.tell(Withdraw())
 
     def abort(self, nonce: int, error: CollectiveError) -> None:
         """The caller's own tensors cannot be used: its attempt ends with this error."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +17,15 @@ import tokenizers
 import trio
 from tokenizers import decoders, models, pre_tokenizers
 
-from model_shards import Tokenizer
+from model_shards import CheckpointIndex, Engine, ModelConfig, Sampling, Step, Tokenizer, load_span
+from node import embedded
 from node.api import ApiConfig, ServerConfig, build_app, serve_http
 from node.errors import UnknownModel
 from node.gateway import GenerateRequest, ModelInfo, TokenEvent
 from node.metrics import Metrics
+from node.serve.protocol import PIECE_TOKENS
 
+sys.path.insert(0, str(Path(__file__).parent))
 EOS = 256
 CONTEXT_TOKENS = 128
 CHAT_TEMPLATE = (
@@ -210,3 +215,41 @@ def serving() -> Callable[..., Any]:
             nursery.cancel_scope.cancel()
 
     return serve
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The embedded model's config, files and tokenizer."""
+    directory = embedded.path()
+    return ModelConfig.from_dir(directory), CheckpointIndex.open(directory), Tokenizer.from_dir(directory)
+
+
+@pytest.fixture
+def prompt(model):
+    """A short prompt of the embedded model."""
+    return model[2].encode("def read_file(path):\n")
+
+
+@pytest.fixture(scope="session")
+def alone(model):
+    """The tokens that one engine gives for a request."""
+    config, index, _ = model
+    engine = Engine(load_span(embedded.path(), index, config, 0, 8), kv_bytes_max=4 << 20)
+
+    def run(request):
+        sampling = Sampling(
+            temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, seed=request.seed
+        )
+        engine.open("s", 0, 8, len(request.prompt) + request.max_tokens)
+        found, given, position = [], request.prompt, 0
+        while len(found) < request.max_tokens:
+            chunk, given = given[:PIECE_TOKENS], given[PIECE_TOKENS:]
+            result = engine.run([Step("s", position, chunk, None, None if given else sampling)])[0]
+            position += len(chunk)
+            if not given:
+                found.append(result.token)
+                given = (result.token,)
+        engine.close("s")
+        return found
+
+    return run

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import threading
-from contextlib import asynccontextmanager
 
 import pytest
 import torch
 import trio
+from rings import CUTS, MANIFEST, Ring, ring_of, tokens_of, wish
 
-from model_shards import CheckpointIndex, Engine, ModelConfig, Tokenizer, load_span, tensor_to_bytes
-from node import embedded
-from node.adverts import HostAdvert, ModelAdvert, NodeAdvert
-from node.atlas import Atlas
+from model_shards import tensor_to_bytes
 from node.errors import (
     ContextTooLong,
     DeadlinePassed,
@@ -22,10 +19,6 @@ from node.errors import (
     StageLost,
     UnknownModel,
 )
-from node.gateway import GenerateRequest
-from node.metrics import Metrics
-from node.serve.compute import Compute
-from node.serve.gateway import MeshGateway
 from node.serve.prefixes import marks_of
 from node.serve.protocol import (
     PIECE_TOKENS,
@@ -39,15 +32,8 @@ from node.serve.protocol import (
     StageRef,
     TokenOut,
 )
-from node.serve.returns import Returns
 from node.serve.selection import Selector
-from node.serve.stage import StageService
-from p2p import CallFailed, Rpc, RpcRefusal, Tensor
-from p2p.testing import MemoryNetwork
-
-MANIFEST = "m" * 64
-CUTS = {"two": [(0, 4), (4, 8)], "four": [(0, 1), (1, 4), (4, 6), (6, 8)], "one": [(0, 8)]}
-KV_BYTES = 4 << 20
+from p2p import CallFailed, Tensor
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,141 +42,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model():
-    directory = embedded.path()
-    return ModelConfig.from_dir(directory), CheckpointIndex.open(directory), Tokenizer.from_dir(directory)
-
-
-class Node:
-    """One node's serving side."""
-
-    def __init__(self, host):
-        self.host = host
-        self.me = str(host.peer_id)
-        self.rpc = Rpc(host)
-        self.returns = Returns(self.rpc)
-        self.computes = {}
-        self.stages = StageService(self.rpc, self.me, self.returns, self._lookup)
-
-    def _lookup(self, manifest_id, start, end):
-        compute = self.computes.get(manifest_id)
-        span = compute and compute.engine.span
-        if not span or not span.start <= start < end <= span.end:
-            raise RpcRefusal("not_found", f"layers {start}:{end} are not here")
-        return compute
-
-
-class Ring:
-    """Stages on nodes of their own plus a gateway that hosts nothing."""
-
-    def __init__(self, network, nodes, gateway, spans):
-        self.network, self.nodes, self.entry = network, nodes, gateway
-        self.spans = spans
-        self.suspects = set()
-        self.metrics = Metrics()
-        self.gateway = MeshGateway(
-            gateway.rpc, gateway.me, gateway.returns, None, self.atlas, lambda model: "", dict, self.metrics
-        )
-
-    def count(self, name):
-        lines = self.metrics.text().decode().splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{"))
-
-    def atlas(self):
-        card = NodeAdvert("n", "0", (), None, True, 1, 1.0, 1.0, "cpu")
-        nodes = {node.me: card for node in [*self.nodes, self.entry]}
-        hosts = {}
-        for node, (start, end) in zip(self.nodes, self.spans, strict=True):
-            compute = node.computes[MANIFEST]
-            hosts[node.me] = HostAdvert(
-                start,
-                end,
-                "ready",
-                1,
-                kv_tokens_free=compute.engine.kv_tokens_free(),
-                kv_tokens_yielding=compute.tokens_yielding(),
-                prefixes=compute.held.summary(),
-            )
-        advert = ModelAdvert(
-            "toy", MANIFEST, 1, "bfloat16", "none", 1, 4, 1024, 8, 1, 1, 1, True, 1.0, 384, 256
-        )
-        return Atlas(nodes, frozenset(self.suspects), {"toy": advert}, {MANIFEST: hosts}, {}, {})
-
-    def busy(self):
-        return sum(node.computes[MANIFEST].engine.sessions() for node in self.nodes)
-
-    async def quiet(self):
-        with trio.fail_after(5):
-            while self.busy() or len(self.entry.returns) or any(node.stages.sessions for node in self.nodes):
-                await trio.lowlevel.checkpoint()
-
-
-@asynccontextmanager
-async def ring_of(model, spans, copies=1):
-    config, index, _ = model
-    network = MemoryNetwork()
-    spans = [span for span in spans for _ in range(copies)]
-    nodes = [Node(network.host(f"stage-{i}")) for i in range(len(spans))]
-    gateway = Node(network.host("gateway"))
-    async with trio.open_nursery() as nursery:
-        for node in [*nodes, gateway]:
-            await nursery.start(node.rpc.run)
-        for node, (start, end) in zip(nodes, spans, strict=True):
-            engine = Engine(load_span(embedded.path(), index, config, start, end), kv_bytes_max=KV_BYTES)
-            node.computes[MANIFEST] = Compute(engine, trio.CapacityLimiter(1))
-            nursery.start_soon(node.computes[MANIFEST].run)
-        everyone = [*nodes, gateway]
-        for i, node in enumerate(everyone):
-            for other in everyone[:i]:
-                await node.host.connect(other.host.addrs())
-        yield Ring(network, nodes, gateway, spans)
-        nursery.cancel_scope.cancel()
-
-
-def wish(prompt, **more):
-    fields = {"max_tokens": 12, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0, "ignore_eos": True}
-    fields |= {"model": "toy", "deadline_s": None} | more
-    return GenerateRequest(request_id="r", prompt=tuple(prompt), **fields)
-
-
-async def tokens_of(ring, request):
-    async with ring.gateway.generate(request) as events:
-        return [event async for event in events]
-
-
-@pytest.fixture
-def prompt(model):
-    return model[2].encode("def read_file(path):\n")
-
-
-@pytest.fixture(scope="module")
-def alone(model):
-    """The tokens that one engine gives for a request."""
-    config, index, _ = model
-    engine = Engine(load_span(embedded.path(), index, config, 0, 8), kv_bytes_max=KV_BYTES)
-
-    def run(request):
-        from model_shards import Sampling, Step
-
-        sampling = Sampling(
-            temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, seed=request.seed
-        )
-        engine.open("s", 0, 8, len(request.prompt) + request.max_tokens)
-        found, given, position = [], request.prompt, 0
-        while len(found) < request.max_tokens:
-            chunk, given = given[:PIECE_TOKENS], given[PIECE_TOKENS:]
-            result = engine.run([Step("s", position, chunk, None, None if given else sampling)])[0]
-            position += len(chunk)
-            if not given:
-                found.append(result.token)
-                given = (result.token,)
-        engine.close("s")
-        return found
-
-    return run
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -70,7 +70,12 @@ class StateExchange:
         for part in parts:
             kv = self._kv(session)
             if part.end == self.span.config.layers and part.last == kv.length:
-                part.said, part.pooled = self._said[session], self._pooled.get(session)
+                said = self._said[session]
+                # A copy: the session may go on meanwhile.
+                part.said, part.pooled = (
+                    Said(list(said.tokens), said.prompt_tokens),
+                    self._pooled.get(session),
+                )
             yield encode_part(self._layout, part, kv)
 
     def import_session(
@@ -92,17 +97,28 @@ class StateExchange:
         return self._kv(session).length
 
     @torch.inference_mode()
-    def import_part(self, session: str, part: bytes | bytearray | memoryview) -> int:
-        """Takes over one part of a state; returns the session's position, which moves on when all its layers have
-        come equally far. Until then it takes no step. It may be called beside run(), from another thread, for a
-        session that was opened without a prompt. Raises StateError with nothing changed, StepError."""
+    def import_part(
+        self,
+        session: str,
+        part: bytes | bytearray | memoryview,
+        *,
+        start: int | None = None,
+        end: int | None = None,
+    ) -> int:
+        """Takes over one part of a state, of layers within [start, end) where given; returns the session's position,
+        which moves on when all its layers have come equally far. Until then it takes no step. It may be called
+        beside run(), from another thread, for a session that was opened without a prompt. Raises StateError with
+        nothing changed, StepError."""
         kv = self._kv(session)
         found = decode_part(self._layout, part)
+        start, end = kv.start if start is None else start, kv.end if end is None else end
+        if found.start < start or found.end > end:
+            raise StateError("layers", (found.start, found.end), f"within {(start, end)}")
         arrivals = self._arrivals.get(session) or Arrivals.of(kv)
         arrivals.check(found, kv.tokens_max)
         remembers = found.end == self.span.config.layers
         if remembers:
-            found.check_said(self.span.config.vocab)
+            found.check_said(kv.tokens_max + 1, self.span.config.vocab)
         for layer, (keys, values) in enumerate(found.rows, found.start):
             kv.write(layer, found.first, keys.to(kv.device), values.to(kv.device))
         position = arrivals.took(found)
@@ -117,3 +133,11 @@ class StateExchange:
             said = self._said[session].tokens
             said.extend([-1] * (position - len(said)))
         return kv.length
+
+    def reached(self, session: str, start: int, end: int) -> int:
+        """The position up to which all of the session's layers [start, end) hold rows, also while more is to come.
+        Raises StepError."""
+        kv, arrivals = self._kv(session), self._arrivals.get(session)
+        if arrivals is None:
+            return kv.length
+        return min(arrivals.filled[start - kv.start : end - kv.start], default=kv.length)

@@ -78,17 +78,13 @@ class Part:
     said: Said | None = None
     pooled: Pooled | None = None
 
-    def check_said(self, vocab: int) -> None:
-        """Raises StateError for remembered tokens that cannot be: at most one more than there are rows."""
-        said = self.said or Said()
-        if len(said.tokens) > self.last + 1 or said.prompt_tokens > len(said.tokens):
-            raise StateError(
-                "said",
-                f"{said.prompt_tokens} prompt tokens of {len(said.tokens)}",
-                f"at most {self.last + 1}",
-            )
-        if said.tokens and not -1 <= min(said.tokens) <= max(said.tokens) < vocab:
-            raise StateError("said", (min(said.tokens), max(said.tokens)), f"tokens from -1 to {vocab - 1}")
+    def check_said(self, most: int, vocab: int) -> None:
+        """Raises StateError for remembered tokens that cannot be: more than ``most``, or outside the vocabulary."""
+        tokens = self.said.tokens if self.said is not None else []
+        if len(tokens) > most:
+            raise StateError("said", f"{len(tokens)} tokens", f"at most {most}")
+        if tokens and not -1 <= min(tokens) <= max(tokens) < vocab:
+            raise StateError("said", (min(tokens), max(tokens)), f"tokens from -1 to {vocab - 1}")
 
 
 def cut(layout: Layout, start: int, end: int, first: int, last: int, bytes_max: int) -> Iterator[Part]:
@@ -235,10 +231,7 @@ class Arrivals:
         return cls(kv.start, [kv.length] * (kv.end - kv.start))
 
     def check(self, part: Part, tokens_max: int) -> None:
-        """Raises StateError for a part that does not go on where its layers stand."""
-        end = self.start + len(self.filled)
-        if not self.start <= part.start < part.end <= end:
-            raise StateError("layers", (part.start, part.end), f"within {(self.start, end)}")
+        """Raises StateError for a part that does not go on where its layers, all of them the session's, stand."""
         for layer in range(part.start, part.end):
             if part.first != self.filled[layer - self.start]:
                 raise StateError(

@@ -224,7 +224,7 @@ class Host:
 
         def work() -> tuple[TimedEngine, float]:
             lot = ParkingLot(PARKING_SHARE * kv_bytes, self._parking)
-            engine = TimedEngine(load(), kv_bytes_max=kv_bytes, parking=lot)
+            engine = TimedEngine(load(), kv_bytes_max=kv_bytes, parking=lot, identity=model.manifest_id)
             return engine, warm_up(engine)
 
         limiter = self._limiters[wish.device]

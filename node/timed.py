@@ -38,9 +38,10 @@ class TimedEngine(Engine):
         *,
         kv_bytes_max: int,
         parking: ParkingLot | None = None,
+        identity: str = "",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        super().__init__(span, kv_bytes_max=kv_bytes_max, parking=parking)
+        super().__init__(span, kv_bytes_max=kv_bytes_max, parking=parking, identity=identity)
         self.busy_s = 0.0
         self._clock = clock
         self._layers: dict[str, int] = {}

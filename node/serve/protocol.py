@@ -31,6 +31,9 @@ IDLE_S_MAX = 600.0
 TOKENS_MAX = 1 << 20
 PAYLOAD_BYTES_MAX = 64 << 20
 SESSION_S_MAX = 6 * 3600.0
+HANDOVER_S_MAX = 600.0
+HANDOVER_BYTES_MAX = 8 << 20
+"""One part of a cache on its way; all but rare ones are a good deal smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,11 @@ class SessionOpen:
 
     `marks` name the whole pieces of the prompt; every stage takes the first `reuse` positions from its cache. Work of a
     lower `priority` waits for that of a higher one, and background sessions give their room to others.
+
+    A prompt may be read on one chain and answered on another. The session that reads names the stages of the other one
+    as its `heirs` and makes one token. The other one names it as `source` and its stages as `sources`: these hand the
+    prompt's cache over, and have `handover_s` for what is left of that once the prompt is read. The gateway sends only
+    the first token.
     """
 
     session: str
@@ -72,6 +80,10 @@ class SessionOpen:
     marks: tuple[bytes, ...] = ()
     reuse: int = 0
     priority: Priority = 1
+    heirs: tuple[StageRef, ...] = ()
+    source: str = ""
+    sources: tuple[StageRef, ...] = ()
+    handover_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +151,22 @@ class ReturnDone:
     tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class HandoverOpen:
+    """An heir of `session` asks for its cache of layers [start, end)."""
+
+    session: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandoverPart:
+    """Some rows of the cache, as the engine writes them: uint8 [bytes]."""
+
+    rows: Tensor
+
+
 SESSION = Method(
     name="serve.session",
     request=SessionOpen,
@@ -155,4 +183,13 @@ RETURN = Method(
     upstream=TokenOut,
     body_bytes_max=4096,
     deadline_s=SESSION_S_MAX,
+)
+HANDOVER = Method(
+    name="serve.handover",
+    request=HandoverOpen,
+    reply=HandoverPart,
+    body_bytes_max=4096,
+    payload_bytes_max=HANDOVER_BYTES_MAX,
+    deadline_s=SESSION_S_MAX,
+    lane="bulk",
 )

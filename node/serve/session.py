@@ -78,6 +78,12 @@ class Session:
             piece = Prompt(position, Tensor(*tensor_to_bytes(ids)))
             await self._channel.send(SessionInput(prompt=piece))
 
+    async def begin(self, token: int) -> None:
+        """The first token into a session whose cache comes from another one."""
+        ids = torch.tensor([token], dtype=torch.int32)
+        first = Prompt(self._opening.prompt_tokens, Tensor(*tensor_to_bytes(ids)))
+        await self._channel.send(SessionInput(prompt=first))
+
     async def listen(self) -> None:
         """Take notes of what stages took. The chain's end before the gateway leaves is a fault."""
         first = self._opening.stages[0].peer
@@ -96,18 +102,22 @@ class Session:
 async def open_session(
     rpc: Rpc, returns: Returns, opening: SessionOpen, prompt: tuple[int, ...], observe: Observe
 ) -> AsyncIterator[Session]:
-    """Run a session for as long as the block lasts. Raises StageLost, Overloaded or CacheStale."""
+    """Run a session for as long as the block lasts. Without a prompt it waits for its first token, see `begin`. Raises
+    StageLost, Overloaded or CacheStale."""
     first, last = opening.stages[0].peer, opening.stages[-1].peer
     try:
         with returns.expect(opening.session, "gateway", last) as tokens:
             async with rpc.open(first, SESSION, opening) as channel, trio.open_nursery() as nursery:
                 session = Session(opening, channel, tokens, observe)
-                nursery.start_soon(session.feed, prompt)
+                if prompt:
+                    nursery.start_soon(session.feed, prompt)
                 nursery.start_soon(session.listen)
                 yield session
                 nursery.cancel_scope.cancel()
     except (BaseExceptionGroup, RemoteFault) as problem:
         for leaf in leaves(problem):
+            if isinstance(leaf, CacheStale):
+                raise leaf from None
             if isinstance(leaf, CallFailed) and (leaf.detail or {}).get("reuse", "").isdecimal():
                 kept = int(leaf.detail["reuse"][:9]) // PIECE_TOKENS * PIECE_TOKENS
                 raise CacheStale(min(kept, opening.reuse - PIECE_TOKENS)) from None

@@ -19,10 +19,12 @@ import trio
 from model_shards import ModelError, NoRoom, Sampling, Step, StepResult, tensor_from_bytes, tensor_to_bytes
 from node.serve.compute import Abandoned, Compute, Stale
 from node.serve.faults import leaves
+from node.serve.handover import Giver, Handovers, Taking
 from node.serve.prefixes import next_mark, scope_of, stand_ins, told_mark
 from node.serve.protocol import (
     BACKGROUND,
     CHUNK_TOKENS_MAX,
+    HANDOVER_S_MAX,
     ID_CHARS_MAX,
     IDLE_S_MAX,
     MARK_BYTES,
@@ -72,6 +74,7 @@ class StageService:
         self._me = me
         self._returns = returns
         self._lookup = lookup
+        self.handovers = Handovers(rpc, me)
         self._guests: list[_Guest] = []
         self.sessions = 0
         rpc.serve_channel(SESSION, self._serve)
@@ -117,7 +120,7 @@ class StageService:
                     stage.end,
                     request.prompt_tokens + request.new_tokens_max,
                     priority=request.priority,
-                    prompt_tokens=request.prompt_tokens,
+                    prompt_tokens=0 if request.sources else request.prompt_tokens,
                     prompt=prompt or plan.stand_ins,
                     reuse=request.reuse,
                     scope=plan.scope,
@@ -155,6 +158,7 @@ class StageService:
         last = request.index == len(request.stages) - 1
         above = _Above(channel)
         async with contextlib.AsyncExitStack() as stack:
+            giver = await stack.enter_async_context(self.handovers.giving(request, compute, _refusal))
             # Waiting starts before the chain behind is opened: its last stage may answer at once.
             tokens = (
                 stack.enter_context(self._returns.expect(request.session, "stage", request.stages[-1].peer))
@@ -165,11 +169,16 @@ class StageService:
                 onward: _Onward = await stack.enter_async_context(_Tail.open(self._rpc, request, compute))
             else:
                 onward = await stack.enter_async_context(_Relay.open(self._rpc, request, above))
-            stage = _Stage(request, compute, plan, onward, above)
-            if tokens is not None:
-                await stage.lead(channel, tokens, prompt)
-            else:
-                await stage.follow(channel)
+            taking = Taking(self.handovers, request, compute) if request.sources else None
+            stage = _Stage(request, compute, plan, onward, above, giver, taking)
+            async with trio.open_nursery() as nursery:
+                if taking is not None:
+                    nursery.start_soon(taking.run)
+                if tokens is not None:
+                    await stage.lead(channel, tokens, prompt)
+                else:
+                    await stage.follow(channel)
+                nursery.cancel_scope.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +278,8 @@ class _Tail(_Onward):
         self._request = request
         self._eos_ids = eos_ids
         self._outs = outs
-        self._sent = 0
+        # The token that follows the prompt comes from the session that read it.
+        self._sent = 1 if request.sources else 0
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -306,13 +316,22 @@ class _Stage:
     """One session's work at one stage."""
 
     def __init__(
-        self, request: SessionOpen, compute: Compute, plan: _Plan, onward: _Onward, above: _Above
+        self,
+        request: SessionOpen,
+        compute: Compute,
+        plan: _Plan,
+        onward: _Onward,
+        above: _Above,
+        giver: Giver | None = None,
+        taking: Taking | None = None,
     ) -> None:
         self._request = request
         self._compute = compute
         self._plan = plan
         self._onward = onward
         self._above = above
+        self._giver = giver
+        self._taking = taking
         sampling = request.sampling
         self._sampling = Sampling(
             temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed
@@ -328,6 +347,12 @@ class _Stage:
         """The first stage: the prompt from the gateway, then each token as the last stage returns it."""
         request = self._request
         position, mark = 0, b""
+        if self._taking is not None:
+            position = request.prompt_tokens
+            first = await _piece(channel, position, position + 1, IDLE_S_MAX)
+            # What this step takes is mostly waiting for the cache, and says nothing of the stage.
+            await self._step(position, True, tokens=first, tell=False)
+            position += 1
         while position < request.prompt_tokens:
             if position < len(prompt):
                 tokens = prompt[position : position + PIECE_TOKENS]
@@ -380,7 +405,11 @@ class _Stage:
         step = Step(
             session=self._request.session, position=position, tokens=tokens, hidden=hidden, sample=sampling
         )
+        if self._taking is not None:
+            await self._taking.wait()
         result = await self._compute.step(step)
+        if self._giver is not None:
+            self._giver.filled(position + step.count)
         await self._onward.put(position, result, sample, tell)
         told = self._plan.told
         if told and position + step.count == len(told) * PIECE_TOKENS:
@@ -393,7 +422,12 @@ def _check(request: SessionOpen, me: str, caller: str) -> StageRef:
     """The request's own stage; refuses what no honest gateway sends."""
     if not 0 <= request.index < len(request.stages) <= STAGES_MAX:
         raise RpcRefusal("invalid", f"stage {request.index} of {len(request.stages)}")
-    names = (request.session, request.gateway, *(stage.peer for stage in request.stages))
+    names = (
+        request.session,
+        request.gateway,
+        request.source or request.session,
+        *(stage.peer for stage in (*request.stages, *request.heirs, *request.sources)),
+    )
     if not all(0 < len(name) <= ID_CHARS_MAX for name in names):
         raise RpcRefusal("invalid", f"names have 1 to {ID_CHARS_MAX} characters")
     if request.prompt_tokens < 1 or request.new_tokens_max < 1:
@@ -405,9 +439,13 @@ def _check(request: SessionOpen, me: str, caller: str) -> StageRef:
         raise RpcRefusal("invalid", f"a prompt of {request.prompt_tokens} tokens has up to {pieces} marks")
     if request.reuse % PIECE_TOKENS or not 0 <= request.reuse <= len(request.marks) * PIECE_TOKENS:
         raise RpcRefusal("invalid", f"cannot reuse {request.reuse} positions of {len(request.marks)} pieces")
-    edges = [0, *(stage.end for stage in request.stages)]
-    if any(s.start != edge or s.end <= s.start for s, edge in zip(request.stages, edges, strict=False)):
-        raise RpcRefusal("invalid", "the stages do not follow one another from layer 0")
+    for stages in (request.stages, request.heirs, request.sources):
+        edges = [0, *(stage.end for stage in stages)]
+        if any(s.start != edge or s.end <= s.start for s, edge in zip(stages, edges, strict=False)):
+            raise RpcRefusal("invalid", "the stages do not follow one another from layer 0")
+        if stages and stages[-1].end != request.stages[-1].end:
+            raise RpcRefusal("invalid", f"stages end at {stages[-1].end} and {request.stages[-1].end}")
+    _check_handover(request)
     stage = request.stages[request.index]
     if stage.peer != me:
         raise RpcRefusal("invalid", f"stage {request.index} is not on this node")
@@ -416,9 +454,27 @@ def _check(request: SessionOpen, me: str, caller: str) -> StageRef:
     return stage
 
 
-async def _piece(channel: InputChannel, position: int, prompt_tokens: int) -> tuple[int, ...]:
+def _check_handover(request: SessionOpen) -> None:
+    """Refuse what no honest gateway sends of chains that hand over."""
+    if max(len(request.heirs), len(request.sources)) > STAGES_MAX:
+        raise RpcRefusal("invalid", f"more than {STAGES_MAX} stages to hand over")
+    if request.heirs and (request.sources or request.new_tokens_max != 1):
+        raise RpcRefusal("invalid", "a session with heirs reads a prompt and makes one token")
+    if bool(request.sources) != bool(request.source) or request.source == request.session:
+        raise RpcRefusal("invalid", "a cache comes from the stages of another session")
+    if request.sources and (request.marks or request.reuse or request.new_tokens_max < 2):
+        raise RpcRefusal("invalid", "a session that takes a cache over reads no prompt")
+    if request.priority == BACKGROUND and (request.heirs or request.sources):
+        raise RpcRefusal("invalid", "background sessions may be parked and hand nothing over")
+    if not 0.0 <= request.handover_s <= HANDOVER_S_MAX:
+        raise RpcRefusal("invalid", f"handover_s is {request.handover_s:g}, expected 0 to {HANDOVER_S_MAX:g}")
+
+
+async def _piece(
+    channel: InputChannel, position: int, prompt_tokens: int, wait_s: float | None = None
+) -> tuple[int, ...]:
     """The next part of the prompt, which must go on at `position`."""
-    prompt = (await _in_time(channel, PROMPT_WAIT_S)).prompt
+    prompt = (await _in_time(channel, PROMPT_WAIT_S if wait_s is None else wait_s)).prompt
     if prompt is None or prompt.position != position:
         raise RpcRefusal("invalid", f"expected the prompt from position {position}")
     return _token_ids(prompt.tokens, prompt_tokens - position)

@@ -261,7 +261,7 @@ BROKEN = {
     "layers elsewhere": (lambda p: with_header(p, layers=[1, 5]), "layers", r"\(1, 5\)\W+expected within \(0, 4\)"),
     "a gap": (lambda p: with_header(p, positions=[1, 20]), "positions", "layer 0 from 0 on"),
     "tokens that are none": (lambda p: p[:-4] + struct.pack("<i", 97), "said", "97"),
-    "more prompt than tokens": (lambda p: with_header(p, said=[20, 21]), "said", "21"),
+    "too many tokens": (lambda p: with_header(p, said=[70, 19]) + bytes(4 * 50), "said", "at most 65"),
     "numbers that are none": (lambda p: p[:-100] + struct.pack("<f", float("nan")) + p[-96:], "rows", "finite"),
 }  # fmt: skip
 

@@ -42,7 +42,7 @@ from collectives.gossip import Gossip, Gossiped
 from collectives.journal import Journal
 from collectives.reduce.evidence import Verdict, layout_name
 from collectives.reduce.feedback import Feedback
-from collectives.reduce.robust import capped, norm_of
+from collectives.reduce.robust import norm_of
 from collectives.round import Reduced, Round, new_nonce
 from collectives.service import Collectives
 from collectives.state import Shelf, Snapshot
@@ -127,8 +127,11 @@ class Run:
         if shell.missed and shell.missed[0].epoch == shell.caller_epoch + 1:
             raise Behind("a result that was missed is here: catch_up first", 0, shell.missed[-1].epoch)
         given = input_of(new_nonce(), tensors, weight, out, feedback)
-        norm = norm_of(tensors, given.layout, feedback) if self.config.check_norms else 0.0
-        offer = self._offer(shell, given, norm)
+        # Before anybody hears of it: what cannot be averaged is nobody else's trouble.
+        norm = await aside(
+            given.layout.tensor_bytes, lambda: norm_of(tensors, given.layout, feedback, weight)
+        )
+        offer = self._offer(shell, given, norm if self.config.check_norms else 0.0)
         if shell.plane.auditor is not None:
             commit = await shell.plane.auditor.prepare(given, offer.epoch + 1, offer.layout)
             offer = replace(offer, commit=commit)
@@ -171,8 +174,8 @@ class Run:
     def _reduced(self, shell: TagShell, outcome: Outcome, began_s: float) -> Reduced:
         if outcome.whole is None:
             raise LocalFault(f"the result of epoch {outcome.epoch} was decided and is not here")
-        declaration, caps = outcome.value.declaration, self.config.reduce
-        members = capped(declaration.members, caps.weight_cap, caps.weight_share_max)
+        declaration = outcome.value.declaration
+        members = self.config.reduce.weighed(declaration.members)
         return Reduced(
             tensors=tuple(outcome.whole.tensors()),
             epoch=outcome.epoch,

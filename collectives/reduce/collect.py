@@ -28,7 +28,6 @@ from collectives.reduce.robust import aggregate
 from collectives.reduce.settings import ExchangeSettings
 
 Input = tuple[float, Source | F32]
-MAGNITUDE_MAX = 1e36  # of weight times values: the sum over as many members as there can be is finite
 SOURCES_MAX = 16  # a peer's values, and its sums under this plan and others
 
 
@@ -317,7 +316,9 @@ class Collector:
         for (weight, what), square in zip(inputs, norms, strict=True):
             if not isinstance(what, Source):
                 continue
-            fits = math.isfinite(square) and (what.partial or weight * math.sqrt(square) <= MAGNITUDE_MAX)
+            fits = math.isfinite(square) and (
+                what.partial or weight * math.sqrt(square) <= combine.MAGNITUDE_MAX
+            )
             if what.peer == self._plan.members[self._me].peer:
                 if not fits:
                     raise NonFinite(

@@ -18,6 +18,7 @@ import numpy as np
 from collectives.codecs.base import F32
 
 Term = tuple[float, F32]
+MAGNITUDE_MAX = 1e36  # of weight times values: the sum over as many members as there can be is finite
 SUM_SLAB = 65536  # elements added up at a time: they stay in a core's own cache
 
 

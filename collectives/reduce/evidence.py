@@ -31,7 +31,7 @@ from collectives.reduce.frames import IDENT_MASK
 from collectives.reduce.layout import CHUNKS_MAX, Layout, applied
 from collectives.reduce.plan import plan_reduce
 from collectives.reduce.result import HASH_BYTES
-from collectives.reduce.robust import aggregate, capped
+from collectives.reduce.robust import aggregate
 from collectives.reduce.settings import ExchangeSettings
 from p2p import Identity, PeerId, ProtocolViolation, pack_value, unpack_value, verify
 
@@ -239,7 +239,7 @@ def _accusation(evidence: Accusation, layout: Layout, settings: ExchangeSettings
     _expect(not settings.groups, "LAN groups are not rechecked")
     _expect(0 <= chunk < layout.chunks <= CHUNKS_MAX, "no such chunk")
     _expect(4 * layout.size(chunk) * len(declaration.members) <= TERMS_BYTES_MAX, "too large to be rechecked")
-    members = capped(declaration.members, settings.weight_cap, settings.weight_share_max)
+    members = settings.weighed(declaration.members)
     try:
         made = codec(declaration.codec)
         plan = plan_reduce(

@@ -47,7 +47,7 @@ from collectives.reduce.layout import Layout
 from collectives.reduce.outbox import Outbox
 from collectives.reduce.plan import ReducePlan, plan_reduce
 from collectives.reduce.result import HASH_BYTES, Result
-from collectives.reduce.robust import capped, outliers
+from collectives.reduce.robust import outliers
 from collectives.reduce.settings import DEFAULTS, ExchangeSettings
 
 SLAB_BYTES = 4 * 1024 * 1024
@@ -459,7 +459,7 @@ class Exchange:
 
     def _adopt(self, declaration: Declaration) -> None:
         settings = self.settings
-        members = capped(declaration.members, settings.weight_cap, settings.weight_share_max)
+        members = settings.weighed(declaration.members)
         effective = replace(declaration, members=members)
         layout = self.layout
         plan = plan_reduce(effective, layout.elements, layout.chunk_elements, flat=not settings.groups)

@@ -22,7 +22,7 @@ import torch
 from collectives.agreement import Member
 from collectives.codecs.base import F32
 from collectives.errors import NonFinite
-from collectives.reduce.combine import SUM_SLAB, Term, squares
+from collectives.reduce.combine import MAGNITUDE_MAX, SUM_SLAB, Term, squares
 from collectives.reduce.feedback import Feedback
 from collectives.reduce.layout import Layout, Vector
 
@@ -83,9 +83,13 @@ def _length(values: F32) -> float:
 
 
 def norm_of(
-    tensors: Sequence[torch.Tensor], layout: Layout | None = None, feedback: Feedback | None = None
+    tensors: Sequence[torch.Tensor],
+    layout: Layout | None = None,
+    feedback: Feedback | None = None,
+    weight: float = 1.0,
 ) -> float:
-    """L2 norm of what would be contributed, for the offer. NonFinite names the first tensor with NaN or infinity."""
+    """L2 norm of what would be contributed, for the offer. NonFinite names the first tensor with NaN or infinity, or
+    with more than can be added up at that weight."""
     layout = layout if layout is not None else Layout.of(tensors)
     vector = Vector(layout, tensors)
     scratch = np.empty(min(layout.chunk_elements, layout.elements), np.float32)
@@ -96,10 +100,12 @@ def norm_of(
         if feedback is not None:
             values = feedback.added(start, values, scratch)
         square = squares(values)
-        if not math.isfinite(square):
-            bad = start + int(np.flatnonzero(~np.isfinite(values))[0])
+        if not weight * math.sqrt(square) <= MAGNITUDE_MAX:  # a NaN is none either
+            finite = np.isfinite(values)
+            bad = start + int(np.flatnonzero(~finite)[0]) if not finite.all() else start
             index = next(index for index, _, _ in layout.pieces(bad, bad + 1))
-            raise NonFinite(f"tensor {index} of {len(tensors)} holds NaN or infinity")
+            what = "far too large values" if finite.all() else "NaN or infinity"
+            raise NonFinite(f"tensor {index} of {len(tensors)} holds {what}")
         total += square
     return math.sqrt(total)
 

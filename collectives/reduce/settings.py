@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from collectives.reduce.robust import AGGREGATORS
+from collectives.agreement import Member
+from collectives.reduce.robust import AGGREGATORS, capped
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,8 @@ class ExchangeSettings:
     `flat`: no LAN groups. `aggregator`: mean, clip, trimmed or median; the last three know no LAN groups.
     `norm_slack`: how much longer than claimed a contribution may be. `norm_factor`: who claims more than this many
     times the median of all norms is refused (None: nobody is). `weight_cap`, `weight_share_max`: no member weighs more
-    than this, or than this share of all. `audit`: contributions are checked against what their members have signed.
+    than this, or than this share of all; `weight_caps` are (peer id, most) for single ones. `audit`: contributions are
+    checked against what their members have signed, and results are signed and made again (collectives.audit).
     """
 
     extra_ratio: float = 1.5
@@ -27,6 +30,7 @@ class ExchangeSettings:
     norm_factor: float | None = None
     weight_cap: float | None = None
     weight_share_max: float | None = None
+    weight_caps: tuple[tuple[str, float], ...] = ()
     audit: bool = False
     wants_max: int = 64  # times a peer may ask for things again
 
@@ -45,6 +49,9 @@ class ExchangeSettings:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.weight_share_max is not None and not 0 < self.weight_share_max <= 1:
             raise ValueError(f"weight_share_max must be in (0, 1], got {self.weight_share_max}")
+        for peer, cap in self.weight_caps:
+            if not (math.isfinite(cap) and cap >= 0):
+                raise ValueError(f"weight_caps must not be negative, got {cap} for {peer}")
         if self.wants_max < 1:
             raise ValueError(f"wants_max must be positive, got {self.wants_max}")
 
@@ -52,6 +59,10 @@ class ExchangeSettings:
     def groups(self) -> bool:
         """Whether LAN groups add up first."""
         return not (self.flat or self.audit or self.aggregator != "mean")
+
+    def weighed(self, members: Sequence[Member]) -> tuple[Member, ...]:
+        """`members` with the weights that count."""
+        return capped(members, self.weight_cap, self.weight_share_max, dict(self.weight_caps))
 
     @property
     def fingerprint(self) -> bytes:

@@ -9,7 +9,6 @@ from collectives import (
     Behind,
     Feedback,
     LocalFault,
-    NonFinite,
     NoQuorum,
     RoundFailed,
     RunConfig,
@@ -181,24 +180,6 @@ async def test_a_member_with_another_state_is_left_out(autojump_clock, members, 
     found = await together(runs, call)
     assert isinstance(found[1], RoundFailed)
     assert all(set(one.peers) == {runs[0].me, runs[2].me} for one in (found[0], found[2]))
-
-
-async def test_values_that_are_not_finite_are_their_owners_error_alone(
-    autojump_clock, members, together, reduce
-):
-    runs = await members.start(
-        "a", "b", "c", config=RunConfig(agreement=Settings(members_min=2), check_norms=True)
-    )
-
-    async def call(run):
-        given = tensors_of(run)
-        if run is runs[2]:
-            given[0][3, 3] = float("nan")
-        return await reduce(run, given, deadline_s=10.0)
-
-    found = await together(runs, call)
-    assert isinstance(found[2], NonFinite)
-    assert all(set(one.peers) == {runs[0].me, runs[1].me} for one in found[:2])
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from collectives.errors import (
     Superseded,
 )
 from collectives.gossip import Fork, Gossiped
-from collectives.reduce import ExchangeSettings
+from collectives.place import Place, lan_of
+from collectives.reduce import ExchangeSettings, Verdict, verify_proof
 from collectives.reduce.feedback import Feedback
 from collectives.round import Reduced, Round
 from collectives.run import Run, open_run
@@ -52,6 +53,7 @@ __all__ = [
     "LocalFault",
     "NoQuorum",
     "NonFinite",
+    "Place",
     "Reduced",
     "RemoteFault",
     "ResourceLimit",
@@ -64,5 +66,8 @@ __all__ = [
     "Snapshot",
     "StateEntry",
     "Superseded",
+    "Verdict",
+    "lan_of",
     "open_run",
+    "verify_proof",
 ]

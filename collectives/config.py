@@ -23,14 +23,15 @@ class RunConfig:
     `Run.audit` finds it.
 
     `group` names the LAN this node is on ("" for none): members of one group reduce among themselves first.
-    `dialable` False says that peers cannot open connections to this node; it then owns no part. `gossip` allows
+    `dialable` False says that peers cannot open connections to this node: it then owns no part, and whoever owns one
+    needs no more than the connections it has made. None, for both, is what the node has measured. `gossip` allows
     pairwise averaging while there is no quorum. `uplink_bps` is what this node may send, in bits a second, over all
     links of the run; 0 is no limit.
     """
 
     codec: str = "fp32"
-    group: str = ""
-    dialable: bool = True
+    group: str | None = None
+    dialable: bool | None = None
     gossip: bool = False
     check_norms: bool = False
     audit_parts: float = 1.0
@@ -60,5 +61,5 @@ class RunConfig:
                 or (value == 0 and one.name not in ("uplink_bps", "audit_parts"))
             ):
                 raise LocalFault(f"RunConfig.{one.name} must be positive, got {value!r}")
-        if len(self.group) > 100:
+        if self.group is not None and len(self.group) > 100:
             raise LocalFault(f"RunConfig.group must have at most 100 characters, got {len(self.group)}")

@@ -40,6 +40,7 @@ _KEY_AT = 16
 _LOOK_S = 0.25
 _EARLY_WAIT_S = 0.5
 _OPEN_WITHIN_S = 5.0
+_OPEN_PAUSE_MAX_S = 1.0  # two that cannot dial one another, as clients cannot, try for nothing
 UNSOLICITED_BYTES_MAX = 8 << 20
 STALL_MIN_S = 2.0
 FINISH_STALL_S = 1.0
@@ -419,15 +420,18 @@ class Plane:
 
     async def _keep_link(self, peer: str, line: _Line) -> None:
         """Open a link, and another one whenever it breaks, while the peer is needed."""
+        pause_s = self._config.resend_link_s
         try:
             while self._exchange is not None and peer in self._exchange.peers:
                 try:
                     async with self._service.links.open(peer, SERVICE, deadline_s=_OPEN_WITHIN_S) as link:
                         await introduce(link, Purpose(self._run_id, self._tag))
+                        pause_s = self._config.resend_link_s
                         await self.use(peer, link)
                 except P2pError as problem:
                     log.debug("no data link to %s: %s", peer, problem)
-                    await trio.sleep(self._config.resend_link_s)
+                    await trio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _OPEN_PAUSE_MAX_S)
         finally:
             line.keeper = False
 

@@ -158,6 +158,7 @@ class Run:
     def _offer(self, shell: TagShell, given: Input, norm: float) -> Offer:
         newest = self._shelf(shell.tag).newest
         state = newest.digest if newest is not None and newest.epoch == shell.caller_epoch else b""
+        place, config = self._service.place(), self.config
         return Offer(
             epoch=shell.caller_epoch,
             nonce=given.nonce,
@@ -166,8 +167,8 @@ class Run:
             state=state,
             codec=self.config.codec,
             bandwidth_bps=shell.plane.bandwidth_bps(),
-            group=self.config.group,
-            dialable=self.config.dialable,
+            group=place.group if config.group is None else config.group,
+            dialable=place.dialable if config.dialable is None else config.dialable,
             norm=norm,
         )
 

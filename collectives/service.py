@@ -6,6 +6,7 @@ It hands letters, links and questions to the run they are for. It knows nothing 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -15,6 +16,7 @@ from collectives.court import Court, CourtServer
 from collectives.data_links import LinkDesk, Purpose
 from collectives.errors import LocalFault
 from collectives.gossip import PAIR, Pair, Paired
+from collectives.place import Place
 from collectives.reduce import Result
 from collectives.state import Shelf
 from collectives.state_rpc import StateServer
@@ -29,7 +31,8 @@ _made: weakref.WeakKeyDictionary[Rpc, Collectives] = weakref.WeakKeyDictionary()
 
 
 class Collectives:
-    """One a node: found by `of`, which makes it when there is none for this Rpc."""
+    """One a node: found by `of`, which makes it when there is none for this Rpc. `place` tells where the node stands
+    now; whoever measures it sets it."""
 
     def __init__(self, host: Any, rpc: Rpc, links: Links, identity: Identity) -> None:
         self.host = host
@@ -37,6 +40,7 @@ class Collectives:
         self.links = links
         self.identity = identity
         self.runs: dict[str, Run] = {}
+        self.place: Callable[[], Place] = lambda: Place(dialable=bool(host.addrs()))
         self._mail = Mailroom(rpc)
         self._desk = LinkDesk(links, self._on_link)
         StateServer(rpc, self._shelf)

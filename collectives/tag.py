@@ -48,7 +48,9 @@ from p2p import pack_value, unpack_value
 
 log = logging.getLogger("shoal.collectives")
 
-END_EARLY_S = 0.05  # the chain ends a round by itself, with the better reason, this long before the caller goes
+END_EARLY_S = (
+    0.05  # the chain ends a round by itself, with the better reason, this long before the caller goes
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ def test_the_face_is_what_it_was():
         "LocalFault",
         "NoQuorum",
         "NonFinite",
+        "Place",
         "Reduced",
         "RemoteFault",
         "ResourceLimit",
@@ -32,6 +33,9 @@ def test_the_face_is_what_it_was():
         "Snapshot",
         "StateEntry",
         "Superseded",
+        "Verdict",
+        "lan_of",
         "open_run",
+        "verify_proof",
     ]
     assert all(hasattr(collectives, name) for name in collectives.__all__)

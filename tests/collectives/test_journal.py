@@ -43,15 +43,19 @@ async def test_a_file_torn_at_any_byte_gives_a_prefix_and_goes_on(tmp_path):
     assert seen == {None, *(b"value %d" % number * 3 for number in (0, 2))}
 
 
-@pytest.mark.parametrize("at", [-1, -5, len(MAGIC) + 3])
-async def test_a_flipped_bit_ends_what_is_believed(tmp_path, at):
+@pytest.mark.parametrize(("at", "last"), [(-1, b"value 2" * 3), (-5, b"value 2" * 3), (len(MAGIC) + 3, None)])
+async def test_a_flipped_bit_ends_what_is_believed(tmp_path, at, last):
     path = tmp_path / "rounds"
     whole = bytearray(await filled(path))
     whole[at] ^= 4
     path.write_bytes(whole)
     journal = Journal.open(path)
-    assert journal.get("chain-0") != b"value 4" * 3
+    assert journal.get("chain-0") == last
+    await journal.put("chain-0", b"new")
     journal.close()
+    again = Journal.open(path)
+    assert again.get("chain-0") == b"new", "what is written after it is believed again"
+    again.close()
 
 
 async def test_a_file_of_something_else_is_not_overwritten(tmp_path):

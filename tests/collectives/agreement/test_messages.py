@@ -136,9 +136,10 @@ def test_altered_bytes_are_a_message_or_a_violation(message, data):
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     try:
-        agreement.unpack_message(raw)
+        found = agreement.unpack_message(raw)
     except ProtocolViolation:
         return
+    assert agreement.unpack_message(agreement.pack_message(found)) == found
 
 
 @pytest.mark.parametrize(

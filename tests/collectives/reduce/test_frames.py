@@ -154,12 +154,18 @@ def test_a_member_that_was_left_out_is_ignored_and_not_an_error(tools):
 )
 @settings(max_examples=200, deadline=None)
 def test_any_frame_from_a_member_is_taken_or_refused(tools, rest, kind, chunk, payload):
-    _, node = pair(tools, "topk", 9000)
+    mesh, node = pair(tools, "topk", 9000)
     header = bytes([1, kind, 0, 0, chunk, 0]) + rest
+    refusal = None
     try:
         give(node, "b", header, payload)
-    except FrameRefused:
-        pass
+    except FrameRefused as error:
+        refusal = error.peer, error.why
+    assert refusal is None or refusal in [("b", why) for why in ("malformed", "size", "unwanted", "flood")]
+    assert node.held_bytes <= len(payload)
+    assert set(node.refused) <= {"b"}
+    mesh.run()
+    assert mesh.nodes["c"].done or node.refused, "whatever came, the honest frames that follow are understood"
 
 
 @pytest.mark.parametrize(("bad", "why"), [(float("nan"), "nonfinite"), (float("inf"), "nonfinite")])

@@ -19,7 +19,7 @@ from typing import Any
 
 import trio
 
-from collectives import Collectives
+from collectives import Collectives, Place, lan_of
 from dht import Directory, Gossip, GossipConfig, OwnRecordsFull, RecordInvalid, View
 from node import adverts
 from node.adverts import DeviceAdvert, HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert
@@ -93,6 +93,7 @@ class MeshNode:
         self.rpc = Rpc(host, RpcConfig(silence_s=config.rpc_silence_s))
         self.links = Links(host, self.rpc, identity)
         self.collectives = Collectives.of(host, self.rpc, self.links, identity)
+        self.collectives.place = self._place
         self.view = View()
         self.gossip = Gossip(self.rpc, self.view, identity, GossipConfig())
         self.directory = Directory(host, self.gossip, identity, data.peers_path)
@@ -277,6 +278,10 @@ class MeshNode:
             self._seen = read_atlas(self.view, self.gossip.now_s(), self.suspects.suspects())
             self._seen_s = now
         return self._seen
+
+    def _place(self) -> Place:
+        """For the runs of this node: the LAN, by the round trips that the mesh has measured; whether it listens."""
+        return Place(lan_of(self.me, self.atlas().rtt_s), dialable=bool(self.host.addrs()))
 
     def mesh_json(self) -> dict[str, Any]:
         """The `/mesh` document."""

@@ -8,7 +8,7 @@ stages' work and the ring of hops. KV room is a hard bound. Loads are those it i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from scheduler.errors import NoChain, NoRoom, Rejected
@@ -61,9 +61,8 @@ class ChainRequest:
 
     `prefix_nodes` hold the first `prefix_tokens` of the prompt in their caches (0: nearly all of it). A request of
     `priority` k waits for work of classes up to k. With `deadline_s`, a chain that takes longer is refused. A seed of 0
-    asks for the plain shortest path; gateways pass different ones so as not to pick alike. `queued_s` are queues by
-    node that the gateway heard of or foresees since its view, in place of the view's; `taken_tokens` cache room that
-    is probably taken since.
+    asks for the plain shortest path; gateways pass different ones so as not to pick alike. A second
+    until the first token (queues, prefill) costs `wait_weight` times one of decoding.
     """
 
     layers: int
@@ -78,13 +77,22 @@ class ChainRequest:
     priority: int = 0
     deadline_s: float | None = None
     kv_bytes_per_token_per_layer: int = 0
-    queued_s: Mapping[str, float] | None = None
-    taken_tokens: Mapping[str, int] | None = None
+    wait_weight: float = 1.0
 
     @property
     def new_tokens(self) -> int:
         """Tokens to decode, one at least."""
         return max(1, self.tokens - self.prompt_tokens)
+
+
+def prefill_s(h: Hosted) -> float:
+    """Seconds that a prompt's token takes a host for a layer."""
+    return h.prefill_s_per_token_per_layer or h.s_per_layer * PREFILL_SHARE
+
+
+def queue_s(h: Hosted, priority: int) -> float:
+    """Seconds that a request of a class waits at a host."""
+    return sum(h.queue_by_class_s[: priority + 1]) if h.queue_by_class_s else h.queue_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,17 +190,14 @@ class Router:
         self._by_class = {v: h.queue_by_class_s for v, h in enumerate(self._spans) if h.queue_by_class_s}
         safe = [max(RELIABILITY_LEAST, h.reliability) for h in self._spans]
         self._decode_s = [h.s_per_layer / r for h, r in zip(self._spans, safe, strict=True)]
-        self._prefill_s = [
-            (h.prefill_s_per_token_per_layer or h.s_per_layer * PREFILL_SHARE) / r
-            for h, r in zip(self._spans, safe, strict=True)
-        ]
+        self._prefill_s = [prefill_s(h) / r for h, r in zip(self._spans, safe, strict=True)]
 
-    def choose(self, request: ChainRequest, *, alternates: int = 2, draw: bool = True) -> Chain:
-        """As `choose_chain`. Without `draw` the cheapest chain that the seed lets one see, in a third of the time."""
+    def choose(self, request: ChainRequest, *, alternates: int = 2) -> Chain:
+        """As `choose_chain`."""
         roomy = self._roomy(request)
         costs = self._costs(request, float(request.prompt_tokens), float(request.new_tokens))
         hops = float(request.new_tokens)
-        draw = draw and request.seed != 0
+        draw = request.seed != 0
         found = self._chains(request, roomy, costs, hops, max(1 + alternates, CHOICES if draw else 1))
         if not found:
             self._refuse(request, roomy)
@@ -276,17 +281,16 @@ class Router:
         roomy = [
             v for v, free in enumerate(self._kv_tokens_free) if free >= tokens and self._starts[v] < layers
         ]
-        if request.taken_tokens:
-            taken, free = request.taken_tokens, self._kv_tokens_free
-            roomy = [v for v in roomy if free[v] - taken.get(self._names[v], 0) >= tokens]
         if request.exclude:
             roomy = [v for v in roomy if self._names[v] not in request.exclude]
         return roomy
 
     def _costs(self, request: ChainRequest, prompt: float, new: float) -> _Costs:
+        weight = request.wait_weight
+        prompt *= weight
         layer_s = [new * d + prompt * p for d, p in zip(self._decode_s, self._prefill_s, strict=True)]
         if request.prefix_nodes:
-            cached = min(prompt, request.prefix_tokens or 0.9 * prompt)
+            cached = min(prompt, weight * request.prefix_tokens or 0.9 * prompt)
             for v, name in enumerate(self._names):
                 if name in request.prefix_nodes:
                     layer_s[v] -= cached * self._prefill_s[v]
@@ -295,9 +299,8 @@ class Router:
             enter_s, k = list(enter_s), request.priority + 1
             for v, classes in self._by_class.items():
                 enter_s[v] = sum(classes[:k])
-        if request.queued_s:
-            heard = request.queued_s
-            enter_s = [heard.get(name, queue_s) for name, queue_s in zip(self._names, enter_s, strict=True)]
+        if weight != 1.0:
+            enter_s = [weight * queue_s for queue_s in enter_s]
         return _Costs(enter_s, layer_s)
 
     def _chains(

@@ -70,9 +70,11 @@ class Shortlist:
 
         `near_s` are latencies to some place of the mesh: nodes near one place are near each other.
         """
-        share = self._share
-        score = {v: layer_s[v] + (enter_s[v] + hops * near_s[v]) * share[v] for v in usable}
-        return sorted(score, key=score.__getitem__)
+        score = [
+            layer + (enter + hops * near) * share
+            for layer, enter, near, share in zip(layer_s, enter_s, near_s, self._share, strict=True)
+        ]
+        return sorted(usable, key=score.__getitem__)
 
     def pick(self, ranked: Sequence[int], layers: int, avoid: Collection[int]) -> list[int]:
         """The first spans by rank until every layer has CHOICES hosts, those to avoid last."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 NEARLY_FREE = 0.99
 """Where the way back is so small a part of the cost, no other first node is tried for it."""
@@ -121,7 +120,7 @@ def _hand_over(
 ) -> None:
     """Let every node that begins at layer b, or that can take over from one that ends there, be entered at b."""
     ends, layer_s, enter_s, hop_s = ground.ends, ground.layer_s, ground.enter_s, ground.hop_s
-    leavers = sorted(((base[u] + layer_s[u] * b, u) for u in base if label[u][1] < b), key=itemgetter(0, 1))
+    leavers = sorted([(cost + layer_s[u] * b, u) for u, cost in base.items() if label[u][1] < b])
     leavers = leavers[: ground.width]
     ending = [(cost, u) for cost, u in leavers if ends[u] == b]
     entered: list[tuple[int, float, Label]] = []

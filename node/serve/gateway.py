@@ -39,11 +39,22 @@ from node.serve.intake import Intake, Place
 from node.serve.prefixes import marks_of
 from node.serve.protocol import BACKGROUND, HIGH, NORMAL, Priority, SamplingSpec, SessionOpen, StageRef
 from node.serve.returns import Returns
-from node.serve.selection import Choice, Selector, Wish
-from node.serve.session import CacheStale, Session, open_session
+from node.serve.selection import Choice, Selector, Wish, as_stages
+from node.serve.session import CacheStale, Elsewhere, Session, open_session
 from p2p import P2pError, Rpc
-from scheduler import Admission, AdmissionConfig, Health, HealthConfig, NoChain, NoRoom, Standing, Ticket
+from scheduler import (
+    Admission,
+    AdmissionConfig,
+    Health,
+    HealthConfig,
+    NoChain,
+    NoRoom,
+    Rejected,
+    Standing,
+    Ticket,
+)
 from scheduler.admission import Capacity
+from scheduler.outlook import Aims
 
 if TYPE_CHECKING:
     from node.library import Library
@@ -57,6 +68,8 @@ PRIORITIES: dict[str, Priority] = {"high": HIGH, "normal": NORMAL, "background":
 PARALLEL_PRIOR = 4
 """Requests that are supposed not to slow one another down, until it was measured."""
 UNKNOWN_TOKENS_PER_S = 50.0
+AIMS = Aims(first_s=5.0, token_s=0.25)
+"""What a request that names no target of its own should keep if it can be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +115,16 @@ class _Outcome:
 
 @dataclass(slots=True)
 class _Work:
-    """A request on its way: what of it is done, and what it knows of chains."""
+    """A request on its way: what of it is done, and what it knows of chains (`left`: those it left for better ones)."""
 
     request: GenerateRequest
     model: ModelAdvert
     priority: Priority
     give_up_s: float
+    arrived_s: float = 0.0
     made: list[int] = field(default_factory=list)
     excluded: set[str] = field(default_factory=set)
+    left: int = 0
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -119,6 +134,15 @@ class _Work:
     @property
     def tokens_left(self) -> int:
         return self.request.max_tokens - len(self.made)
+
+    def aims(self, now_s: float) -> Aims:
+        """What it should keep from now on."""
+        first_s = self.request.first_token_s
+        if self.priority == BACKGROUND:
+            return Aims()
+        if self.made or first_s is None:
+            return AIMS
+        return Aims(first_s - (now_s - self.arrived_s), strict=True)
 
 
 class MeshGateway:
@@ -200,7 +224,8 @@ class MeshGateway:
             if overall.cancelled_caught:
                 raise DeadlinePassed(request.deadline_s or 0.0)
             patience_s = max(CHAIN_WAIT_S, arrived_s + (ticket.target_s or 0.0) - trio.current_time())
-            work = _Work(request, model, PRIORITIES[request.priority], trio.current_time() + patience_s)
+            give_up_s = trio.current_time() + patience_s
+            work = _Work(request, model, PRIORITIES[request.priority], give_up_s, arrived_s)
             send, receive = trio.open_memory_channel[TokenEvent](EVENTS_BUFFERED)
             outcome = _Outcome()
             try:
@@ -302,6 +327,10 @@ class MeshGateway:
                 self._selector.finder.gone(choice.stages)
                 spare = [replace(choice, reuse=max(0, stale.tokens)), *spare]
                 continue
+            except Elsewhere as better:
+                work.left += 1
+                spare = [better.choice, *spare]
+                continue
             except StageLost as lost:
                 log.warning("request %s: %s", work.request.request_id, lost)
                 self._selector.health.failed(lost.peer, trio.current_time())
@@ -341,9 +370,11 @@ class MeshGateway:
         began_s = trio.current_time()
         while True:
             now_s, atlas = trio.current_time(), self._atlas()
-            wish = self._wish(work.request, work.prompt, work.tokens_left, marks, frozenset(work.excluded))
+            wish = self._wish_of(work, marks)
             try:
                 return self._selector.choose(atlas, work.model, wish, now_s)
+            except Rejected as late:
+                raise Overloaded(max(1.0, late.retry_after_s), str(late)) from None
             except NoRoom as full:
                 if now_s >= work.give_up_s:
                     raise Overloaded(full.retry_after_s, str(full)) from None
@@ -355,6 +386,10 @@ class MeshGateway:
                     detail = self._info(atlas, work.model).detail
                     raise ModelNotReady(detail or f"{work.model.name} is not served completely now") from None
             await trio.sleep(0.05)
+
+    def _wish_of(self, work: _Work, marks: tuple[bytes, ...]) -> Wish:
+        wish = self._wish(work.request, work.prompt, work.tokens_left, marks, frozenset(work.excluded))
+        return replace(wish, aims=work.aims(trio.current_time()))
 
     def _wish(
         self,
@@ -398,6 +433,10 @@ class MeshGateway:
         def observe(stage: int, tokens: int, seconds: float) -> None:
             self._selector.observe(choice, stage, tokens, seconds, trio.current_time())
 
+        def heard(stage: int, queues_s: tuple[float, ...]) -> None:
+            if self._selector.ledger.heard(name, stage, queues_s):
+                self._think_again(name, work, choice)
+
         live = LiveRequest(
             request.request_id,
             request.model,
@@ -409,10 +448,24 @@ class MeshGateway:
         self.live[name] = live
         with self._booked(name, work, choice):
             try:
-                async with open_session(self._rpc, self._returns, opening, prompt, observe) as session:
+                async with open_session(self._rpc, self._returns, opening, prompt, observe, heard) as session:
                     yield session, live
             finally:
                 del self.live[name]
+
+    def _think_again(self, session: str, work: _Work, choice: Choice) -> None:
+        """Every stage has said how much work it had. Raises Elsewhere where another chain should be taken, Overloaded
+        where none would keep what the client asked for."""
+        now_s, wish = trio.current_time(), self._wish_of(work, marks_of(work.prompt))
+        try:
+            better = self._selector.instead(
+                self._atlas(), work.model, wish, session, choice, now_s, work.left
+            )
+        except Rejected as late:
+            raise Overloaded(max(1.0, late.retry_after_s), str(late)) from None
+        if better is not None:
+            log.info("request %s leaves a chain whose stages have much to do", work.request.request_id)
+            raise Elsewhere(better)
 
     @contextlib.contextmanager
     def _booked(self, name: str, work: _Work, choice: Choice) -> Iterator[None]:
@@ -421,7 +474,7 @@ class MeshGateway:
         ledger.opened(
             name,
             work.model.manifest_id,
-            choice.stages,
+            as_stages(choice.stages),
             tokens=prompt_tokens + work.tokens_left,
             prompt_tokens=prompt_tokens - choice.reuse,
             priority=work.priority,

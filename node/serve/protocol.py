@@ -117,13 +117,15 @@ class SessionInput:
 class SessionNote:
     """What is said back up the chain: stage number `stage` is done with the `tokens` positions from `position` on.
 
-    Its predecessor fills in the `seconds` it took as seen from outside and says it on.
+    Its predecessor fills in the `seconds` it took as seen from outside and says it on. A stage's first note has no
+    tokens but `queues_s`: the seconds of prompts that waited here when the session was opened, by priority.
     """
 
     stage: int
     position: int = 0
     tokens: int = 0
     seconds: float = -1.0
+    queues_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,21 +11,25 @@ from dataclasses import dataclass, replace
 
 from node.adverts import HostAdvert, ModelAdvert
 from node.atlas import Atlas
-from node.serve.forecast import Ledger, first_token_s, prefill_s, room_tokens
+from node.serve.forecast import room_tokens
 from node.serve.prefixes import Finder, Holding, Teller, read_summary
-from node.serve.protocol import BACKGROUND, Priority, StageRef
-from scheduler import Chain, ChainRequest, Health, Hosted, Links, NoChain, NoRoom, Router, node_of
+from node.serve.protocol import BACKGROUND, PIECE_TOKENS, Priority, StageRef
+from scheduler import ChainRequest, Health, Hosted, Links, NoChain, NoRoom, Rejected, Stage, node_of
+from scheduler.ledger import Ledger
+from scheduler.outlook import Aims, Offer, Outlook
+from scheduler.routing import prefill_s
 
 HOLDINGS_TRIED_MAX = 3
-ALTERNATES = 2
 SLACK_S = 0.01
 """What a stage may take beyond the expected before it counts: a busy computer's tasks wait for one another."""
 BOUNDLESS = 1 << 50
+NO_AIMS = Aims()
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A request as phase 2 sees it. `likely_tokens` of its `new_tokens` are probably made."""
+    """A request as phase 2 sees it, with what it should keep from now on. `likely_tokens` of its `new_tokens` are
+    probably made."""
 
     prompt_tokens: int
     new_tokens: int
@@ -34,6 +38,7 @@ class Wish:
     exclude: frozenset[str] = frozenset()
     seed: int = 0
     likely_tokens: int = 0
+    aims: Aims = NO_AIMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,7 @@ class Expected:
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A chain, how many of the prompt's first positions its caches hold, and what it should take: `first_s` until the
-    first token, `whole_s` until the last that is likely."""
+    first token, `whole_s` until the last that is likely, `cost_s` until the last that there may be."""
 
     stages: tuple[StageRef, ...]
     reuse: int
@@ -73,15 +78,22 @@ class Selector:
         self.finder = Finder()
 
     def spans(
-        self, atlas: Atlas, model: ModelAdvert, now_s: float, *, priority: int = 1, boundless: bool = False
+        self,
+        atlas: Atlas,
+        model: ModelAdvert,
+        now_s: float,
+        *,
+        priority: int = 1,
+        boundless: bool = False,
+        without: str | None = None,
     ) -> list[Hosted]:
         """Ready spans with this gateway's knowledge worked in; room of background sessions counts for all others.
 
-        `boundless`: as if there were room for everything.
+        `boundless`: as if there were room for everything; `without`: as if that session of ours were not.
         """
         plain = atlas.hosted(model)
         adverts = _adverts_of(atlas, model, plain)
-        hosted = self.ledger.adjusted(model.manifest_id, plain, adverts, now_s)
+        hosted = self.ledger.adjusted(model.manifest_id, plain, adverts, now_s, without=without)
         if boundless:
             hosted = [replace(h, kv_tokens_free=BOUNDLESS) for h in hosted]
         elif priority < BACKGROUND:
@@ -103,34 +115,51 @@ class Selector:
     def choose(
         self, atlas: Atlas, model: ModelAdvert, wish: Wish, now_s: float, *, boundless: bool = False
     ) -> Choice:
-        """The chain to take: the cheapest of what holds the prompt's beginning and what is quickest without.
+        """The chain to take: the better of what holds the prompt's beginning and what is quickest without.
 
-        Raises NoChain and NoRoom.
+        Raises NoChain and NoRoom, and Rejected where strict aims cannot be kept.
         """
         hosted = self.spans(atlas, model, now_s, priority=wish.priority, boundless=boundless)
         links = atlas.links()
+        outlook = Outlook(hosted, links, chunk_tokens=PIECE_TOKENS)
         request = self._request(model, wish)
-        best: Choice | None = None
-        problem: NoRoom | None = None
+        best: Offer | None = None
+        reuse = 0
+        problem: NoRoom | Rejected | None = None
         try:
-            chain = Router(hosted, links).choose(request, alternates=ALTERNATES)
-            best = self._choice(chain, hosted, links, wish, reuse=0)
-        except NoRoom as full:
-            problem = full
+            best = outlook.offer(request, wish.aims)
+        except (NoRoom, Rejected) as why:
+            problem = why
         for holding in self._holdings(atlas, model, wish.marks)[:HOLDINGS_TRIED_MAX]:
-            held = self._through(holding, hosted, links, wish, request)
-            if held is not None and (
-                best is None or held.cost_s <= best.cost_s or held.stages == best.stages
-            ):
-                others = (
-                    ()
-                    if best is None
-                    else tuple(c for c in _with_alternates(best) if c.stages != held.stages)
-                )
-                best = replace(held, alternates=others)
+            held = self._through(holding, outlook, wish, request)
+            if held is not None and (best is None or held.rank <= best.rank or held.stages == best.stages):
+                others = () if best is None else (replace(best, alternates=()), *best.alternates)
+                best = replace(held, alternates=tuple(o for o in others if o.stages != held.stages))
+                reuse = holding.tokens
         if best is None:
             raise problem if problem is not None else NoChain(range(model.layers))
-        return best
+        return self._choice(best, hosted, links, wish, reuse=reuse)
+
+    def instead(
+        self,
+        atlas: Atlas,
+        model: ModelAdvert,
+        wish: Wish,
+        session: str,
+        choice: Choice,
+        now_s: float,
+        tries: int,
+    ) -> Choice | None:
+        """Another chain for an open session, by what its stages said of their work; None to go on with this one.
+
+        Raises Rejected where strict aims cannot be kept.
+        """
+        hosted = self.spans(atlas, model, now_s, priority=wish.priority, without=session)
+        links, stages = atlas.links(), as_stages(choice.stages)
+        request = _held(self._request(model, wish), stages, choice.reuse)
+        outlook = Outlook(hosted, links, chunk_tokens=PIECE_TOKENS)
+        better = outlook.instead(stages, request, wish.aims, tries=tries)
+        return None if better is None else self._choice(better, hosted, links, wish, reuse=0)
 
     def observe(self, choice: Choice, stage: int, tokens: int, seconds: float, now_s: float) -> None:
         """A stage took `seconds` for `tokens` positions, as the one before it saw it."""
@@ -164,52 +193,45 @@ class Selector:
         ]
         return self.finder.holdings(tellers, model.layers, marks)
 
-    def _through(
-        self, holding: Holding, hosted: Sequence[Hosted], links: Links, wish: Wish, request: ChainRequest
-    ) -> Choice | None:
+    def _through(self, holding: Holding, outlook: Outlook, wish: Wish, request: ChainRequest) -> Offer | None:
         """The chain that holds a prompt's beginning, if it is there, has room, and is none to be avoided."""
-        parts = []
-        for stage in holding.stages:
-            found = _host_of(stage, hosted)
-            if found is None or stage.peer in wish.exclude:
-                return None
-            parts.append(replace(found, start=stage.start, end=stage.end))
-        nodes = frozenset(stage.peer for stage in holding.stages)
-        asked = replace(request, seed=0, prefix_nodes=nodes, prefix_tokens=holding.tokens)
-        try:
-            chain = Router(parts, links).choose(asked, alternates=0)
-        except (NoRoom, NoChain):
+        stages = as_stages(holding.stages)
+        if any(stage.node in wish.exclude for stage in stages) or not outlook.has_room(stages, request):
             return None
-        return self._choice(chain, hosted, links, wish, reuse=holding.tokens)
+        offer = outlook.weigh(stages, _held(request, stages, holding.tokens), wish.aims)
+        return None if offer is None or wish.aims.refuse(offer.first_s, offer.token_s) else offer
 
     def _choice(
-        self, chain: Chain, hosted: Sequence[Hosted], links: Links, wish: Wish, *, reuse: int
+        self, offer: Offer, hosted: Sequence[Hosted], links: Links, wish: Wish, *, reuse: int
     ) -> Choice:
-        stages = tuple(StageRef(s.node, s.start, s.end) for s in chain.stages)
+        stages = tuple(StageRef(s.node, s.start, s.end) for s in offer.stages)
         hosts = {stage: host for stage in stages if (host := _host_of(stage, hosted)) is not None}
         names = [self._me, *(stage.peer for stage in stages)]
         hops_s = [links(a, b).latency_s for a, b in zip(names, [*names[1:], self._me], strict=True)]
-        first_s = first_token_s(
-            stages, hosts, hops_s, prompt_tokens=wish.prompt_tokens - reuse, priority=wish.priority
-        )
         likely = min(wish.new_tokens, wish.likely_tokens or wish.new_tokens)
-        decode_s = (chain.cost_s - first_s) * likely / max(1, wish.new_tokens)
         return Choice(
             stages,
             reuse,
-            cost_s=chain.cost_s,
-            first_s=first_s,
-            whole_s=first_s + max(0.0, decode_s),
+            cost_s=offer.first_s + wish.new_tokens * offer.token_s,
+            first_s=offer.first_s,
+            whole_s=offer.first_s + likely * offer.token_s,
             expected=tuple(
                 _expected(hosts[stage], stage, 2 * hop_s)
                 for stage, hop_s in zip(stages, hops_s, strict=False)
             ),
-            alternates=tuple(self._choice(c, hosted, links, wish, reuse=0) for c in chain.alternates),
+            alternates=tuple(self._choice(o, hosted, links, wish, reuse=0) for o in offer.alternates),
         )
 
 
-def _with_alternates(choice: Choice) -> tuple[Choice, ...]:
-    return (replace(choice, alternates=()), *choice.alternates)
+def as_stages(chain: Sequence[StageRef]) -> tuple[Stage, ...]:
+    """A chain as the scheduler's cores take it."""
+    return tuple(Stage(stage.peer, stage.start, stage.end) for stage in chain)
+
+
+def _held(request: ChainRequest, stages: Sequence[Stage], tokens: int) -> ChainRequest:
+    """The request where these stages hold the prompt's first `tokens`."""
+    nodes = frozenset(stage.node for stage in stages)
+    return replace(request, prefix_nodes=nodes, prefix_tokens=tokens) if tokens else request
 
 
 def _expected(host: Hosted, stage: StageRef, hop_s: float) -> Expected:

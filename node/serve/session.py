@@ -26,10 +26,14 @@ from node.serve.protocol import (
     TokenOut,
 )
 from node.serve.returns import Returns
+from node.serve.selection import Choice
 from node.serve.timing import Stopwatch
 from p2p import CallFailed, Channel, EndOfChannel, PeerLost, RemoteFault, Rpc, Tensor
 
 Observe = Callable[[int, int, float], None]
+Heard = Callable[[int, tuple[float, ...]], None]
+QUEUE_S_MAX = 86_400.0
+CLASSES_MAX = 8
 
 
 class CacheStale(Exception):
@@ -40,8 +44,17 @@ class CacheStale(Exception):
         self.tokens = tokens
 
 
+class Elsewhere(Exception):
+    """Before the first token another chain turned out to be better than this one: `choice`."""
+
+    def __init__(self, choice: Choice) -> None:
+        super().__init__("another chain promises the first token sooner")
+        self.choice = choice
+
+
 class Session:
-    """The tokens of a session, in order. `observe(stage, tokens, seconds)` is told what stages took."""
+    """The tokens of a session, in order. `observe(stage, tokens, seconds)` is told what stages took, `heard(stage,
+    queues_s)` how much work they had; while no token has come what it raises ends the session."""
 
     def __init__(
         self,
@@ -49,11 +62,14 @@ class Session:
         channel: Channel[SessionNote, SessionInput],
         tokens: trio.MemoryReceiveChannel[TokenOut],
         observe: Observe,
+        heard: Heard,
     ) -> None:
         self._opening = opening
         self._channel = channel
         self._tokens = tokens
         self._observe = observe
+        self._heard = heard
+        self._begun = False
         self._watch = Stopwatch()
 
     def __aiter__(self) -> AsyncIterator[TokenOut]:
@@ -64,6 +80,7 @@ class Session:
             token = await self._tokens.receive()
         except trio.EndOfChannel:
             raise StopAsyncIteration from None
+        self._begun = True
         if token.index % TELL_EVERY_TOKENS == 0 and token.finish is None:
             # The first stage has it now too, and says when it is done with it.
             self._watch.sent(self._opening.prompt_tokens + token.index, trio.current_time())
@@ -90,6 +107,10 @@ class Session:
         with contextlib.suppress(EndOfChannel):
             while True:
                 note = await self._channel.receive()
+                if note.queues_s:
+                    if not self._begun and _sane(note.queues_s):
+                        self._heard(note.stage, note.queues_s)
+                    continue
                 seconds: float | None = note.seconds
                 if note.stage == 0:
                     seconds = self._watch.told(note.position, trio.current_time())
@@ -98,17 +119,30 @@ class Session:
         raise PeerLost(first, f"the first stage, {first}, left the session")
 
 
+def _sane(queues_s: tuple[float, ...]) -> bool:
+    return len(queues_s) <= CLASSES_MAX and all(0.0 <= each <= QUEUE_S_MAX for each in queues_s)
+
+
+def _nothing(stage: int, queues_s: tuple[float, ...]) -> None:
+    """Whoever does not think again need not hear."""
+
+
 @asynccontextmanager
 async def open_session(
-    rpc: Rpc, returns: Returns, opening: SessionOpen, prompt: tuple[int, ...], observe: Observe
+    rpc: Rpc,
+    returns: Returns,
+    opening: SessionOpen,
+    prompt: tuple[int, ...],
+    observe: Observe,
+    heard: Heard = _nothing,
 ) -> AsyncIterator[Session]:
     """Run a session for as long as the block lasts. Without a prompt it waits for its first token, see `begin`. Raises
-    StageLost, Overloaded or CacheStale."""
+    StageLost, Overloaded, CacheStale or Elsewhere."""
     first, last = opening.stages[0].peer, opening.stages[-1].peer
     try:
         with returns.expect(opening.session, "gateway", last) as tokens:
             async with rpc.open(first, SESSION, opening) as channel, trio.open_nursery() as nursery:
-                session = Session(opening, channel, tokens, observe)
+                session = Session(opening, channel, tokens, observe, heard)
                 if prompt:
                     nursery.start_soon(session.feed, prompt)
                 nursery.start_soon(session.listen)
@@ -116,7 +150,7 @@ async def open_session(
                 nursery.cancel_scope.cancel()
     except (BaseExceptionGroup, RemoteFault) as problem:
         for leaf in leaves(problem):
-            if isinstance(leaf, CacheStale):
+            if isinstance(leaf, CacheStale | Elsewhere):
                 raise leaf from None
             if isinstance(leaf, CallFailed) and (leaf.detail or {}).get("reuse", "").isdecimal():
                 kept = int(leaf.detail["reuse"][:9]) // PIECE_TOKENS * PIECE_TOKENS

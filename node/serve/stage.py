@@ -52,6 +52,8 @@ from p2p import Call, CallFailed, Channel, EndOfChannel, PeerLost, RemoteFault, 
 
 log = logging.getLogger("shoal.serve")
 YIELDED_RETRY_S = 1.0
+UNASKED = -1
+"""The position of a note that answers no work."""
 InputChannel: TypeAlias = Channel[SessionInput, SessionNote]
 OnwardChannel: TypeAlias = Channel[SessionNote, SessionInput]
 Lookup = Callable[[str, int, int], Compute]
@@ -84,6 +86,7 @@ class StageService:
         compute = self._lookup(request.manifest_id, stage.start, stage.end)
         prompt = await _whole_prompt(request, channel) if request.reuse and request.index == 0 else ()
         plan = _Plan.of(request, compute)
+        queues_s = compute.queue_by_class_s()
         await self._open(compute, request, plan, prompt)
         self.sessions += 1
         guest = _Guest(compute)
@@ -91,7 +94,7 @@ class StageService:
             self._guests.append(guest)
         try:
             with guest.scope:
-                await self._run(request, compute, plan, channel, prompt)
+                await self._run(request, compute, plan, channel, prompt, queues_s)
             if guest.scope.cancelled_caught:
                 raise RpcRefusal("busy", "background work gave its room to other work", YIELDED_RETRY_S)
         except (BaseExceptionGroup, RemoteFault, ModelError, Abandoned) as problem:
@@ -154,9 +157,11 @@ class StageService:
         plan: _Plan,
         channel: InputChannel,
         prompt: tuple[int, ...],
+        queues_s: tuple[float, ...],
     ) -> None:
         last = request.index == len(request.stages) - 1
         above = _Above(channel)
+        await above.say(SessionNote(request.index, UNASKED, queues_s=queues_s))
         async with contextlib.AsyncExitStack() as stack:
             giver = await stack.enter_async_context(self.handovers.giving(request, compute, _refusal))
             # Waiting starts before the chain behind is opened: its last stage may answer at once.
@@ -260,7 +265,7 @@ class _Relay(_Onward):
         with contextlib.suppress(EndOfChannel):
             while True:
                 note = await self._channel.receive()
-                if note.stage == self._index:
+                if note.stage == self._index and note.position != UNASKED:
                     seconds = self._watch.told(note.position, trio.current_time())
                     if seconds is None:
                         continue

@@ -65,9 +65,8 @@ DEFAULT_MODEL = default_model()
 class SimConfig:
     """One run. Times in seconds, sizes in bytes; shares are between 0 and 1.
 
-    `copies` None asks for as many as the mesh's memory holds. `wait_weight` is how many seconds of decoding a second
-    until the first token is worth to our gateways; with `foresight` they reckon with what came since their view, and
-    with `early_rejection` they refuse what would miss its target for the first token by `rejection_slack`.
+    `copies` None asks for as many as the mesh's memory holds. With `early_rejection` our gateways refuse what would
+    miss its targets. Our planner looks for better plans each `second_thoughts_s`.
     `crash_share` of the leaving nodes vanish without a word, noticed after `detect_s`; the others say so and go at once
     all the same. `return_share` of the joining nodes are old ones that come back with their weights on disk. `diurnal`
     is how far the rates of leaving and joining swing over a day. Links inside a region and between regions have a
@@ -93,15 +92,13 @@ class SimConfig:
     gateways: int = 32
     regions: int = 4
     copies: int | None = None
-    wait_weight: float = 4.0
-    foresight: bool = True
     early_rejection: bool = True
-    rejection_slack: float = 1.0
     detect_s: float = 3.0
     gossip_s: float = 1.0
     view_age_s: float = 2.0
     view_nodes_max: int = 48
     plan_every_s: float = 2.0
+    second_thoughts_s: float = 300.0
     adopt_s: float = 1.0
     patience_s: float = 60.0
     retry_s: float = 0.5

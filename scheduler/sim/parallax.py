@@ -105,5 +105,8 @@ class Parallax:
     def served(self, request: Request, now_s: float) -> None:
         """Prefixes are reused where chance brings them together."""
 
+    def ended(self, request: Request, now_s: float) -> None:
+        """Nothing is kept of it."""
+
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         raise NoChain(range(*lost))

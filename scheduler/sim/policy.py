@@ -1,26 +1,31 @@
-"""What a policy is to the simulator, and ours: the cores that the daemon runs, fed as the daemon feeds them.
+"""What a policy is to the simulator, and ours: the cores that the daemon runs, fed with what its nodes would know.
 
 A policy says who hosts what and which chain a request takes; everything it may know is in the fleet's members and in
-a gateway's view. It never looks at what the others have not been told.
+a gateway's view. It never looks at what the others have not been told. Ours plans by `scheduler.online` and chooses by
+`ledger` and `outlook`, as the daemon does. What differs: figures of nodes are exact from the start, so health and
+corrections have nothing to do; every client names its times, as the daemon's may with a first token and a deadline;
+the prompt waits until the stages have spoken, where the daemon sends it along; and a stage that is lost after the
+first token is replaced, which the daemon does not do yet: there such a stream ends with an error.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from scheduler.errors import Rejected, Shortage
-from scheduler.placement import make_plan, needs_replan
-from scheduler.planner import adopt, planner_rank
+from scheduler.board import Facts
+from scheduler.ledger import Ledger
+from scheduler.online import Event, Joined, Left, MeshPlanner, ModelAdded, Observed, PlanSeen, Tick
+from scheduler.outlook import Aims, Outlook
+from scheduler.planner import MESH, planner_rank
 from scheduler.routing import ChainRequest, Hosted, Stage, choose_chain
-from scheduler.seating import seat_of
+from scheduler.seating import seat_of, shortage
 from scheduler.shapes import NodeShape, Plan
+from scheduler.sharing import Wanted
 from scheduler.sim.config import SimConfig
 from scheduler.sim.fleet import Fleet
-from scheduler.sim.foresight import Foresight, State, Usual
 from scheduler.sim.machine import Span
 from scheduler.sim.request import Request
 from scheduler.sim.trace import BLOCK_TOKENS
@@ -28,14 +33,7 @@ from scheduler.sim.trace import BLOCK_TOKENS
 Orders = Mapping[str, Span | None]
 MODEL = "simulated"
 COPIES_MAX = 64
-USUAL_S = 30.0
-HURRY_WEIGHT = 64.0
 PREFIXES_MAX = 100_000
-MARGIN = 0.95
-"""What is foreseen has to stay within this share of a target."""
-TPOT_MARGIN = 0.95
-TRIES_MAX = 3
-"""Chains that are asked for one request because the queues of those before were longer than foreseen."""
 
 
 class Policy(Protocol):
@@ -65,6 +63,9 @@ class Policy(Protocol):
     def served(self, request: Request, now_s: float) -> None:
         """The stages of the request have read its prompt and keep its cache."""
 
+    def ended(self, request: Request, now_s: float) -> None:
+        """The request is over, or gives up its chain."""
+
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         """Stages for the lost layers alone. Raises NoChain or NoRoom."""
 
@@ -93,8 +94,8 @@ def part_of(hosts: Sequence[Hosted], lost: Span) -> list[Hosted]:
 
 
 class Shoal:
-    """Phase 1 by the first of the planners' rank, fenced by epoch; phase 2 at each gateway from what it was told
-    and what has probably happened since."""
+    """Phase 1 by the first of the planners' rank, fenced by epoch; phase 2 at each gateway from its view, its own
+    sessions, and what stages said to it."""
 
     mends = True
     gossips = True
@@ -104,137 +105,100 @@ class Shoal:
         self.tick_s = config.plan_every_s
         self.announce_s = config.gossip_s
         self.replans = 0
-        self.plan: Plan | None = None
         self._config = config
         self._rng = random.Random(f"{config.seed}/seeds")
         self._seen = -1
         self._copies = 1
-        self._foresight: dict[str, tuple[tuple[float, int], Foresight]] = {}
+        self._planner: MeshPlanner | None = None
+        self._plan: Plan | None = None
+        self._ledgers: dict[str, Ledger] = {}
         self._prefixes: dict[int, tuple[float, frozenset[str]]] = {}
-        self._said: dict[str, dict[str, tuple[float, float]]] = {}
-        self._asked: deque[tuple[float, int, int]] = deque()
 
     def start(self, fleet: Fleet) -> Orders:
-        nodes = self._nodes(fleet)
+        nodes = [machine.shape for machine in fleet.members.values()]
         self._copies = self._config.copies or copies_that_fit(self._config, nodes)
-        self._replan(fleet, nodes)
-        self._seen = fleet.version
-        return self._orders(fleet)
+        orders = self.tick(fleet)
+        if self._planner is None or MODEL not in self._planner.plans:
+            raise shortage(fleet.model, nodes, [seat_of(fleet.model, node) for node in nodes])
+        return orders
 
     def tick(self, fleet: Fleet) -> Orders:
-        if fleet.version == self._seen:
+        now_s = fleet.clock.now_s
+        planner = self._planner_of(fleet)
+        events: list[Event] = [Left(name) for name in planner.nodes if name not in fleet.members]
+        events += [Joined(machine.shape) for machine in fleet.members.values()]
+        facts = Facts(
+            held={name: tuple(machine.disk) for name, machine in fleet.members.items() if machine.disk},
+            sessions={name: len(machine.sessions) for name, machine in fleet.members.items()},
+        )
+        planner.handle_all([*events, Observed(MODEL, facts), Tick()], now_s)
+        plan = planner.held.get(MODEL)
+        if plan == self._plan and fleet.version == self._seen:
             return {}
-        self._seen = fleet.version
-        nodes = self._nodes(fleet)
-        if not nodes or needs_replan(self.plan, fleet.model, nodes, copies=self._copies) is None:
-            return {}
-        try:
-            changed = self._replan(fleet, nodes)
-        except Shortage:
-            return {}
-        return self._orders(fleet) if changed else {}
-
-    def _nodes(self, fleet: Fleet) -> list[NodeShape]:
-        return [machine.shape for machine in fleet.members.values()]
-
-    def _replan(self, fleet: Fleet, nodes: Sequence[NodeShape]) -> bool:
-        members = {node.id for node in nodes}
-        plan = make_plan(
-            MODEL, fleet.model, nodes, fleet.world.link,
-            copies=self._copies,
-            previous=self.plan,
-            epoch=self.plan.epoch + 1 if self.plan else 1,
-            planner=planner_rank(MODEL, members)[0],
-            prefer="latency",
-            held={name: machine.disk for name, machine in fleet.members.items() if machine.disk},
-        )  # fmt: skip
-        if not adopt(self.plan, plan, members):
-            return False
-        self.plan = plan
-        self.replans += 1
-        return True
-
-    def _orders(self, fleet: Fleet) -> Orders:
-        spans = {a.node: (a.start, a.end) for a in self.plan.assignments} if self.plan else {}
+        self.replans += plan != self._plan
+        self._plan, self._seen = plan, fleet.version
+        spans = {a.node: (a.start, a.end) for a in plan.assignments} if plan else {}
         return {name: spans.get(name) for name in fleet.members}
 
+    def _planner_of(self, fleet: Fleet) -> MeshPlanner:
+        """The planner of the member that ranks first. Who takes over knows the members, the model and the last plan."""
+        first = planner_rank(MESH, fleet.members)[0] if fleet.members else ""
+        if self._planner is None or self._planner.first != first or first not in self._planner.nodes:
+            wanted = Wanted(fleet.model, copies=self._copies, copies_max=self._copies)
+            events: list[Event] = [Joined(machine.shape) for machine in fleet.members.values()]
+            events.append(ModelAdded(MODEL, wanted))
+            if self._plan is not None:
+                events.append(PlanSeen(self._plan))
+            self._planner = MeshPlanner(
+                first, fleet.world.link, second_thoughts_s=self._config.second_thoughts_s
+            )
+            self._planner.handle_all(events, fleet.clock.now_s)
+        return self._planner
+
     def choose(self, fleet: Fleet, request: Request) -> list[Stage]:
-        """The least costly of a few chains that promise to keep both targets.
-
-        A prompt that no chain would serve in time is refused at once where `early_rejection` says so, and served as
-        well as can be where not.
-        """
-        asked = self._with_prefix(
-            wish(fleet, request, frozenset(request.excluded), self._seed()), fleet, request
-        )
-        now_s = fleet.clock.now_s
-        left_s = self._config.targets.ttft_s - (now_s - request.ask.at_s)
-        urgent = self._config.early_rejection and request.first_s is None
-        if urgent and left_s < 0:
-            raise Rejected("its target passed while it waited")
-        state = self._state(fleet, asked).told(self._heard(fleet, request.gateway))
-        best: tuple[float, float, float, tuple[Stage, ...]] | None = None
-        for weight in (self._config.wait_weight, HURRY_WEIGHT):
-            found = state.choose(asked, weight, alternates=2)
-            for chain in (found, *found.alternates):
-                offer = self._weighed(state, chain.stages, asked, left_s)
-                best = offer if best is None or offer[:2] < best[:2] else best
-            if best is not None and best[0] <= 0:
-                break
-        if urgent and request.tries > TRIES_MAX:
-            raise Rejected(f"{request.tries} chains were asked and none would answer in time")
-        if best is None or (urgent and best[2] > left_s * self._config.rejection_slack):
-            raise Rejected(f"its first token would come too late: {left_s:.1f} s are left")
-        if not request.counted:
-            request.counted = True
-            self._asked.append((now_s, request.ask.prompt_tokens, request.tokens))
-        request.asked_s = now_s
-        return list(best[3])
-
-    def _weighed(
-        self, state: State, stages: tuple[Stage, ...], asked: ChainRequest, left_s: float
-    ) -> tuple[float, float, float, tuple[Stage, ...]]:
-        """By how much a chain misses the targets (0: not at all), its cost, its seconds to the first token."""
-        first_s = state.first_token_s(stages, asked, self._config.chunk_tokens)
-        token_s = state.token_s(stages, asked)
-        late = max(0.0, first_s / max(1e-3, left_s * MARGIN) - 1.0)
-        slow = max(0.0, token_s / (self._config.targets.tpot_s * TPOT_MARGIN) - 1.0)
-        cost_s = self._config.wait_weight * first_s + asked.new_tokens * token_s
-        return late + slow, cost_s, first_s, stages
+        session = _session(request)
+        outlook, asked = self._outlook(fleet, request, session), self._asked(fleet, request)
+        stages = list(outlook.offer(asked, self._aims(fleet, request)).stages)
+        self._ledgers[request.gateway].opened(
+            session, MODEL, stages, tokens=request.tokens,
+            prompt_tokens=request.ask.prompt_tokens, priority=0, now_s=fleet.clock.now_s,
+        )  # fmt: skip
+        return stages
 
     def confirm(self, fleet: Fleet, request: Request, queues: Mapping[str, float]) -> bool:
-        """Stages say with their yes how much work they had. If the first token would come too late with that, another
-        chain is asked, TRIES_MAX times at most; what was said is kept in mind."""
-        now_s = fleet.clock.now_s
-        heard = self._said.setdefault(request.gateway, {})
-        heard.update({name: (request.asked_s, queue_s) for name, queue_s in queues.items()})
+        session, ledger = _session(request), self._ledgers[request.gateway]
+        for k, stage in enumerate(request.stages):
+            ledger.heard(session, k, (queues[stage.node],))
         if request.first_s is not None:
             return True
-        asked = self._with_prefix(wish(fleet, request, frozenset()), fleet, request)
-        state = self._state(fleet, asked).told(self._heard(fleet, request.gateway))
-        if any(stage.node not in state.queues_s for stage in request.stages):
-            return True
-        left_s = self._config.targets.ttft_s - (now_s - request.ask.at_s)
-        first_s = state.first_token_s(request.stages, asked, self._config.chunk_tokens)
-        if first_s > left_s * MARGIN:
+        outlook, aims = self._outlook(fleet, request, session), self._aims(fleet, request)
+        better = outlook.instead(request.stages, self._asked(fleet, request), aims, tries=request.tries)
+        if better is not None:
+            ledger.closed(session, fleet.clock.now_s)
             request.tries += 1
-            return request.tries > TRIES_MAX and not self._config.early_rejection
-        for stage in request.stages:
-            work_s = request.promises.get(request.stages.index(stage), 0.0)
-            if stage.node in heard:
-                heard[stage.node] = (heard[stage.node][0], heard[stage.node][1] + work_s)
-        return True
+        return better is None
 
-    def served(self, request: Request, now_s: float) -> None:
-        nodes = frozenset(stage.node for stage in request.stages)
-        for block in request.ask.blocks:
-            self._prefixes.pop(block, None)
-            self._prefixes[block] = (now_s, nodes)
-        while len(self._prefixes) > PREFIXES_MAX:
-            del self._prefixes[next(iter(self._prefixes))]
+    def ended(self, request: Request, now_s: float) -> None:
+        if request.gateway in self._ledgers:
+            self._ledgers[request.gateway].closed(_session(request), now_s)
 
-    def _with_prefix(self, asked: ChainRequest, fleet: Fleet, request: Request) -> ChainRequest:
-        """The request with the nodes that hold most of its prompt, as they announced with their loads."""
+    def _aims(self, fleet: Fleet, request: Request) -> Aims:
+        """What the client asks for; until its first token it counts from the arrival."""
+        targets = self._config.targets
+        if request.first_s is not None:
+            return Aims(token_s=targets.tpot_s)
+        left_s = targets.ttft_s - (fleet.clock.now_s - request.ask.at_s)
+        return Aims(left_s, targets.tpot_s, strict=self._config.early_rejection)
+
+    def _outlook(self, fleet: Fleet, request: Request, session: str) -> Outlook:
+        _, hosts = fleet.view(request.gateway)
+        ledger = self._ledgers.setdefault(request.gateway, Ledger())
+        known = ledger.adjusted(MODEL, hosts, hosts, fleet.clock.now_s, without=session)
+        return Outlook(known, fleet.world.link, chunk_tokens=self._config.chunk_tokens)
+
+    def _asked(self, fleet: Fleet, request: Request) -> ChainRequest:
+        """The request, with the nodes that hold most of its prompt as they announced with their loads."""
+        asked = wish(fleet, request, frozenset(request.excluded), self._seed())
         ripe_s = fleet.clock.now_s - self._config.view_age_s
         blocks = request.ask.blocks
         for k in range(len(blocks), 0, -1):
@@ -243,13 +207,13 @@ class Shoal:
                 return replace(asked, prefix_nodes=known[1], prefix_tokens=k * BLOCK_TOKENS)
         return asked
 
-    def _heard(self, fleet: Fleet, gateway: str) -> dict[str, float]:
-        """Queues as their nodes told the gateway after what its view says of them, less the time since."""
-        view_s, now_s = fleet.view(gateway)[0], fleet.clock.now_s
-        said = self._said.get(gateway, {})
-        for name in [name for name, (at_s, _) in said.items() if at_s <= view_s]:
-            del said[name]
-        return {name: max(0.0, queue_s - (now_s - at_s)) for name, (at_s, queue_s) in said.items()}
+    def served(self, request: Request, now_s: float) -> None:
+        nodes = frozenset(stage.node for stage in request.stages)
+        for block in request.ask.blocks:
+            self._prefixes.pop(block, None)
+            self._prefixes[block] = (now_s, nodes)
+        while len(self._prefixes) > PREFIXES_MAX:
+            del self._prefixes[next(iter(self._prefixes))]
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
         _, hosts = fleet.view(request.gateway)
@@ -261,29 +225,10 @@ class Shoal:
     def _seed(self) -> int:
         return self._rng.getrandbits(32) | 1
 
-    def _state(self, fleet: Fleet, asked: ChainRequest) -> State:
-        """The mesh as this gateway foresees it. Gateways with one view foresee alike, so they share the work here."""
-        at_s, hosts = fleet.view(asked.gateway)
-        place = asked.gateway if fleet.partial else ""
-        known = self._foresight.get(place)
-        if known is None or known[0] != (at_s, fleet.version):
-            usual = self._usual(at_s, min(1.0, len(hosts) / max(1, fleet.hosting)))
-            made = Foresight(hosts, fleet.world.link, asked, usual, self._config.wait_weight)
-            known = self._foresight[place] = ((at_s, fleet.version), made)
-        return known[1].after(fleet.clock.now_s - at_s if self._config.foresight else 0.0)
 
-    def _usual(self, at_s: float, share: float) -> Usual:
-        """The load of the last seconds before the view, as gateways announce it with what they know."""
-        asked = self._asked
-        while asked and asked[0][0] < at_s - USUAL_S:
-            asked.popleft()
-        seen = [(prompt, tokens) for when_s, prompt, tokens in asked if when_s <= at_s]
-        count = max(1, len(seen))
-        return Usual(
-            share * len(seen) / max(1.0, min(USUAL_S, at_s)),
-            max(1, sum(prompt for prompt, _ in seen) // count),
-            max(2, sum(tokens for _, tokens in seen) // count),
-        )
+def _session(request: Request) -> str:
+    """A chain that is left for a better one was a session of its own."""
+    return f"{request.number}/{request.tries}"
 
 
 def copies_that_fit(config: SimConfig, nodes: Sequence[NodeShape]) -> int:

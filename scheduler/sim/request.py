@@ -40,10 +40,8 @@ class Request:
     waits: int = 0
     breaks: int = 0
     had_alternate: bool = False
-    counted: bool = False
     fed: bool = False
     cached_tokens: int = 0
-    asked_s: float = 0.0
     tries: int = 0
     promises: dict[int, float] = field(default_factory=dict)
 

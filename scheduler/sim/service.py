@@ -75,7 +75,12 @@ class Service:
         """Every stage has said yes, and how much work it had; the gateway may think again."""
         if request.turn != turn:
             return
-        if not self.policy.confirm(self.fleet, request, queues):
+        try:
+            goes_on = self.policy.confirm(self.fleet, request, queues)
+        except Rejected:
+            self._end(request, "refused")
+            return
+        if not goes_on:
             self.messages += len(request.stages)
             self.retries += 1
             request.hold([], [])
@@ -268,6 +273,7 @@ class Service:
             self._feed(request, first, end)
 
     def _end(self, request: Request, state: State) -> None:
+        self.policy.ended(request, self.clock.now_s)
         request.flow(0.0)
         request.turn += 1
         self.messages += len(request.stages)

@@ -10,7 +10,7 @@ from node.adverts import HostAdvert, ModelAdvert, NodeAdvert
 from node.atlas import Atlas
 from node.serve.prefixes import marks_of, scope_of, told_mark
 from node.serve.protocol import BACKGROUND, HIGH, NORMAL, PIECE_TOKENS, StageRef
-from node.serve.selection import Selector, Wish
+from node.serve.selection import Selector, Wish, as_stages
 from scheduler import Health, HealthConfig, NoChain, NoRoom
 
 MANIFEST = "m" * 64
@@ -123,7 +123,7 @@ def test_one_gateways_burst_spreads_though_the_adverts_stay_the_same(selector):
         choice = selector.choose(view, MODEL, wish(marks=()), 0.01 * k)
         seen.append(tuple(peers(choice)))
         selector.ledger.opened(
-            str(k), MANIFEST, choice.stages,
+            str(k), MANIFEST, as_stages(choice.stages),
             tokens=500, prompt_tokens=513, priority=NORMAL, now_s=0.01 * k,
         )  # fmt: skip
     firsts = [chain[0] for chain in seen]

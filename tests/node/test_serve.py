@@ -199,6 +199,12 @@ def opening(ring, **changes):
     return SessionOpen(**(fields | changes))
 
 
+async def to_the_end(channel):
+    """Whatever notes come, until the call fails."""
+    while True:
+        await channel.receive()
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -222,7 +228,7 @@ async def test_a_session_no_honest_gateway_opens_is_refused_and_leaves_nothing(m
         request = opening(ring, **changes)
         with pytest.raises(CallFailed) as refused, trio.fail_after(5):
             async with ring.entry.rpc.open(ring.nodes[0].me, SESSION, request) as channel:
-                await channel.receive()
+                await to_the_end(channel)
         assert refused.value.code in ring_refusals
         await ring.quiet()
 
@@ -234,7 +240,7 @@ async def test_a_session_that_nobody_feeds_gives_its_room_back(model, monkeypatc
         with ring.entry.returns.expect("s", "gateway", ring.nodes[-1].me), trio.fail_after(5):
             async with ring.entry.rpc.open(ring.nodes[0].me, SESSION, request) as channel:
                 with pytest.raises(CallFailed, match="nothing came"):
-                    await channel.receive()
+                    await to_the_end(channel)
         await ring.quiet()
 
 
@@ -336,7 +342,7 @@ async def test_a_gateway_cannot_put_other_tokens_under_a_mark(model):
                 ids = torch.tensor(prompt[:PIECE_TOKENS], dtype=torch.int32)
                 await channel.send(SessionInput(prompt=Prompt(0, Tensor(*tensor_to_bytes(ids)))))
                 with pytest.raises(CallFailed, match="not that of its tokens"):
-                    await channel.receive()
+                    await to_the_end(channel)
         await ring.quiet()
         assert computed(ring) == [0, 0]
 

@@ -26,8 +26,9 @@ PROTOCOL. Paxos for each epoch, where what is proposed is first reduced.
            without any vote the membership that was being reduced goes on without the lost ones, else a new one is
            gathered. The same after a proposal for which too few of its members are left: its owner begins anew.
  catch-up  Whatever belongs to an earlier epoch is answered with Commit(last decision, certificate); the bytes are
-           fetched, or, several epochs behind, the state is transferred (Lagging). A zombie hears the same. Who is
-           no member any more is told decisions unasked, while it is known: all that it knows of may have left.
+           fetched, or, several epochs behind, the state is transferred (Lagging). A zombie hears the same. Who was
+           a member, was late or asked, and is no member, is told decisions unasked, and Commit passes its name on: all
+           that it knows of may have left.
  leaving   A resignation freezes an acceptor: its last promise and vote travel with it.
 
 STATES of an acceptor: (epoch decided, promised ballot, last vote), saved before anybody hears of a change. Of a member:

@@ -103,13 +103,12 @@ class Chain(Leading):
         if sender == self.me:
             return
         match message:
-            case Commit(decided, waiting):
-                self.learn(decided, now_s, waiting)
+            case Commit():
+                self.learn(message, now_s)
             case Ask(epoch):
-                if self.ledger.decided is not None and epoch < self.epoch:
-                    self.tell_decided(sender, self.ledger.decided)
+                self._on_ask(sender, epoch)
             case Resign(_, decided):
-                self.learn(decided, now_s)
+                self.learn(Commit(decided), now_s)
                 self._on_resign(sender, message, now_s)
             case Ready():
                 self.on_ready(sender, message, now_s)
@@ -200,6 +199,13 @@ class Chain(Leading):
         if config is not None and decided is not None:
             self.send_all((*config.peers, *self.contacts), Resign(resignation, decided))
         self.out.append(Left())
+
+    def _on_ask(self, sender: str, epoch: int) -> None:
+        decided = self.ledger.decided
+        if decided is not None:
+            self.part((sender, *self.former), decided.config)
+            if epoch < self.epoch:
+                self.tell_decided(sender, decided)
 
     def _on_alive(self, peer: str) -> None:
         """Whoever is no member may have missed why."""

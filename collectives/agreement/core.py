@@ -24,7 +24,7 @@ from collectives.agreement.events import (
 from collectives.agreement.gather import Gather, Grace
 from collectives.agreement.lead import Lead
 from collectives.agreement.ledger import Ledger
-from collectives.agreement.messages import Accept, Ask, Commit, Decline, Gone, Message
+from collectives.agreement.messages import FORMER_MAX, Accept, Ask, Commit, Decline, Gone, Message
 from collectives.agreement.types import (
     NO_BALLOT,
     Ballot,
@@ -169,10 +169,10 @@ class Core:
         known.pop(self.me, None)
         self.contacts = tuple(known)[: self.settings.members_max]
 
-    def _part(self, peers: Iterable[str], config: Config) -> None:
+    def part(self, peers: Iterable[str], config: Config) -> None:
         """Whom to tell what is decided, though they are no members: whoever they know may have left for good."""
         known = [peer for peer in dict.fromkeys(peers) if peer != self.me and config.seat(peer) is None]
-        self.former = tuple(known)[: self.settings.members_max]
+        self.former = tuple(known)[:FORMER_MAX]
 
     def ask(self, now_s: float) -> None:
         """Whoever knows more than I do answers."""
@@ -181,7 +181,7 @@ class Core:
             self.send_all(self.contacts, Ask(self.epoch))
 
     def tell_decided(self, peer: str, decided: Decided) -> None:
-        self.send(peer, Commit(decided, tuple(sorted(self.waiting))))
+        self.send(peer, Commit(decided, tuple(sorted(self.waiting)), self.former))
 
     # Bytes.
 
@@ -202,16 +202,17 @@ class Core:
 
     # How an epoch ends.
 
-    def learn(self, decided: Decided, now_s: float, waiting: Iterable[str] = ()) -> None:
-        """Somebody says that `decided` is; its form was checked on arrival."""
-        value = decided.value
+    def learn(self, message: Commit, now_s: float) -> None:
+        """Somebody says what is decided; the form was checked on arrival."""
+        decided, value = message.decided, message.decided.value
         if decided.config.epoch <= self.epoch:
             return
         if value is not None and (value.declaration.run, value.declaration.tag) != (self.run, self.tag):
             return
         if decided.config.epoch == self.epoch + 1 and self.epoch >= 0 and not self.ledger.certifies(decided):
             return
-        self.settle(decided, now_s, waiting)
+        self.former = (*self.former, *message.former)
+        self.settle(decided, now_s, message.waiting)
 
     def settle(
         self, decided: Decided, now_s: float, waiting: Iterable[str], told: Iterable[str] = ()
@@ -246,7 +247,7 @@ class Core:
         self._new_epoch()
         self.meet(decided.config.peers)
         former = (*sorted(self.waiting), *offered, *known, *self.former)
-        self._part([peer for peer in former if peer not in leavers], decided.config)
+        self.part([peer for peer in former if peer not in leavers], decided.config)
         self.word_at = now_s
         if value is not None and epoch == before + 1 and missed is None and before >= 0:
             self._settle_next(decided, value)

@@ -27,6 +27,7 @@ from p2p import ProtocolViolation, pack_value, unpack_value
 EPOCH_MAX = 1 << 53
 NUMBER_MAX = 1 << 31
 HELD_MAX = 16
+FORMER_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +134,12 @@ class Voted:
 @dataclass(frozen=True, slots=True)
 class Commit:
     """What the last epoch decided; also the answer to whatever belongs to an earlier one. `waiting`: who wanted to take
-    part and came too late, so that the next coordinator waits for them a little."""
+    part and came too late, so that the next coordinator waits for them a little. `former`: who is no member and is to
+    be told nevertheless."""
 
     decided: Decided
     waiting: tuple[str, ...] = ()
+    former: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +250,10 @@ def check(message: Message, members_max: int) -> None:
             _epoch(epoch)
             _ballot(ballot)
             _hash(digest)
-        case Commit(decided, waiting):
+        case Commit(decided, waiting, former):
             _decided(decided, members_max)
             _names(waiting, members_max)
+            _names(former, FORMER_MAX)
         case Resign(resignation, decided):
             _resignation(resignation, members_max)
             _decided(decided, members_max)

@@ -358,6 +358,26 @@ def test_whoever_knows_only_leavers_is_told_what_it_missed(table):
     assert one.chains[second].epoch == 2
 
 
+def test_whoever_asked_once_is_told_by_those_who_never_heard_it(table):
+    one = table("ab")
+    first, second = one.ranked
+    join(one, first, "i")  # no member of anything yet
+    one.tell(first, ev.Suspected(second))
+    join(one, first)
+    one.enter("j")
+    one.deliver(lambda s, r, m: {s, r} == {first, "j"})
+    one.enter(first)
+    one.deliver(lambda s, r, m: {s, r} == {first, "j"})
+    one.reduced("j", first)
+    one.deliver(lambda s, r, m: {s, r} == {first, "j"})
+    assert set(one.chains["j"].former) == {second, "i"}
+    one.post = []
+    one.tell("j", ev.Suspected("i"))
+    one.tell("j", ev.Alive("i"))
+    one.deliver()
+    assert one.chains["i"].epoch == 1
+
+
 def test_whoever_is_trusted_again_and_no_member_is_told_what_it_missed(table):
     one = table("ab")
     first, second = one.ranked

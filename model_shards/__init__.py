@@ -7,6 +7,7 @@ of the numbers.
 
 from model_shards.batcher import Batcher, BatchLimits, Resume, Room, Run
 from model_shards.bench import micro_benchmark
+from model_shards.bench_decode import bench_decode, random_checkpoint
 from model_shards.checkpoint import CheckpointIndex
 from model_shards.config import ModelConfig, supported_families
 from model_shards.dtypes import tensor_from_bytes, tensor_to_bytes
@@ -65,9 +66,11 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "WeightCache",
+    "bench_decode",
     "header_range",
     "load_span",
     "micro_benchmark",
+    "random_checkpoint",
     "shape_of",
     "supported_families",
     "tensor_from_bytes",

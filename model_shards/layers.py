@@ -26,6 +26,7 @@ from model_shards.linear import (
     RmsNorm,
     linear_over,
 )
+from model_shards.packed import PackedWeight
 from model_shards.weights import Part
 
 LATENT_NORM_EPS = 1e-6  # the norms between the projections of latent attention ignore the config's
@@ -147,6 +148,8 @@ class _Builder:
         biases: list[torch.Tensor | None] = [None] * count
         if part + ".bias" in self.parts:
             biases = list(self._plain(part + ".bias"))
+        if isinstance(whole, PackedWeight):
+            raise LocalFault(f"{part} is never packed")
         if isinstance(whole, torch.Tensor):
             return [Linear(whole[at * rows : (at + 1) * rows], biases[at]) for at in range(count)]
         return [QuantLinear(whole.block(at * rows, rows), biases[at]) for at in range(count)]

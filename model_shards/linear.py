@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from model_shards.config import ModelConfig
 from model_shards.errors import LocalFault
+from model_shards.packed import PackedWeight
 from model_shards.quant import QuantWeight
 from model_shards.weights import Part
 
@@ -36,7 +37,7 @@ class Linear:
 
     @property
     def bytes(self) -> int:
-        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+        return int(self.weight.nbytes) + (self.bias.nbytes if self.bias is not None else 0)
 
 
 class QuantLinear:
@@ -58,16 +59,39 @@ class QuantLinear:
 
     @property
     def bytes(self) -> int:
+        return int(self.weight.nbytes) + (self.bias.nbytes if self.bias is not None else 0)
+
+
+class PackedLinear:
+    """A Linear over a packed weight."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight.matmul(x, self.bias)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape
+
+    @property
+    def bytes(self) -> int:
         return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
 
 
-AnyLinear = Linear | QuantLinear
+AnyLinear = Linear | QuantLinear | PackedLinear
 
 
 def linear_over(weight: Part, bias: Part | None = None) -> AnyLinear:
-    """The Linear of a loaded part, quantised or not."""
+    """The Linear of a loaded part, quantised, packed or as it came."""
     if bias is not None and not isinstance(bias, torch.Tensor):
         raise LocalFault("a bias is never quantised")
+    if isinstance(weight, PackedWeight):
+        return PackedLinear(weight, bias)
     return Linear(weight, bias) if isinstance(weight, torch.Tensor) else QuantLinear(weight, bias)
 
 

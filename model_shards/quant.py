@@ -7,6 +7,7 @@ weights dequantised for the call. Knows nothing of layers: it stands where a Lin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -19,6 +20,7 @@ SMALL_GROUP = 32
 KERNEL_ROWS_MAX = 6
 BLOCK_ROWS = 64
 CHUNK_ROWS = 1024
+CACHED_ELEMENTS = 1 << 19
 VECTOR = 32
 
 
@@ -64,7 +66,7 @@ class Int8Weight:
         """x [n, width] -> [n, rows]."""
         if self.kernel and x.shape[0] <= KERNEL_ROWS_MAX:
             return torch._weight_int8pack_mm(x, self.q, self.scale)
-        return F.linear(x, self.q.to(x.dtype)) * self.scale
+        return _by_parts(x, self.q.shape, lambda part: self.q[part].to(x.dtype)) * self.scale
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """The given rows [n] -> [n, width], for an embedding."""
@@ -142,14 +144,15 @@ class Int4Weight:
         """x [n, width] -> [n, rows]."""
         if self.blocked and x.shape[0] <= KERNEL_ROWS_MAX:
             return torch._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales)
-        return F.linear(x, self.dequantised(x.dtype))
+        return _by_parts(x, self.shape, lambda part: self.dequantised(x.dtype, part))
 
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, width] in ``dtype``."""
-        rows, width = self.shape
-        numbers = _unpack_blocked(self.packed) if self.blocked else _unpack_plain(self.packed)
+    def dequantised(self, dtype: torch.dtype, part: slice = slice(None)) -> torch.Tensor:
+        """Rows ``part`` (whole blocks where blocked) of [rows, width] in ``dtype``."""
+        packed = self.packed[part]
+        rows, width = packed.shape[0], 2 * packed.shape[1]
+        numbers = _unpack_blocked(packed) if self.blocked else _unpack_plain(packed)
         groups = (numbers.to(dtype) - 8).view(rows, width // self.group, self.group)
-        scale, zero = self.scales.transpose(0, 1).to(dtype).unsqueeze(-1).unbind(2)
+        scale, zero = self.scales[:, part].transpose(0, 1).to(dtype).unsqueeze(-1).unbind(2)
         return (groups * scale + zero).view(rows, width)
 
 
@@ -171,6 +174,22 @@ def kernel_takes(pieces: list[int], dtype: torch.dtype, device: torch.device) ->
     """Whether the packed int4 kernel can work on matrices of these many rows."""
     aligned = all(piece % BLOCK_ROWS == 0 for piece in pieces)
     return aligned and dtype == torch.bfloat16 and device.type == "cpu" and kernel_blocks_known()
+
+
+def _by_parts(
+    x: torch.Tensor, shape: tuple[int, ...], dequantised: Callable[[slice], torch.Tensor]
+) -> torch.Tensor:
+    """x [n, width] times a weight [rows, width] whose rows are made only for the call: on a CPU as many at a time as a
+    core's cache holds, several times as fast as all at once."""
+    rows, width = shape
+    step = max(BLOCK_ROWS, CACHED_ELEMENTS // width // BLOCK_ROWS * BLOCK_ROWS)
+    if x.device.type != "cpu" or rows <= step:
+        return F.linear(x, dequantised(slice(None)))
+    found = x.new_empty(x.shape[0], rows)
+    for first in range(0, rows, step):
+        part = slice(first, min(rows, first + step))
+        found[:, part] = F.linear(x, dequantised(part))
+    return found
 
 
 def _own_group(width: int) -> int:

@@ -20,7 +20,9 @@ from model_shards.dtypes import dtype_named
 from model_shards.errors import LocalFault
 from model_shards.families import TensorSpec, embed_tensors, head_tensors, layer_tensors
 from model_shards.layers import DecoderLayer, build_layer
-from model_shards.linear import AnyLinear, RmsNorm, linear_over
+from model_shards.linear import AnyLinear, PackedLinear, RmsNorm, linear_over
+from model_shards.mapped import mapped_table
+from model_shards.packed import PackedWeight, packs
 from model_shards.quant import QUANTS, Int8Weight
 from model_shards.reader import TensorReader
 from model_shards.weight_cache import WeightCache
@@ -50,11 +52,17 @@ class Span:
         return sum(end - start for _, start, end in self.ranges_read)
 
     @property
+    def embed_bytes(self) -> int:
+        """Bytes of the embedding in memory, tied to the head or not."""
+        if self.embed_weight is None or (self.config.tied and isinstance(self.head, PackedLinear)):
+            return 0
+        return self.embed_weight.nbytes
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all linear weights and tables held, tied ones once."""
         total = sum(linear.bytes for layer in self.layers for linear in layer.linears())
-        if self.embed_weight is not None:
-            total += self.embed_weight.nbytes
+        total += self.embed_bytes
         if self.head is not None and self.head.weight is not self.embed_weight:
             total += self.head.bytes
         return total
@@ -104,10 +112,14 @@ def load_span(
     quant: str = "none",
     progress: Callable[[int, int], None] | None = None,
     cache: WeightCache | None = None,
+    scratch: Path | None = None,
 ) -> Span:
     """Loads layers [start, end) into ``device`` in ``dtype``, its matrices in ``quant``; only the span's byte
     ranges of the files are read. Matrices that are packed in four bits stay so where that can be, whatever
     ``quant`` says. What is quantised here is kept in ``cache`` and next time taken from there.
+
+    Where the head is packed and tied to the embedding, the embedding's rows lie in a file of no name in ``scratch``
+    (None: where the system keeps temporary files).
 
     ``progress(done, total)`` is called with bytes after each piece; what it raises ends the load. Raises
     CheckpointError, LocalFault (span, dtype or quant).
@@ -146,10 +158,15 @@ def load_span(
             shared = {"embed": embed} if config.tied and embed is not None else {}
             specs = [spec for spec in head_tensors(config) if spec.part not in shared]
             parts = load_parts(reader, specs, kind, place, quant, cache) | shared
-            weight = parts["norm"]
+            weight = parts.pop("norm")
             if isinstance(weight, torch.Tensor):
                 norm = RmsNorm(weight, config.norm_eps, kind, config.norm_offset, wide=config.wide_norms)
-            head = linear_over(parts["head"] if "head" in parts else parts["embed"])
+            matrix = parts.pop("head") if "head" in parts else parts.pop("embed")
+            if isinstance(matrix, torch.Tensor) and packs(matrix):
+                if embed is not None and config.tied:
+                    embed = mapped_table(matrix, scratch)
+                matrix = PackedWeight(matrix)
+            head = linear_over(matrix)
         return Span(config, start, end, kind, place, layers, embed, norm, head, reader.ranges_read)
 
 

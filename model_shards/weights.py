@@ -15,6 +15,7 @@ import torch
 from model_shards.checkpoint import CheckpointIndex
 from model_shards.dtypes import dtype_name
 from model_shards.families import TensorSpec
+from model_shards.packed import PackedWeight, packs
 from model_shards.packing import Packing, Stored, kept_group, locate
 from model_shards.quant import (
     BLOCK_ROWS,
@@ -32,7 +33,7 @@ from model_shards.weight_cache import WeightCache
 
 CHUNK_ELEMENTS = 1 << 18
 
-Part = torch.Tensor | QuantWeight
+Part = torch.Tensor | QuantWeight | PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,17 @@ def load_parts(
     Norms and wide parts keep float32; matrices are quantised as they come, plain ones excepted, or come out of
     ``cache``, where they had been quantised before."""
     loader = _Loader(reader, dtype, device, quant, cache)
-    return {part: loader.load(part, fused) for part, fused in by_part(specs).items()}
+    # The largest first: while a matrix is packed it is in memory twice, best when little else is.
+    order = sorted(by_part(specs).items(), key=lambda item: -sum(spec.elements for spec in item[1]))
+    return {part: packed(loader.load(part, fused), fused[0]) for part, fused in order}
+
+
+def packed(value: Part, spec: TensorSpec) -> Part:
+    """``value`` packed if it is a matrix that is only multiplied with, and faster so. Rows of an embedding are looked
+    up, experts are cut out of their stack, and plain parts are looked into."""
+    if spec.plain or spec.part == "embed" or spec.part.startswith("experts.") or not packs(value):
+        return value
+    return PackedWeight(value) if isinstance(value, torch.Tensor) else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,9 +105,9 @@ class DataDir:
     def blobs_path(self) -> Path:
         return self.root / "blobs"
 
-    def parking_path(self) -> Path:
-        """Where caches of parked sessions lie, made if need be; what is in it has no names."""
-        path = self.root / "parked"
+    def scratch_path(self) -> Path:
+        """Where the engines keep what can be made again, made if need be."""
+        path = self.root / "scratch"
         path.mkdir(exist_ok=True, mode=0o700)
         return path
 

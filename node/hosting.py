@@ -16,7 +16,7 @@ from pathlib import Path
 
 import trio
 
-from model_shards import ModelError, ParkingLot, load_span
+from model_shards import ModelError, ParkingLot, WeightCache, load_span
 from node.adverts import HostAdvert, ModelAdvert, host_name
 from node.hardware import DeviceFigures
 from node.library import Library, ModelFiles
@@ -32,6 +32,7 @@ DROP_AFTER_S = 5.0
 ROOM_WAIT_S = 3 * DROP_AFTER_S
 PARKING_SHARE = 2
 """Times the KV cache that parked sessions may take on the disk."""
+QUANTISED_BYTES_MAX = 32 << 30
 WARM_UP_WEIGHT = 4
 """The measure taken after loading counts as so many steps."""
 
@@ -60,7 +61,8 @@ class _Wish:
 
 class Host:
     """The spans of this node, one a model and device. `publish(name, advert or None)` tells the mesh; names of records,
-    hostings and adverts are those of `adverts.host_name`."""
+    hostings and adverts are those of `adverts.host_name`. In `scratch` lie quantised weights, which load at once the
+    next time, and nameless files of parked sessions and looked-up tables."""
 
     def __init__(
         self,
@@ -68,10 +70,13 @@ class Host:
         devices: Sequence[DeviceFigures],
         publish: Callable[[str, HostAdvert | None], None],
         clock: Callable[[], float] = time.perf_counter,
-        parking: Path | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self._library = library
-        self._parking = parking
+        self._scratch = scratch
+        self._quantised = None
+        if scratch is not None:
+            self._quantised = WeightCache(scratch / "quantised", QUANTISED_BYTES_MAX)
         self._devices = devices
         self._publish = publish
         self._clock = clock
@@ -220,10 +225,11 @@ class Host:
         load = partial(
             load_span, files.directory, files.index, files.config, *span,
             device=self._devices[wish.device].device, dtype=model.dtype, quant=model.quant,
+            cache=self._quantised, scratch=self._scratch,
         )  # fmt: skip
 
         def work() -> tuple[TimedEngine, float]:
-            lot = ParkingLot(PARKING_SHARE * kv_bytes, self._parking)
+            lot = ParkingLot(PARKING_SHARE * kv_bytes, self._scratch)
             engine = TimedEngine(load(), kv_bytes_max=kv_bytes, parking=lot, identity=model.manifest_id)
             return engine, warm_up(engine)
 

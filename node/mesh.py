@@ -102,7 +102,7 @@ class MeshNode:
         self._offers: dict[str, bytes] = {}
         self._life = secrets.token_hex(6)
         self.library = Library(identity, self._store, BlobExchange(self.rpc, self._store), self._sources)
-        self.hosts = Hosts(self.library, hardware.devices, self._publish_host, parking=data.parking_path())
+        self.hosts = Hosts(self.library, hardware.devices, self._publish_host, scratch=data.scratch_path())
         self.tags = config.tags
         self.planning = Planning(
             self.me,

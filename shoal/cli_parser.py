@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
@@ -469,6 +470,32 @@ def _sim_mesh_flags(sim: argparse.ArgumentParser) -> None:
     )
 
 
+def _bench_decode_command(what: Any) -> None:
+    decode = _add(
+        what,
+        "decode",
+        "shoal.bench_decode:decode",
+        "reading prompts and writing tokens with a whole model on this machine",
+        "Load a model, read prompts and decode greedily, and print tokens a second beside how fast weights were\n"
+        "read and how fast this machine can read. With --config a random model of that shape is made.",
+        "  shoal bench decode --model ~/models/Qwen3-8B --quant int4\n"
+        "  shoal bench decode --config config.json --batch 16 --json",
+    )
+    source = decode.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR", type=Path, help="a Hugging Face model directory")
+    source.add_argument("--config", metavar="FILE", type=Path, help="a config.json: weights are random")
+    decode.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: bfloat16"
+    )
+    decode.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="default: none")
+    decode.add_argument("--device", metavar="D", default="cpu", help="a torch device (default: cpu)")
+    decode.add_argument("--batch", metavar="B", type=count, default=1, help="requests at once (default: 1)")
+    decode.add_argument("--prompt-tokens", metavar="P", type=count, default=128, help="default: 128")
+    decode.add_argument("--new-tokens", metavar="N", type=count, default=64, help="default: 64")
+    decode.add_argument("--threads", metavar="N", type=count, help="of the processor (default: torch's)")
+    _json(decode, "the figures")
+
+
 def _bench_commands(commands: Any) -> None:
     bench = _add(commands, "bench", None, "measure how fast something is on this machine")
     what = bench.add_subparsers(dest="what", metavar="WHAT", required=True, title="what")
@@ -483,6 +510,7 @@ def _bench_commands(commands: Any) -> None:
         "--nodes", metavar="N", type=count, default=10_000, help="leave out larger meshes (default: 10000)"
     )
     _json(plan, "the figures")
+    _bench_decode_command(what)
     allreduce = _add(
         what,
         "allreduce",

@@ -20,7 +20,7 @@ from model_shards import ModelError, ParkingLot, WeightCache, load_span
 from node.adverts import HostAdvert, ModelAdvert, host_name
 from node.hardware import DeviceFigures
 from node.library import Library, ModelFiles
-from node.serve.compute import Compute, warm_up
+from node.serve.compute import Compute, warm_up, warm_up_prompt
 from node.timed import TimedEngine, Took
 from p2p import P2pError, RpcRefusal
 from scheduler import Corrections, NodeShape, Observation, memory_needed
@@ -199,9 +199,10 @@ class Host:
         if not serving:
             self._say(name, advert)
         await self._others_gone(name, wish, span)
-        engine, s_per_layer = await self._load(wish, files, span)
+        engine, s_per_layer, prefill_s = await self._load(wish, files, span)
         self._drop(name)
         compute = Compute(engine, self._limiters[wish.device], s_per_layer=s_per_layer)
+        compute.prefill_s_per_layer = prefill_s
         scope = trio.CancelScope()
         self.hostings[name] = Hosting(model, compute, engine, *span, scope, self._clock())
         self._nursery.start_soon(_run_in, scope, compute)
@@ -213,13 +214,16 @@ class Host:
             advert,
             s_per_layer=s_per_layer,
             decode_s_per_layer=s_per_layer,
+            prefill_s_per_token_per_layer=round(prefill_s, 9),
             plan_s_per_layer=self._for_plans(name),
         )
         self._say(name, replace(measured, state="ready"))
         log.info("ready: layers %d:%d of %s", *span, model.name)
 
-    async def _load(self, wish: _Wish, files: ModelFiles, span: tuple[int, int]) -> tuple[TimedEngine, float]:
-        """An engine for the span and its measured seconds a decode step and layer."""
+    async def _load(
+        self, wish: _Wish, files: ModelFiles, span: tuple[int, int]
+    ) -> tuple[TimedEngine, float, float]:
+        """An engine for the span, its measured seconds a decode step and layer, and a prompt's token and layer."""
         model = wish.model
         kv_bytes = model.shape().kv_bytes_per_layer * (span[1] - span[0])
         load = partial(
@@ -228,10 +232,10 @@ class Host:
             cache=self._quantised, scratch=self._scratch,
         )  # fmt: skip
 
-        def work() -> tuple[TimedEngine, float]:
+        def work() -> tuple[TimedEngine, float, float]:
             lot = ParkingLot(PARKING_SHARE * kv_bytes, self._scratch)
             engine = TimedEngine(load(), kv_bytes_max=kv_bytes, parking=lot, identity=model.manifest_id)
-            return engine, warm_up(engine)
+            return engine, warm_up(engine), warm_up_prompt(engine)
 
         limiter = self._limiters[wish.device]
         return await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)

@@ -338,6 +338,31 @@ def warm_up(engine: Engine, steps: int = 4) -> float:
     return best_s / (span.end - span.start)
 
 
+def warm_up_prompt(engine: Engine, times: int = 2) -> float:
+    """Run a piece of a prompt a few times and return seconds a token and layer; 0 where there is no room for a piece.
+
+    Without it a node that computes fast but decodes slowly would hardly be given a prompt, and stay unknown.
+    """
+    span, best_s = engine.span, float("inf")
+    count = min(PIECE_TOKENS, span.config.context_tokens)
+    if engine.kv_tokens_free() < count:
+        return 0.0
+    tokens = (0,) * count if span.start == 0 else None
+    engine.open("warm-up", span.start, span.end, count)
+    try:
+        for _ in range(times):
+            hidden = None
+            if tokens is None:
+                hidden = torch.zeros(count, span.config.hidden, dtype=span.dtype, device=span.device)
+            began = time.perf_counter()
+            engine.run([Step("warm-up", 0, tokens, hidden, None)])
+            best_s = min(best_s, time.perf_counter() - began)
+            engine.rewind("warm-up", 0)
+    finally:
+        engine.close("warm-up")
+    return best_s / (count * (span.end - span.start))
+
+
 def _pieces(step: Step) -> list[Step]:
     """The step cut where pieces of a prompt end, whatever came as one message: what is computed together must depend on
     positions alone. Only the last part samples."""

@@ -275,3 +275,18 @@ async def test_a_session_that_is_closed_while_its_only_step_runs_stops_between_l
     assert engine.sessions() == 0
     with pytest.raises(StepError, match="not open"):
         await running.step(Step("gone", 2, (1,)))
+
+
+def test_what_a_prompts_token_takes_is_known_before_the_first_prompt(engine, monkeypatch):
+    times = iter([0.0, 9.0, 10.0, 10.512])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(times))
+    assert module.warm_up_prompt(engine) == pytest.approx(0.512 / (PIECE_TOKENS * 2))
+    assert (engine.sessions(), engine.kv_bytes_used()) == (0, 0)
+
+
+def test_where_there_is_no_room_for_a_piece_nothing_is_measured(engine):
+    while engine.kv_tokens_free() >= PIECE_TOKENS:
+        engine.open(f"hog{engine.kv_tokens_free()}", 0, 2, PIECE_TOKENS)
+    hogs = engine.sessions()
+    assert module.warm_up_prompt(engine) == 0.0
+    assert engine.sessions() == hogs

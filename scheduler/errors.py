@@ -92,10 +92,15 @@ class Shortage(ResourceLimit):
             f" {plain_bytes_up(missing_bytes)} would do"
         )
         super().__init__(message, retry_after_s=30.0)
+        self._made_of = (needed_bytes, available_bytes, layers_short, layers, missing_bytes)
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes
         self.layers_short = layers_short
         self.missing_bytes = missing_bytes
+
+    def __reduce__(self) -> tuple[type[Shortage], tuple[int, ...]]:
+        """It may come from another process, as a simulation's outcome."""
+        return type(self), self._made_of
 
 
 class NoChain(ResourceLimit):

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ def sim(options: argparse.Namespace) -> int:
         if options.capacity:
             return _capacities(config, POLICIES if every else (options.policy,), as_json=options.json)
         if every:
-            found = compare(config)
+            found = _compared(config)
             runs: Mapping[str, Mapping[str, Any]] = found["runs"]
         else:
             found = run(config)
@@ -55,6 +58,13 @@ def sim(options: argparse.Namespace) -> int:
     for path in pictures:
         terminal.note(f"wrote {path}")
     return 0
+
+
+def _compared(config: SimConfig) -> dict[str, Any]:
+    """The comparison, each policy in a process of its own, as many at once as there are processors."""
+    workers = min(len(POLICIES), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return compare(config, each=pool.map)
 
 
 def config_of(options: argparse.Namespace) -> SimConfig:

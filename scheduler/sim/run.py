@@ -5,7 +5,7 @@ The same config gives the same figures, to the last digit. It prints and writes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from scheduler.sim.trace import asks
 from scheduler.sim.world import World
 
 SPEED_DOUBLINGS_MAX = 6
+Each = Callable[[Callable[[SimConfig], dict[str, Any]], list[SimConfig]], Iterable[dict[str, Any]]]
 RIVALS = ("petals", "petals-fresh", "parallax", "parallax-mending", "random")
 
 
@@ -65,13 +66,16 @@ def simulate(config: SimConfig) -> Service:
     return service
 
 
-def compare(config: SimConfig, policies: Sequence[str] = POLICIES) -> dict[str, Any]:
+def compare(config: SimConfig, policies: Sequence[str] = POLICIES, *, each: Each = map) -> dict[str, Any]:
     """Every policy on the same mesh, churn and load: `runs` by policy, and ours against the best of the others.
+
+    `each` maps `run` over configs in order; one over several processes gives the same figures sooner.
 
     `better_baseline` is the best among those of the published designs (Petals-like, Parallax-like); the mending
     variant of Parallax is its own row and is named too when it is better still.
     """
-    runs = {name: run(replace(config, policy=name)) for name in policies}
+    found = each(run, [replace(config, policy=name) for name in policies])
+    runs = dict(zip(policies, found, strict=True))
     goodput = {name: figures["goodput_per_s"] for name, figures in runs.items()}
     out: dict[str, Any] = {"runs": runs}
     for key, names in (("better_baseline", ("petals", "parallax")), ("best_rival", RIVALS)):

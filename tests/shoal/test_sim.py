@@ -41,6 +41,7 @@ def test_a_trace_is_taken_by_its_path(capsys, tmp_path):
         (["--hours", "0"], 2, "above 0"),
         (["--policy", "best"], 2, "invalid choice"),
         (["--nodes", "1"], 1, "short"),
+        (["--nodes", "1", "--policy", "all"], 1, "short"),
     ],
 )
 def test_what_cannot_be_simulated_is_one_plain_line(more, status, said, capsys):

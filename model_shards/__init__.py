@@ -16,6 +16,7 @@ from model_shards.errors import (
     CheckpointError,
     ConfigError,
     ContextOverflow,
+    GrammarError,
     LocalFault,
     ModelError,
     NoRoom,
@@ -26,6 +27,7 @@ from model_shards.errors import (
     StepError,
     TokenizerError,
 )
+from model_shards.grammar import Grammar, Grammars
 from model_shards.kv import BLOCK_TOKENS
 from model_shards.parking import ParkingLot
 from model_shards.safetensors_header import TensorInfo, header_range
@@ -43,6 +45,9 @@ __all__ = [
     "ConfigError",
     "ContextOverflow",
     "Engine",
+    "Grammar",
+    "GrammarError",
+    "Grammars",
     "IncrementalDecoder",
     "LocalFault",
     "ModelConfig",

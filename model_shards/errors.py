@@ -6,6 +6,7 @@ ModelError
 │   ├── CheckpointError        a weight file or its index: .file .tensor .detail
 │   ├── TokenizerError         tokenizer files or a chat template: .file .detail
 │   ├── ContextOverflow        more tokens than the model's context: .limit .got
+│   ├── GrammarError           a form for answers that is malformed, too large or cannot be met: .form .detail
 │   ├── SamplingError          a sampling parameter out of range: .field .value .expected
 │   ├── StepError              a step that does not fit its session: .session .detail
 │   └── StateError             bytes of a session's state that cannot be taken over: .field .value .expected
@@ -74,6 +75,15 @@ class StepError(RemoteFault):
     def __init__(self, session: str, detail: str) -> None:
         super().__init__(f"session {session}: {detail}")
         self.session = session
+        self.detail = detail
+
+
+class GrammarError(RemoteFault):
+    """A form that answers cannot keep to: malformed, too large, impossible, or left by the tokens given."""
+
+    def __init__(self, form: str, detail: str) -> None:
+        super().__init__(f"{form}: {detail}")
+        self.form = form
         self.detail = detail
 
 

@@ -1,10 +1,10 @@
 """From logits to a token. Randomness is a pure function of (seed, position, index): a replaced stage repeats
 it.
 
-In this order: logit bias, repetition penalty (arXiv 1909.05858), frequency and presence penalties (OpenAI's),
-temperature, min_p (arXiv 2407.01082), top_k, top_p (arXiv 1904.09751). The token is found by inverting the
-cumulative distribution at one uniform number, in float64. Knows nothing of sessions: what was said before is
-an argument.
+In this order: logit bias, repetition penalty (arXiv 1909.05858), frequency and presence penalties (OpenAI's), the
+form that a grammar allows, temperature, min_p (arXiv 2407.01082), top_k, top_p (arXiv 1904.09751). The token is found
+by inverting the cumulative distribution at one uniform number, in float64. Knows nothing of sessions: what was said
+before is an argument.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import struct
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -26,12 +27,19 @@ TOP_LOGPROBS_MAX = 64
 CANDIDATES = 512
 
 
+class Allows(Protocol):
+    """Says [vocab] bool which tokens may follow an answer's tokens so far; raises GrammarError."""
+
+    def allowed(self, answer: Sequence[int]) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How one request picks tokens. temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 filter nothing.
 
     ``repetition_penalty`` weighs tokens of prompt and answer, the other two those of the answer alone;
     ``logit_bias`` adds to (token, bias) pairs; ``top_logprobs`` asks for that many likeliest tokens;
+    ``grammar`` keeps the answer to a form; it belongs to one session.
     ``index`` tells apart the choices of one request (n, best-of).
     """
 
@@ -46,6 +54,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int = 0
     index: int = 0
+    grammar: Allows | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _require("temperature", self.temperature, 0.0, 100.0)
@@ -72,7 +81,8 @@ class Sampling:
     @property
     def wants_history(self) -> bool:
         """Whether what was said before changes the choice."""
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        penalties = self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return penalties or self.repetition_penalty != 1.0 or self.grammar is not None
 
 
 def _require(name: str, value: float, low: float, high: float) -> None:
@@ -110,6 +120,10 @@ def pick(logits: torch.Tensor, sampling: Sampling, position: int, said: Said | N
     """Picks from finite ``logits`` [vocab] float32. ``position`` is where the token will stand.
     Log-probabilities are the model's own, before bias, penalties, temperature and filters."""
     scores = _weighed(logits, sampling, said)
+    if sampling.grammar is not None:
+        answer = said.tokens[said.prompt_tokens :] if said is not None else []
+        allowed = sampling.grammar.allowed(answer).to(scores.device)
+        scores = scores.masked_fill(~allowed, -torch.inf)
     if sampling.greedy:
         token = int(scores.argmax())
     else:

@@ -55,6 +55,10 @@ class Tokenizer:
             eos_ids.append(found)
         return cls(backend, specials, ChatTemplate.find(directory, settings), eos_ids)
 
+    def to_json(self) -> str:
+        """The tokenizer as tokenizer.json has it."""
+        return str(self._backend.to_str())
+
     @property
     def vocab_size(self) -> int:
         """Tokens known, added ones included; the model's own vocabulary may be padded beyond it."""

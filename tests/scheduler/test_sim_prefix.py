@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from scheduler import NodeShape
-from scheduler.routing import ChainRequest, Stage
+from scheduler.routing import Stage
 from scheduler.sim import Load, SimConfig, default_model, run, simulate
 from scheduler.sim.machine import Machine
 from scheduler.sim.request import Request
@@ -95,10 +95,6 @@ def test_gateways_know_a_prefix_only_once_its_nodes_have_announced_it(tmp_path):
     served_s, nodes = policy._prefixes[1]
     for elapsed_s, known in ((0.5, frozenset()), (fleet.config.view_age_s, nodes)):
         fleet.clock.now_s = served_s + elapsed_s
-        asked = policy._with_prefix(plain(request), fleet, request)
+        asked = policy._asked(fleet, request)
         assert asked.prefix_nodes == known
     assert asked.prefix_tokens == 2 * BLOCK_TOKENS
-
-
-def plain(request):
-    return ChainRequest(24, 2058, 2048, 10_240, request.gateway)

@@ -11,7 +11,8 @@ from node.atlas import Atlas
 from node.serve.prefixes import marks_of, scope_of, told_mark
 from node.serve.protocol import BACKGROUND, HIGH, NORMAL, PIECE_TOKENS, StageRef
 from node.serve.selection import Selector, Wish, as_stages
-from scheduler import Health, HealthConfig, NoChain, NoRoom
+from scheduler import Health, HealthConfig, NoChain, NoRoom, Rejected
+from scheduler.outlook import TRIES_MAX, Aims
 
 MANIFEST = "m" * 64
 MODEL = ModelAdvert("toy", MANIFEST, 1, "bfloat16", "none", 1, 4, 4096, 8, 1, 1, 1, True, 1.0, 384, 256)
@@ -191,3 +192,41 @@ def test_an_answer_of_open_length_is_reckoned_as_it_likely_is(selector):
     assert whole.whole_s == pytest.approx(whole.cost_s)
     assert likely.first_s == whole.first_s
     assert likely.whole_s < whole.whole_s / 4
+
+
+def busy_chain(selector, view, asked, seconds):
+    """A session over the chain that is chosen, whose first stage said that it has so much to do."""
+    choice = selector.choose(view, MODEL, asked, 0.0)
+    selector.ledger.opened(
+        "s", MANIFEST, as_stages(choice.stages), tokens=600, prompt_tokens=513, priority=NORMAL, now_s=0.0
+    )
+    assert not selector.ledger.heard("s", 0, (0.0, seconds, 0.0))
+    assert selector.ledger.heard("s", 1, (0.0, 0.0, 0.0))
+    return choice
+
+
+def test_a_chain_whose_stages_have_much_to_do_is_left_for_one_that_is_sooner(selector):
+    view, asked = atlas(two_each()), wish(marks=(), aims=Aims(first_s=2.0))
+    choice = busy_chain(selector, view, asked, 9.0)
+    better = selector.instead(view, MODEL, asked, "s", choice, 0.1, 0)
+    assert peers(better)[0] not in peers(choice)
+    assert better.first_s < 2.0
+    assert selector.instead(view, MODEL, asked, "s", choice, 0.1, TRIES_MAX) is None
+    assert selector.instead(view, MODEL, asked, "s", choice, 8.9, 0) is None, "its queue is empty by then"
+
+
+def test_own_work_is_no_reason_to_leave(selector):
+    view, asked = atlas(two_each()), wish(marks=(), aims=Aims(first_s=0.4))
+    choice = busy_chain(selector, view, asked, 0.0)
+    assert selector.choose(view, MODEL, asked, 0.1).stages[0] != choice.stages[0]
+    assert selector.instead(view, MODEL, asked, "s", choice, 0.1, 0) is None
+
+
+def test_a_strict_request_that_nobody_serves_in_time_is_refused(selector):
+    view = atlas({name: h for name, h in two_each().items() if name in ("a1", "b1")})
+    strict = wish(marks=(), aims=Aims(first_s=2.0, strict=True))
+    choice = busy_chain(selector, view, strict, 9.0)
+    with pytest.raises(Rejected):
+        selector.instead(view, MODEL, strict, "s", choice, 0.1, 0)
+    with pytest.raises(Rejected):
+        selector.choose(view, MODEL, strict, 0.1)

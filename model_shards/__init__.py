@@ -27,7 +27,7 @@ from model_shards.errors import (
     StepError,
     TokenizerError,
 )
-from model_shards.grammar import Grammar, Grammars
+from model_shards.grammar import Grammar, Grammars, check_form
 from model_shards.kv import BLOCK_TOKENS
 from model_shards.parking import ParkingLot
 from model_shards.safetensors_header import TensorInfo, header_range
@@ -72,6 +72,7 @@ __all__ = [
     "TokenizerError",
     "WeightCache",
     "bench_decode",
+    "check_form",
     "header_range",
     "load_span",
     "micro_benchmark",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import llguidance
 import torch
@@ -16,13 +16,40 @@ import torch
 from model_shards.errors import GrammarError
 from model_shards.tokens import Tokenizer
 
-Form = Literal["json_schema", "json_object", "regex"]
-FORMS: tuple[Form, ...] = ("json_schema", "json_object", "regex")
+FORMS = ("json_schema", "json_object", "regex")
 TEXT_CHARS_MAX = 1 << 16
 LEXER_STATES_MAX = 50_000
 ITEMS_MAX = 2_000
 # Between a document's parts: without a limit a model may write nothing but spaces for ever.
 LAYOUT: Any = {"whitespace_pattern": r" ?|\n {0,32}"}
+
+
+def check_form(form: str, text: str = "") -> None:
+    """Raises GrammarError for a form that no model could keep to, as far as that shows without a vocabulary."""
+    problem = llguidance.LLMatcher.validate_grammar(_source(form, text), limits=_limits())
+    if problem and not problem.startswith("WARNING"):
+        raise GrammarError(form, problem.partition("<state>")[0].strip()[:300])
+
+
+def _limits() -> llguidance.LLParserLimits:
+    return llguidance.LLParserLimits(max_lexer_states=LEXER_STATES_MAX, max_items_in_row=ITEMS_MAX)
+
+
+def _source(form: str, text: str) -> str:
+    """The grammar as llguidance wants it. Raises GrammarError."""
+    if form not in FORMS:
+        raise GrammarError("form", f"{form!r:.40}, expected one of {', '.join(FORMS)}")
+    if len(text) > TEXT_CHARS_MAX:
+        raise GrammarError(form, f"{len(text)} characters, at most {TEXT_CHARS_MAX}")
+    if form == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(text)
+    schema = '{"type": "object"}' if form == "json_object" else text
+    try:
+        if not isinstance(json.loads(schema), dict | bool):
+            raise GrammarError(form, "a schema is an object, or true or false")
+        return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(form, f"is no JSON: {str(error)[:200]}") from None
 
 
 class Grammars:
@@ -37,29 +64,15 @@ class Grammars:
             self.backend = llguidance.LLTokenizer(
                 tokenizer.to_json(), n_vocab=vocab, eos_token=ends, slices=None
             )
-        except Exception as error:
+        except (ValueError, RuntimeError, TypeError) as error:
             raise GrammarError("tokenizer", f"cannot be constrained: {str(error)[:200]}") from error
 
-    def compile(self, form: Form, text: str = "") -> Grammar:
+    def compile(self, form: str, text: str = "", before: Sequence[int] = ()) -> Grammar:
         """The grammar of a JSON schema (its text), of any JSON object, or of a regular expression that the whole answer
-        matches. Raises GrammarError for one that is malformed, too large, or that no text can meet."""
-        if form not in FORMS:
-            raise GrammarError("form", f"{form!r:.40}, expected one of {', '.join(FORMS)}")
-        if len(text) > TEXT_CHARS_MAX:
-            raise GrammarError(form, f"{len(text)} characters, at most {TEXT_CHARS_MAX}")
-        if form == "regex":
-            source = llguidance.LLMatcher.grammar_from_regex(text)
-        else:
-            schema = '{"type": "object"}' if form == "json_object" else text
-            try:
-                if not isinstance(json.loads(schema), dict | bool):
-                    raise GrammarError(form, "a schema is an object, or true or false")
-                source = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=LAYOUT)
-            except (ValueError, RecursionError) as error:
-                raise GrammarError(form, f"is no JSON: {str(error)[:200]}") from None
-        limits = llguidance.LLParserLimits(max_lexer_states=LEXER_STATES_MAX, max_items_in_row=ITEMS_MAX)
-        matcher = llguidance.LLMatcher(self.backend, source, log_level=0, limits=limits)
-        grammar = Grammar(form, matcher, self.vocab)
+        matches; the tokens ``before`` are the beginning of the answer, made elsewhere. Raises GrammarError for one that
+        is malformed, too large, or that no text can meet."""
+        matcher = llguidance.LLMatcher(self.backend, _source(form, text), log_level=0, limits=_limits())
+        grammar = Grammar(form, matcher, self.vocab, before)
         grammar.allowed(())
         return grammar
 
@@ -67,8 +80,11 @@ class Grammars:
 class Grammar:
     """One answer's grammar: `allowed` follows its tokens. Not shared between sessions."""
 
-    def __init__(self, form: Form, matcher: llguidance.LLMatcher, vocab: int) -> None:
+    def __init__(
+        self, form: str, matcher: llguidance.LLMatcher, vocab: int, before: Sequence[int] = ()
+    ) -> None:
         self._form = form
+        self._before = list(before)
         self._start = matcher
         self._vocab = vocab
         self._matcher = matcher.deep_copy()
@@ -78,7 +94,7 @@ class Grammar:
     def allowed(self, answer: Sequence[int]) -> torch.Tensor:
         """[vocab] bool: the tokens that may follow ``answer``. Ends of text are among them where the form is met.
         Raises GrammarError where ``answer`` left the form, or the form grew too complex."""
-        self._follow(list(answer))
+        self._follow([*self._before, *answer])
         bias = bytearray(self._matcher.compute_logit_bias())
         self._check(self._matcher)
         allowed = torch.frombuffer(bias, dtype=torch.uint8)[: self._vocab].bool()

@@ -63,7 +63,8 @@ class GenerateRequest:
 
     `client` is whom fairness counts it for. It is refused at once where it cannot be done within `deadline_s`, or not
     begin to answer within `first_token_s`. Background work runs where nobody else wants anything. `likely_tokens` of
-    `max_tokens` are probably made (0: all).
+    `max_tokens` are probably made (0: all). `form` and `form_text` keep the answer to a JSON schema, any
+    object or a regular expression.
     """
 
     request_id: str
@@ -80,6 +81,8 @@ class GenerateRequest:
     priority: Literal["high", "normal", "background"] = "normal"
     first_token_s: float | None = None
     likely_tokens: int = 0
+    form: str = ""
+    form_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

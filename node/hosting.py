@@ -16,7 +16,7 @@ from pathlib import Path
 
 import trio
 
-from model_shards import ModelError, ParkingLot, WeightCache, load_span
+from model_shards import Grammars, ModelError, ParkingLot, WeightCache, load_span
 from node.adverts import HostAdvert, ModelAdvert, host_name
 from node.hardware import DeviceFigures
 from node.library import Library, ModelFiles
@@ -201,7 +201,12 @@ class Host:
         await self._others_gone(name, wish, span)
         engine, s_per_layer, prefill_s = await self._load(wish, files, span)
         self._drop(name)
-        compute = Compute(engine, self._limiters[wish.device], s_per_layer=s_per_layer)
+        compute = Compute(
+            engine,
+            self._limiters[wish.device],
+            s_per_layer=s_per_layer,
+            grammars=partial(Grammars, files.tokenizer, files.config.vocab, files.config.eos_ids),
+        )
         compute.prefill_s_per_layer = prefill_s
         scope = trio.CancelScope()
         self.hostings[name] = Hosting(model, compute, engine, *span, scope, self._clock())

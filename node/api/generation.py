@@ -145,6 +145,8 @@ class Generation:
                     priority=terms.priority,
                     first_token_s=terms.first_token_s,
                     likely_tokens=self._config.likely_tokens if options.max_tokens is None else 0,
+                    form=options.form,
+                    form_text=options.form_text,
                 )
                 choices.append(Choice(index, asked, TextStream(tokenizer, options.stops, max_tokens, prompt)))
         answer = Answer(

@@ -7,9 +7,11 @@ No model is known yet: lengths against a context are checked later.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
+from model_shards import GrammarError, check_form
 from node.api.config import ApiConfig
 from node.api.fields import Fields
 from node.api.problems import invalid, unsupported
@@ -18,6 +20,7 @@ TOKENS_MAX = 1 << 24
 SEED_BITS = 63
 MODEL_CHARS_MAX = 256
 USER_CHARS_MAX = 512
+FORM_CHARS_MAX = 1 << 16
 SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -39,6 +42,8 @@ class Options:
     include_usage: bool
     user: str | None = None
     service_tier: str | None = None
+    form: str = ""
+    form_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,10 @@ def _options(fields: Fields, config: ApiConfig) -> Options:
     _refuse_unless(fields, "repetition_penalty", (1,), "leave it out or give 1")
     _refuse_unless(fields, "min_p", (0,), "leave it out or give 0")
     _refuse_unless(fields, "logit_bias", ({},), "leave it out")
-    _refuse_unless(fields, "response_format", ({"type": "text"},), 'only {"type": "text"} is')
+    form, form_text = _form(fields)
+    ignore_eos = fields.flag("ignore_eos", False)
+    if form and ignore_eos:
+        raise invalid("ignore_eos", True, "false where response_format asks for a form, which must end")
     top_k = fields.integer("top_k", 0, -1, TOKENS_MAX)
     choices = fields.integer("n", 1, 1, config.choices_max)
     return Options(
@@ -103,12 +111,42 @@ def _options(fields: Fields, config: ApiConfig) -> Options:
         seed=_seed(fields),
         stops=_stops(fields, config),
         choices=choices or 1,
-        ignore_eos=fields.flag("ignore_eos", False),
+        ignore_eos=ignore_eos,
         stream=stream,
         include_usage=_include_usage(fields, stream),
         user=_user(fields),
         service_tier=fields.choice("service_tier", "", SERVICE_TIERS) or None,
+        form=form,
+        form_text=form_text,
     )
+
+
+def _form(fields: Fields) -> tuple[str, str]:
+    """What `response_format` asks for: OpenAI's forms, and {"type": "regex", "pattern": ...}."""
+    given = fields.raw("response_format")
+    if given is None:
+        return "", ""
+    if not isinstance(given, dict):
+        raise invalid("response_format", given, "an object")
+    inner = Fields(given, "response_format.")
+    form = inner.choice("type", "", ("text", "json_object", "json_schema", "regex"))
+    text, where = "", "response_format"
+    if form in ("", "text"):
+        return "", ""
+    if form == "json_schema":
+        described = inner.raw("json_schema")
+        where = "response_format.json_schema.schema"
+        if not isinstance(described, dict) or not isinstance(described.get("schema"), dict | bool):
+            raise invalid(where, described, "a JSON schema")
+        text = json.dumps(described["schema"])
+    elif form == "regex":
+        where = "response_format.pattern"
+        text = inner.text("pattern", chars_max=FORM_CHARS_MAX)
+    try:
+        check_form(form, text)
+    except GrammarError as problem:
+        raise invalid(where, text[:100], f"a form that answers can meet ({problem})") from None
+    return form, text
 
 
 def _refuse_unless(fields: Fields, field: str, harmless: tuple[Any, ...], instead: str) -> None:

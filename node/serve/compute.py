@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +20,9 @@ from model_shards import (
     Batcher,
     BatchLimits,
     Engine,
+    Grammar,
+    GrammarError,
+    Grammars,
     ModelError,
     NoRoom,
     Resume,
@@ -73,8 +76,17 @@ class Compute:
     of them.
     """
 
-    def __init__(self, engine: Engine, device: trio.CapacityLimiter, *, s_per_layer: float = 0.0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        device: trio.CapacityLimiter,
+        *,
+        s_per_layer: float = 0.0,
+        grammars: Callable[[], Grammars] | None = None,
+    ) -> None:
         self.engine = engine
+        self._grammars = grammars
+        self._compiler: Grammars | None = None
         self._device = device
         self._batcher = Batcher(engine.kv_blocks, LIMITS)
         self._jobs: dict[int, _Job] = {}
@@ -187,6 +199,19 @@ class Compute:
         if job.result is None:
             raise Abandoned
         return job.result
+
+    async def grammar(self, form: str, text: str, answered: Sequence[int]) -> Grammar:
+        """What keeps one session's answer to a form, of which it has `answered` already. Raises ModelError."""
+        if self._grammars is None:
+            raise GrammarError(form, "this node cannot keep answers to a form")
+        make = self._grammars
+
+        def compiled() -> Grammar:
+            if self._compiler is None:
+                self._compiler = make()
+            return self._compiler.compile(form, text, answered)
+
+        return await trio.to_thread.run_sync(compiled)
 
     def queue_by_class_s(self) -> tuple[float, ...]:
         """Seconds of prompts that open sessions have still to read here, by priority, the most urgent first."""

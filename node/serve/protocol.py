@@ -47,12 +47,19 @@ class StageRef:
 
 @dataclass(frozen=True, slots=True)
 class SamplingSpec:
-    """How the last stage chooses tokens; randomness depends on (seed, position) alone."""
+    """How the last stage chooses tokens; randomness depends on (seed, position) alone.
+
+    `form` ("json_schema", "json_object", "regex" or none) keeps the answer to `form_text`; what of the answer stands in
+    the session's prompt, because another session made it, is then told as `answered`.
+    """
 
     temperature: float
     top_p: float
     top_k: int
     seed: int
+    form: str = ""
+    form_text: str = ""
+    answered: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

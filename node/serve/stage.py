@@ -40,6 +40,7 @@ from node.serve.protocol import (
     ReturnDone,
     ReturnOpen,
     Role,
+    SamplingSpec,
     SessionInput,
     SessionNote,
     SessionOpen,
@@ -175,7 +176,8 @@ class StageService:
             else:
                 onward = await stack.enter_async_context(_Relay.open(self._rpc, request, above))
             taking = Taking(self.handovers, request, compute) if request.sources else None
-            stage = _Stage(request, compute, plan, onward, above, giver, taking)
+            sampling = await _sampling(request.sampling, compute if last else None)
+            stage = _Stage(request, compute, plan, onward, above, giver, taking, sampling)
             async with trio.open_nursery() as nursery:
                 if taking is not None:
                     nursery.start_soon(taking.run)
@@ -329,6 +331,7 @@ class _Stage:
         above: _Above,
         giver: Giver | None = None,
         taking: Taking | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         self._request = request
         self._compute = compute
@@ -337,10 +340,7 @@ class _Stage:
         self._above = above
         self._giver = giver
         self._taking = taking
-        sampling = request.sampling
-        self._sampling = Sampling(
-            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=sampling.seed
-        )
+        self._sampling = sampling
         self._last = request.index == len(request.stages) - 1
 
     async def lead(
@@ -421,6 +421,17 @@ class _Stage:
             self._compute.held.use(told)
         if tell:
             await self._above.say(SessionNote(self._request.index, position, step.count))
+
+
+async def _sampling(spec: SamplingSpec, compute: Compute | None) -> Sampling:
+    """How tokens are chosen: every stage checks it, the last one (which has a `compute`) follows a form, too. Raises
+    ModelError."""
+    grammar = None
+    if spec.form and compute is not None:
+        grammar = await compute.grammar(spec.form, spec.form_text, spec.answered)
+    return Sampling(
+        temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k, seed=spec.seed, grammar=grammar
+    )
 
 
 def _check(request: SessionOpen, me: str, caller: str) -> StageRef:

@@ -45,6 +45,7 @@ def test_the_face_is_pinned():
         "TokenizerError",
         "WeightCache",
         "bench_decode",
+        "check_form",
         "header_range",
         "load_span",
         "micro_benchmark",

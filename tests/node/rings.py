@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
-from model_shards import Engine, load_span
+from model_shards import Engine, Grammars, load_span
 from node import embedded
 from node.adverts import HostAdvert, ModelAdvert, NodeAdvert
 from node.atlas import Atlas
@@ -92,7 +93,7 @@ class Ring:
 
 @asynccontextmanager
 async def ring_of(model, spans, copies=1):
-    config, index, _ = model
+    config, index, tokenizer = model
     network = MemoryNetwork()
     spans = [span for span in spans for _ in range(copies)]
     nodes = [Node(network.host(f"stage-{i}")) for i in range(len(spans))]
@@ -102,7 +103,8 @@ async def ring_of(model, spans, copies=1):
             await nursery.start(node.rpc.run)
         for node, (start, end) in zip(nodes, spans, strict=True):
             engine = Engine(load_span(embedded.path(), index, config, start, end), kv_bytes_max=KV_BYTES)
-            node.computes[MANIFEST] = Compute(engine, trio.CapacityLimiter(1))
+            grammars = partial(Grammars, tokenizer, config.vocab, config.eos_ids)
+            node.computes[MANIFEST] = Compute(engine, trio.CapacityLimiter(1), grammars=grammars)
             nursery.start_soon(node.computes[MANIFEST].run)
         everyone = [*nodes, gateway]
         for i, node in enumerate(everyone):

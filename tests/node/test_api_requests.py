@@ -54,8 +54,6 @@ BOTH = [
     ("presence_penalty", False, "not supported"),
     ("min_p", 0.1, "not supported"),
     ("logit_bias", {"5": 1}, "not supported"),
-    ("response_format", {"type": "json_object"}, "not supported"),
-    ("response_format", "text", "not supported"),
     ("user", 5, "a text"),
     ("user", "x" * 600, "at most 512 characters"),
     ("service_tier", "gold", "one of auto"),
@@ -130,6 +128,38 @@ def test_a_wrong_chat_field_is_named(param, value, words) -> None:
 @pytest.mark.parametrize(("param", "value", "words"), PLAIN_ONLY)
 def test_a_wrong_completion_field_is_named(param, value, words) -> None:
     _assert_refused(parse_completion, PLAIN | {param.partition("[")[0]: value}, param, words)
+
+
+FORMS = [
+    ("text", "response_format", "an object"),
+    ({"type": "yaml"}, "response_format.type", "one of"),
+    ({"type": "json_schema"}, "response_format.json_schema.schema", "a JSON schema"),
+    (
+        {"type": "json_schema", "json_schema": {"schema": {"type": "no"}}},
+        "response_format.json_schema.schema",
+        "can meet",
+    ),
+    ({"type": "regex", "pattern": "a("}, "response_format.pattern", "can meet"),
+]
+
+
+@pytest.mark.parametrize(("value", "param", "words"), FORMS)
+def test_a_form_that_no_answer_can_meet_is_refused(value, param, words) -> None:
+    _assert_refused(parse_chat, CHAT | {"response_format": value}, param, words)
+
+
+def test_forms_are_read_and_must_end() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    described = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+    options = parse_chat(CHAT | {"response_format": described}, CONFIG).options
+    assert (options.form, json.loads(options.form_text)) == ("json_schema", schema)
+    options = parse_completion(PLAIN | {"response_format": {"type": "json_object"}}, CONFIG).options
+    assert (options.form, options.form_text) == ("json_object", "")
+    options = parse_chat(CHAT | {"response_format": {"type": "regex", "pattern": "a+"}}, CONFIG).options
+    assert (options.form, options.form_text) == ("regex", "a+")
+    _assert_refused(
+        parse_chat, CHAT | {"response_format": described, "ignore_eos": True}, "ignore_eos", "must end"
+    )
 
 
 @pytest.mark.parametrize("field", ["model", "messages"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import pytest
@@ -184,6 +185,30 @@ async def test_what_cannot_be_served_is_said(model, prompt):
             await tokens_of(ring, wish(prompt))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+async def test_answers_keep_to_a_form_and_end_with_it(model, prompt, temperature):
+    async with ring_of(model, CUTS["two"]) as ring:
+        asked = {"temperature": temperature, "ignore_eos": False, "max_tokens": 60}
+        asked |= {"form": "regex", "form_text": "(yes|no), [0-9]{2,4}"}
+        events = await tokens_of(ring, wish(prompt, **asked))
+        assert events[-1].finish == "stop"
+        text = model[2].decode([event.token for event in events[:-1]])
+        assert re.fullmatch("(yes|no), [0-9]{2,4}", text.strip())
+        with pytest.raises(GatewayError, match="regex"):
+            await tokens_of(ring, wish(prompt, form="regex", form_text="a("))
+        await ring.quiet()
+
+
+async def test_an_answer_that_goes_on_elsewhere_keeps_to_its_form(model, prompt):
+    async with ring_of(model, CUTS["two"]) as ring:
+        ids = tuple(model[2].encode("yes, 12"))
+        sampling = SamplingSpec(0.0, 1.0, 0, 0, "regex", "(yes|no), [0-9]{2}", ids)
+        compute = ring.nodes[-1].computes[MANIFEST]
+        grammar = await compute.grammar(sampling.form, sampling.form_text, sampling.answered)
+        allowed = set(grammar.allowed(()).nonzero().flatten().tolist())
+        assert allowed == set(compute.engine.span.config.eos_ids)
+
+
 def opening(ring, **changes):
     fields = {
         "session": "s",
@@ -221,6 +246,8 @@ async def to_the_end(channel):
         {"session": "x" * 5000},
         {"gateway": "x" * 5000},
         {"sampling": SamplingSpec(-1.0, 7.0, -3, 0)},
+        {"sampling": SamplingSpec(0.0, 1.0, 0, 0, "yaml", "a: b")},
+        {"sampling": SamplingSpec(0.0, 1.0, 0, 0, "regex", "a(")},
     ],
 )
 async def test_a_session_no_honest_gateway_opens_is_refused_and_leaves_nothing(model, ring_refusals, changes):

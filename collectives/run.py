@@ -31,6 +31,7 @@ from collectives.agreement import (
     unpack_message,
 )
 from collectives.audit import AuditCount
+from collectives.carry import Carrier
 from collectives.codecs import codec
 from collectives.config import RunConfig
 from collectives.court import Court
@@ -50,7 +51,7 @@ from collectives.state_rpc import Fetch, Head, aside, ask_heads, choose_head
 from collectives.tag import Outcome, TagShell
 from collectives.watch import Watch
 from collectives.wire import Letter, Post
-from p2p import Identity, Link, Links, PeerEvent, ProtocolViolation, Rpc
+from p2p import Identity, Link, Links, PeerEvent, PeerId, ProtocolViolation, Rpc
 
 log = logging.getLogger("shoal.collectives")
 
@@ -84,6 +85,15 @@ class Run:
         self._tags: dict[str, TagShell] = {}
         self._shelves: dict[str, Shelf] = {}
         self._posts: dict[str, Post] = {}
+        self._carrier = Carrier(
+            run_id,
+            self.me,
+            service.identity,
+            lambda peer, letter: self._post(peer).send(letter),
+            self._on_own_letter,
+            self.reaches,
+            self._known,
+        )
         self._watch = Watch(config.detector, self._beat, self._on_health, self._mark)
         self._nursery: trio.Nursery | None = None
         self._rounds: set[str] = set()
@@ -365,6 +375,15 @@ class Run:
         """Something from an authenticated peer."""
         if self.court.is_guilty(peer):
             return
+        if letter.kind == "carry":
+            self._carrier.on_letter(peer, letter)
+        else:
+            self._on_own_letter(peer, letter)
+
+    def _on_own_letter(self, peer: str, letter: Letter) -> None:
+        """What `peer` has written to this node, itself or by others."""
+        if self.court.is_guilty(peer):
+            return
         if letter.kind == "beat":
             self._watch.beat(peer, letter.body)
             return
@@ -387,9 +406,16 @@ class Run:
     def _others(self) -> list[str]:
         """Peers that may know of the run and can be asked now."""
         connected = {str(peer) for peer in self._service.host.peers()} - {self.me, *self.court.verdicts}
+        return sorted(self._known() & connected or connected)
+
+    def reaches(self, peer: str) -> bool:
+        """Whether there is a connection to `peer`."""
+        return self._service.host.is_connected(PeerId(peer))
+
+    def _known(self) -> set[str]:
+        """Who belongs to the run, as far as this node knows."""
         seats = {peer for shell in self._tags.values() for peer in self._seats(shell)}
-        known = (seats | set(self._contacts) | set(self._founders)) & connected
-        return sorted(known or connected)
+        return seats | set(self._contacts) | set(self._founders)
 
     def _seats(self, shell: TagShell) -> tuple[str, ...]:
         config = shell.chain.config
@@ -443,7 +469,12 @@ class Run:
 
     def _send(self, tag: str, peer: str, message: Message) -> None:
         self._watch.follow(peer)
-        self._post(peer).send(Letter("agree", tag, pack_message(message)))
+        self._write(peer, Letter("agree", tag, pack_message(message)))
+
+    def _write(self, peer: str, letter: Letter) -> None:
+        self._post(peer).send(letter)
+        if not self.reaches(peer):
+            self._carrier.send(peer, letter)  # perhaps neither of the two can be dialled
 
     def _post(self, peer: str) -> Post:
         post = self._posts.get(peer)
@@ -458,7 +489,7 @@ class Run:
         return sum(shell.plane.moved_bytes() for shell in self._tags.values())
 
     def _beat(self, peer: str, body: bytes) -> None:
-        self._post(peer).send(Letter("beat", "", body))
+        self._write(peer, Letter("beat", "", body))
 
     def _on_guilty(self, peer: str, verdict: Verdict) -> None:
         """It is dead to this node: suspected for ever, and its links are cut."""

@@ -32,7 +32,7 @@ class Talk:
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """`kind` "agree" goes to the chain of `tag`, "beat" to the failure detector."""
+    """`kind` "agree" goes to the chain of `tag`, "beat" to the failure detector, "carry" to whom it is for."""
 
     kind: str
     tag: str

@@ -33,6 +33,25 @@ async def test_a_peer_behind_a_nat_is_a_client_of_the_others(real_members, toget
         assert found[2].bytes_sent == 4 * SIZE
 
 
+@pytest.mark.parametrize("audit", [False, True])
+async def test_two_that_cannot_dial_one_another_are_members_of_every_round(
+    real_members, together, reduce, audit
+):
+    """Whoever of them coordinates: others carry their letters."""
+    config = config_of(4, reduce=ExchangeSettings(audit=audit), audit_parts=2.0)
+    runs = await real_members.start(*"abcd", config=config, hidden="cd")
+    assert not runs[2].reaches(runs[3].me)
+    firsts = set()
+    for _ in range(8):
+        given = given_of(runs)
+        found = await together(runs, lambda run, given=given: reduce(run, given[run.me]))
+        assert all(len(one.peers) == 4 for one in found)
+        assert all(torch.equal(one.tensors[0], mean_of(runs, given)) for one in found)
+        firsts.add(found[0].certificate.ballot.owner)
+    assert {runs[2].me, runs[3].me} & firsts, "one of them has coordinated"
+    assert all(run.guilty == {} for run in runs)
+
+
 async def test_lans_reduce_first_and_all_get_the_same_bytes(real_members, together, reduce):
     groups = {"a": "x", "b": "x", "c": "y", "d": "y"}
     each = {name: {"config": config_of(4, group=group)} for name, group in groups.items()}

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING
 import trio
 from blake3 import blake3
 
-from collectives.agreement import Declaration, Member
+from collectives.agreement import Declaration, Member, Value
 from collectives.codecs import codec
 from collectives.errors import LocalFault, NonFinite, NoQuorum
 from collectives.reduce import (
     Accusation,
+    Equivocation,
     Exchange,
     Layout,
     MisuseError,
@@ -39,7 +40,7 @@ from collectives.reduce.contribution import Contribution
 from collectives.reduce.evidence import CONTRIBUTION, HONEST, RESULT, contribution_name, declared, is_bound
 from collectives.reduce.result import HASH_BYTES
 from collectives.state_rpc import aside
-from collectives.values import CHUNK_BYTES_MAX
+from collectives.values import CHUNK_BYTES_MAX, value_digest
 from p2p import Call, Method, P2pError, Rpc, RpcRefusal, Tensor
 
 if TYPE_CHECKING:
@@ -56,10 +57,13 @@ _chance = secrets.SystemRandom()
 
 @dataclass(frozen=True, slots=True)
 class AskStatement:
+    """What have you signed under `name`? With `of`: what has that peer signed for you?"""
+
     run: str
     tag: str
     kind: str
     name: bytes
+    of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,8 @@ class _Case:
     stated: dict[str, Statement] = field(default_factory=dict)
     signed: dict[str, Statement] = field(default_factory=dict)
     made: trio.Event = field(default_factory=trio.Event)
+    heard: trio.Event = field(default_factory=trio.Event)
+    digest: bytes = b""
     passed: bool = False
 
     @property
@@ -203,6 +209,7 @@ class Auditor:
             return False
         if not case.made.is_set():
             self._sign_result(case)
+            case.digest = exchange.digest
             case.made.set()
         return case.passed
 
@@ -223,6 +230,7 @@ class Auditor:
                 for peer in case.roots:
                     if peer != self._me:
                         nursery.start_soon(self._learn_result, case, exchange, peer)
+            case.heard.set()
             verdicts = [await self._look(case, chunk) for chunk in (self._drawn(case) if sees_all else ())]
             if all(verdict.why == "unfounded" for verdict in verdicts):
                 case.passed = True
@@ -352,6 +360,33 @@ class Auditor:
                 blame_s = trio.current_time() + patience_s
             await trio.sleep(PAUSE_S)
 
+    async def compare(self, value: Value, voters: Sequence[str]) -> None:
+        """Something else was decided than what was made here, of the same contributions: somebody has given, and
+        signed, one result to this member and another one to those who voted."""
+        case = self._case
+        if case is None or case.name != declared(value.declaration) or not case.digest:
+            return
+        if value_digest(value.declaration, case.digest) == value.digest:
+            return
+        log.warning("epoch %d is decided otherwise than it was made here", value.declaration.epoch)
+        with trio.move_on_after(self._config.link_silence_s):
+            await case.heard.wait()
+            for voter in voters:
+                for peer, mine in case.signed.items():
+                    if self._me in (voter, peer) or self._run.court.is_guilty(peer):
+                        continue
+                    ask = AskStatement(self._run.run_id, self._tag, RESULT, case.name, peer)
+                    try:
+                        other = await self._rpc.call(voter, STATEMENT, ask)
+                    except P2pError as problem:
+                        log.debug("%s does not tell what %s has signed: %s", voter, peer, problem)
+                        continue
+                    evidence = Equivocation(self._me, mine, other)
+                    verdict = recheck(evidence, case.layout, self._config.reduce)
+                    if verdict.guilty == peer:
+                        proof = pack_proof(evidence, case.layout, self._config.reduce)
+                        self._run.court.convict(verdict, proof)
+
     async def audit(self, chunks: Sequence[int] | None, within_s: float) -> list[Verdict]:
         """Parts of the last result, all that others made by default, on demand: as long as everybody keeps what it
         contributed (`RunConfig.audit_keep`), or is still in the round. LocalFault, NoQuorum."""
@@ -394,8 +429,13 @@ class Auditor:
 
     def on_statement(self, ask: AskStatement) -> Statement:
         """RpcRefusal for what was never said, or is not kept any more."""
-        found = self._mine if ask.kind == CONTRIBUTION else self._signed.get(ask.name)
         case = self._case
+        if ask.kind == RESULT and ask.of not in ("", self._me):
+            told = None if case is None or case.name != ask.name else case.signed.get(ask.of)
+            if told is None:
+                raise RpcRefusal("absent", "this peer has signed nothing of that name for us")
+            return told
+        found = self._mine if ask.kind == CONTRIBUTION else self._signed.get(ask.name)
         if ask.kind == RESULT and found is None and case is not None and case.name == ask.name:
             try:
                 self._sign_result(case)

@@ -149,6 +149,8 @@ class Run:
         try:
             outcome = await shell.attempt_round(offer, deadline_s)
             try:
+                if shell.plane.auditor is not None:
+                    await shell.plane.auditor.compare(outcome.value, outcome.certificate.voters)
                 await shell.plane.drain(deadline_s)
             except trio.Cancelled:
                 shell.missed.append(outcome)  # it is decided, and the next catch_up gives it

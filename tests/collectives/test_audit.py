@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 import trio
+from blake3 import blake3
 
 from collectives import ExchangeSettings, Feedback, LocalFault, NoQuorum, RoundFailed, RunConfig, Settings
 from collectives import audit as audit_module
 from collectives.court import NOTICE, Notice
-from collectives.reduce import Layout, verify_proof
+from collectives.reduce import Exchange, Kind, Layout, verify_proof
 from collectives.reduce.collect import Collector
+from p2p.testing import MemoryNetwork
 
 ALL = 1e6  # parts: every one that others made
 CONFIG = RunConfig(
@@ -242,3 +244,39 @@ async def test_nobody_is_accused_when_members_die_and_links_break(
     assert all(run.guilty == {} for run in runs)
     assert all(run.committed() >= 2 for run in others)
     assert sum(run.audits.parts for run in others) > 0
+
+
+async def test_who_signs_one_result_for_one_and_another_for_the_rest_is_named(
+    autojump_clock, members, together, reduce, monkeypatch
+):
+    seats = [host.peer_id for host in map(MemoryNetwork().host, "abcd")]
+    liar, victim = seats[1], seats[3]
+    told = {}
+    pick, answer = Exchange._pick, audit_module.AuditServer._statement
+
+    def next_frame(self, box, peer):
+        frame = pick(self, box, peer)
+        if frame is not None and frame.kind == Kind.RESULT and (self.me, peer) == (liar, victim):
+            payload = bytearray(b"".join(frame.payload))
+            payload[:4] = b"lies"
+            told[frame.chunk] = blake3(payload).digest()
+            frame = replace(frame, payload=(memoryview(payload),))
+        return frame
+
+    async def statement(self, call, ask):
+        found = await answer(self, call, ask)
+        if ask.of or found.peer != liar or found.kind != "result" or str(call.peer) != victim:
+            return found
+        lies = b"".join(told[chunk] for chunk in sorted(told))
+        return replace(found, hashes=lies).sign(members.network.hosts[liar].identity)
+
+    monkeypatch.setattr(Exchange, "_pick", next_frame)
+    monkeypatch.setattr(audit_module.AuditServer, "_statement", statement)
+    runs = await members.start(*"abcd", config=replace(CONFIG, audit_parts=0.0))
+    found = await together(runs, lambda run: reduce(run, tensors_of(run)))
+    assert all(same(one.tensors, mean_of(runs)) for one in found), "what was decided, also at the victim's"
+    await trio.sleep(3)  # of the virtual clock: the proof is on its way
+    for run in runs:
+        if run.me != liar:
+            assert {peer: verdict.why for peer, verdict in run.guilty.items()} == {liar: "equivocated"}
+            assert verify_proof(run.court.proof(liar)) == run.guilty[liar]

@@ -7,6 +7,9 @@ torch, and does not know what is trained.
         async with run.round() as r:
             out = await r.reduce(tensors, weight=tokens)    # out.tensors, out.members, out.weight, out.epoch, ...
         await run.publish(state)                            # joiners and latecomers: await run.fetch_state()
+
+With `ExchangeSettings(audit=True)` nobody need be believed: who alters what it adds up is proved guilty (`run.guilty`),
+and whoever holds the bytes of the proof can check it (`verify_proof`).
 """
 
 from collectives.agreement import Settings

@@ -265,6 +265,14 @@ class Run:
         more to do with them. `court.proof(peer)` are bytes that `verify_proof` takes, anywhere."""
         return dict(self.court.verdicts)
 
+    def report(self) -> dict[str, Any]:
+        """For people and programs, as JSON has it: the last epoch by tag, parts audited, who is guilty of what."""
+        return {
+            "epochs": {tag: shell.chain.epoch for tag, shell in self._tags.items()},
+            "audited_parts": self.audits.parts,
+            "guilty": {peer: verdict.why for peer, verdict in self.court.verdicts.items()},
+        }
+
     # ---- state
 
     async def publish(
@@ -412,7 +420,7 @@ class Run:
 
     def reaches(self, peer: str) -> bool:
         """Whether there is a connection to `peer`."""
-        return self._service.host.is_connected(PeerId(peer))
+        return bool(self._service.host.is_connected(PeerId(peer)))
 
     def _known(self) -> set[str]:
         """Who belongs to the run, as far as this node knows."""

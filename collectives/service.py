@@ -69,6 +69,10 @@ class Collectives:
             del self.runs[run.run_id]
             self._mail.close(run.run_id)
 
+    def report(self) -> dict[str, Any]:
+        """What each open run reports."""
+        return {run_id: run.report() for run_id, run in self.runs.items()}
+
     async def watch_peers(
         self, run: Run, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:

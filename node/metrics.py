@@ -118,6 +118,15 @@ class Metrics:
             "Share of connected peers that are reached by relay.",
             registry=registry,
         )
+        self.guilty = Gauge(
+            "shoal_run_guilty_peers",
+            "Peers proved to have altered a run's results.",
+            ["run"],
+            registry=registry,
+        )
+        self.audited = Gauge(
+            "shoal_run_audited_parts", "Parts of a run's results made again here.", ["run"], registry=registry
+        )
         self.ping = Gauge(
             "shoal_mesh_ping_seconds", "Round trips to connected peers.", ["quantile"], registry=registry
         )
@@ -188,6 +197,11 @@ class Metrics:
             rank = min(len(pings_s) - 1, int(quantile * len(pings_s)))
             self.ping.labels(f"{quantile:g}").set(pings_s[rank])
         self._observe_health(nodes)
+        self.guilty.clear()
+        self.audited.clear()
+        for run, report in mesh.get("runs", {}).items():
+            self.guilty.labels(run).set(len(report["guilty"]))
+            self.audited.labels(run).set(report["audited_parts"])
         self.copies.clear()
         self.ready.clear()
         for model in mesh.get("models", []):

@@ -97,6 +97,7 @@ async def test_who_alters_a_part_commits_nothing_is_named_and_shut_out(
         assert set(found[run].peers) == {one.me for one in others}
         assert same(found[run].tensors, mean_of(others)), "nothing of what was altered is in it"
         assert {peer: verdict.why for peer, verdict in run.guilty.items()} == {liar.me: "altered"}
+        assert run._service.report()["r"]["guilty"] == {liar.me: "altered"}
         proof = run.court.proof(liar.me)
         assert verify_proof(proof) == run.guilty[liar.me]
     # It is no member again, whether it behaves or not.

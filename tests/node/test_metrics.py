@@ -115,3 +115,13 @@ def test_what_the_serving_side_reports_is_shown() -> None:
     assert sample(metrics, 'shoal_prefix_cache_hits_total{model_name="m"}') == 4
     assert sample(metrics, 'shoal_prefix_cache_queries_total{model_name="m"}') == 10
     assert sample(metrics, 'shoal_request_failure_total{code="StageLost",model_name="m"}') == 1
+
+
+def test_guilty_peers_of_runs_are_counted():
+    metrics = Metrics()
+    runs = {"r": {"epochs": {}, "audited_parts": 7, "guilty": {"a": "altered", "b": "equivocated"}}}
+    metrics.observe_mesh({"runs": runs})
+    assert sample(metrics, 'shoal_run_guilty_peers{run="r"}') == 2
+    assert sample(metrics, 'shoal_run_audited_parts{run="r"}') == 7
+    metrics.observe_mesh({"runs": {}})
+    assert sample(metrics, 'shoal_run_guilty_peers{run="r"}') is None

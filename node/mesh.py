@@ -297,7 +297,7 @@ class MeshNode:
             }
             for request in self.gateway.live.values()
         ]
-        return mesh_document(
+        document = mesh_document(
             self.atlas(),
             self.planning,
             mesh_id=self.membership.mesh_id,
@@ -308,6 +308,7 @@ class MeshNode:
             standings=self.gateway.standings(),
             queues=self.gateway.queues(),
         )
+        return {**document, "runs": self.collectives.report()}
 
     def invite(self, ttl_s: float | None) -> str:
         """An invite to this mesh with this node's addresses first."""

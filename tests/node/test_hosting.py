@@ -29,7 +29,10 @@ def files():
     torch.set_num_threads(1)
     directory = embedded.path()
     return SimpleNamespace(
-        directory=directory, config=ModelConfig.from_dir(directory), index=CheckpointIndex.open(directory)
+        tokenizer=None,
+        directory=directory,
+        config=ModelConfig.from_dir(directory),
+        index=CheckpointIndex.open(directory),
     )
 
 

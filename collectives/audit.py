@@ -172,6 +172,8 @@ class Auditor:
         hashes = await aside(given.layout.tensor_bytes, look)
         name = contribution_name(given.nonce, self._config.codec, layout)
         about = (CONTRIBUTION, self._run.run_id, self._tag, epoch, self._me)
+        if self._case is not None:
+            self._case.own = None  # what was kept for it makes room
         self._mine = self._sign(Statement(*about, name, hashes))
         self._kept = kept
         self._handed.clear()

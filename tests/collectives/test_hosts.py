@@ -4,7 +4,16 @@ import pytest
 import torch
 import trio
 
-from collectives import ExchangeSettings, Fork, NoQuorum, RoundFailed, RunConfig, Settings, verify_proof
+from collectives import (
+    DetectorSettings,
+    ExchangeSettings,
+    Fork,
+    NoQuorum,
+    RoundFailed,
+    RunConfig,
+    Settings,
+    verify_proof,
+)
 from collectives.reduce.collect import Collector
 from collectives.state import Snapshot
 
@@ -19,8 +28,13 @@ def mean_of(runs, given):
     return torch.stack([given[run.me][0] for run in runs]).sum(0) / len(runs)
 
 
+# A busy machine is no dead one; here only connections that end tell of anything.
+PATIENT = DetectorSettings(silence_min_s=30.0, silence_max_s=60.0, dead_after_s=60.0)
+
+
 def config_of(members_min, **more):
-    return RunConfig(agreement=Settings(members_min=members_min, grace_first_s=2.0), **more)
+    agreement = Settings(members_min=members_min, grace_first_s=2.0, hurry_s=4.0, takeover_s=5.0)
+    return RunConfig(agreement=agreement, detector=PATIENT, **more)
 
 
 async def test_a_peer_behind_a_nat_is_a_client_of_the_others(real_members, together, reduce):
@@ -41,14 +55,16 @@ async def test_two_that_cannot_dial_one_another_are_members_of_every_round(
     config = config_of(4, reduce=ExchangeSettings(audit=audit), audit_parts=2.0)
     runs = await real_members.start(*"abcd", config=config, hidden="cd")
     assert not runs[2].reaches(runs[3].me)
-    firsts = set()
-    for _ in range(8):
+    owner = None
+    rounds = 0
+    while owner not in (runs[2].me, runs[3].me) or rounds < 3:  # everybody's turn comes
         given = given_of(runs)
         found = await together(runs, lambda run, given=given: reduce(run, given[run.me]))
         assert all(len(one.peers) == 4 for one in found)
         assert all(torch.equal(one.tensors[0], mean_of(runs, given)) for one in found)
-        firsts.add(found[0].certificate.ballot.owner)
-    assert {runs[2].me, runs[3].me} & firsts, "one of them has coordinated"
+        owner = found[0].certificate.ballot.owner
+        rounds += 1
+        assert rounds < 60
     assert all(run.guilty == {} for run in runs)
 
 
@@ -134,14 +150,14 @@ async def test_a_partition_goes_on_in_pairs_and_meets_again_by_the_rule(real_mem
     async def alone(run):
         forks[run.me] = Fork.at(states[run.me])
         with pytest.raises(NoQuorum):
-            await reduce(run, [torch.ones(SIZE)], deadline_s=6.0)
+            await reduce(run, [torch.ones(SIZE)], deadline_s=8.0)
         pair = await run.average([torch.full((SIZE,), 4.0 * (1 + few.index(run)))], 2.0)
         forks[run.me].add(2.0)
         states[run.me] = {"w": states[run.me]["w"] + pair.tensors[0]}
 
     async def side(run):
         if run in most:
-            return await take(run, [torch.full((SIZE,), 10.0)], deadline_s=5.0)
+            return await take(run, [torch.full((SIZE,), 10.0)], deadline_s=8.0)
         return await alone(run)
 
     found = await together(runs, side)

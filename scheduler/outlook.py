@@ -64,9 +64,8 @@ class Outlook:
     """Hosts as one gateway believes them to be. `chunk_tokens` of a prompt at a time go from stage to stage."""
 
     def __init__(self, hosted: Sequence[Hosted], links: Links, *, chunk_tokens: int) -> None:
-        self._links = links
+        self._hosted, self._links = hosted, links
         self._chunk_tokens = chunk_tokens
-        self._router = Router(hosted, links)
         self._hosts: dict[str, list[Hosted]] = {}
         for h in hosted:
             self._hosts.setdefault(h.node, []).append(h)
@@ -77,9 +76,10 @@ class Outlook:
         Of a few good chains the one drawn by the request's seed where it keeps the aims, else the one that misses them
         least. Raises NoChain and NoRoom, and Rejected where the aims are strict and no chain would keep them.
         """
+        router = Router(self._hosted, self._links)
         offers: list[Offer] = []
         for weight in (WAIT_WEIGHT, HURRY_WEIGHT):
-            found = self._router.choose(replace(request, wait_weight=weight), alternates=ALTERNATES)
+            found = router.choose(replace(request, wait_weight=weight), alternates=ALTERNATES)
             for chain in (found, *found.alternates):
                 offer = self.weigh(chain.stages, request, aims)
                 if offer is not None and all(offer.stages != known.stages for known in offers):

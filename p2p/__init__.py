@@ -17,6 +17,7 @@ from p2p.blobs import (
     StoreFault,
     build_manifest,
 )
+from p2p.certs import mesh_id_of
 from p2p.errors import (
     CallFailed,
     DeadlineExceeded,
@@ -39,6 +40,7 @@ from p2p.invite import Invite
 from p2p.kad import Kad, KadConfig
 from p2p.links import Link, LinkReport, Links, LinksConfig
 from p2p.messages import pack_value, unpack_value
+from p2p.roster import Roster
 from p2p.rpc import Rpc
 from p2p.rpc_lane import Channel
 from p2p.rpc_types import Call, Method, RpcConfig
@@ -80,6 +82,7 @@ __all__ = [
     "ProtocolViolation",
     "RemoteFault",
     "ResourceLimit",
+    "Roster",
     "Rpc",
     "RpcConfig",
     "RpcRefusal",
@@ -88,6 +91,7 @@ __all__ = [
     "Tensor",
     "Unreachable",
     "build_manifest",
+    "mesh_id_of",
     "open_host",
     "pack_value",
     "unpack_value",

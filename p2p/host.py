@@ -38,7 +38,8 @@ from p2p.errors import (
     Unreachable,
 )
 from p2p.identity import Identity, PeerId
-from p2p.membership import Membership, MembershipRefused
+from p2p.membership import CertifiedMembership, Membership, MembershipRefused
+from p2p.roster import Roster
 from p2p.streams import ByteStream, MuxByteStream
 
 __all__ = ["ByteStream", "Handler", "Host", "HostConfig", "PeerEvent", "open_host"]
@@ -120,14 +121,19 @@ class Host:
     """Made by `open_host`. One trio event loop; no method is safe from another thread."""
 
     def __init__(
-        self, identity: Identity, mesh_id: str, swarm_key: bytes | None, config: HostConfig, raw: MendedHost
+        self,
+        identity: Identity,
+        membership: Membership | CertifiedMembership,
+        mesh_id: str,
+        config: HostConfig,
+        raw: MendedHost,
     ) -> None:
         self.peer_id = identity.peer_id
         self.mesh_id = mesh_id
         self.config = config
         self._raw = raw
         self._swarm: MendedSwarm = raw.get_network()
-        self._membership = Membership(mesh_id, swarm_key, identity.peer_id)
+        self._membership = membership
         self._handlers: dict[str, Handler] = {}
         self._links: dict[MendedYamux, _Link] = {}
         self._up: set[PeerId] = set()
@@ -155,6 +161,10 @@ class Host:
 
     def is_connected(self, peer: str) -> bool:
         return any(link.peer == peer for link in self._live())
+
+    def dialled_by(self) -> frozenset[PeerId]:
+        """Connected peers of whom at least one connection was made from their side."""
+        return frozenset(link.peer for link in self._live() if not link.mux.is_initiator)
 
     def _live(self) -> Iterator[_Link]:
         return (link for link in self._links.values() if link.proven and not link.mux.is_closed)
@@ -299,13 +309,19 @@ class Host:
 
     async def _listener_proof(self, link: _Link, stream: MendedStream) -> None:
         try:
-            await self._membership.check_as_listener(stream, link.peer)
+            answer = await self._membership.check_as_listener(stream, link.peer)
         except MembershipRefused as error:
             link.reason = str(error)
+            await stream.close()  # what was said of the refusal leaves before the connection does
             link.settled.set()
             return
         self._mark_proven(link)
-        await self._membership.accept(stream)
+        try:
+            await self._membership.accept(stream, link.peer, answer)
+        except MembershipRefused as error:
+            logger.info("%s did not let this node in: %s", link.peer, error)
+            link.mux.abort("it did not let this node in")
+            return
         await stream.close()
 
     def _mark_proven(self, link: _Link) -> None:
@@ -426,9 +442,16 @@ def only_remote(error: BaseException) -> bool:
 
 @asynccontextmanager
 async def open_host(
-    identity: Identity, mesh_id: str, swarm_key: bytes | None, config: HostConfig | None = None
+    identity: Identity,
+    mesh_id: str,
+    swarm_key: bytes | None,
+    config: HostConfig | None = None,
+    *,
+    roster: Roster | None = None,
 ) -> AsyncIterator[Host]:
     """A listening host for as long as the block runs.
+
+    With a `roster`, members are known by certificates besides the swarm key, which the roster holds then.
 
     Raises ListenError for an address that cannot be bound, LocalFault for a bad mesh id.
     An exception of the block's own leaves as it is, not in a group.
@@ -441,7 +464,9 @@ async def open_host(
     raw = MendedHost(
         swarm, disable_identify_address_discovery=True, addrs_factory=lambda _: bare_addrs(swarm)
     )
-    host = Host(identity, mesh_id, swarm_key, config, raw)
+    plain = Membership(mesh_id, swarm_key, identity.peer_id)
+    membership = plain if roster is None else CertifiedMembership(roster)
+    host = Host(identity, membership, mesh_id, config, raw)
     failure: Exception | None = None
     async with background_trio_service(swarm), trio.open_nursery() as nursery:
         host._nursery = nursery

@@ -44,7 +44,7 @@ class Identity:
         self._seed = seed
         self._key = Ed25519PrivateKey.from_private_bytes(seed)
         public = self._key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-        self.peer_id = PeerId(base58.b58encode(_PEER_ID_PREFIX + public).decode("ascii"))
+        self.peer_id = peer_of_key(public)
 
     def __repr__(self) -> str:
         return f"Identity({self.peer_id})"
@@ -79,6 +79,10 @@ class Identity:
         _tighten_mode(path)
         return identity
 
+    def save(self, path: Path) -> None:
+        """Keep this key at `path`, mode 0600. Raises IdentityError in one line."""
+        _write_key(path, self.seed)
+
     def sign(self, domain: str, payload: bytes) -> bytes:
         """64 bytes; a signature made for one `domain` never verifies in another."""
         return self._key.sign(_signed_bytes(domain, payload))
@@ -107,6 +111,11 @@ def public_key_of(peer: str) -> bytes | None:
     if len(raw) != len(_PEER_ID_PREFIX) + 32 or not raw.startswith(_PEER_ID_PREFIX):
         return None
     return raw[len(_PEER_ID_PREFIX) :]
+
+
+def peer_of_key(public: bytes) -> PeerId:
+    """The peer id that contains these 32 bytes of an Ed25519 public key."""
+    return PeerId(base58.b58encode(_PEER_ID_PREFIX + public).decode("ascii"))
 
 
 def _signed_bytes(domain: str, payload: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """An invite: one line of text that lets a new node find a mesh and prove that it may enter.
 
-Knows the text format (`shoal1-`, then url-safe base64 of a checksum and a compressed body) and
+Knows the text format (`shoal2-`, then url-safe base64 of a checksum and a compressed body; `shoal1-` for a
+mesh without founding key) and
 every way in which a pasted invite can be wrong. It does not know how to connect, nor the time.
 """
 
@@ -16,12 +17,15 @@ from typing import Any
 
 import msgpack
 
+from p2p.certs import mesh_id_of
 from p2p.errors import InviteError
-from p2p.identity import public_key_of
+from p2p.identity import PeerId, peer_of_key, public_key_of
 
-_PREFIX = "shoal1-"
+_PREFIX = "shoal2-"
+_PREFIX_PLAIN = "shoal1-"
 _CHECKSUM_BYTES = 6
 _TEXT_CHARS_MAX = 8192
+_TICKET_BYTES_MAX = 8448
 _BODY_BYTES_MAX = 16384
 _ADDRS_MAX = 32
 _ADDR_CHARS_MAX = 256
@@ -34,13 +38,17 @@ _VERSION = re.compile(r"shoal(\d{1,4})-")
 class Invite:
     """`swarm_key` (32 bytes) closes the mesh; None means it is open. `addrs` end in /p2p/PEER.
 
-    `expires_at_s` is Unix time in seconds. Raises InviteError when a field is out of its limits.
+    `expires_at_s` is Unix time in seconds. `founder` is the mesh's founding key as a peer id and `ticket` what
+    lets a device in (empty for a public mesh); a mesh of an earlier version has neither. Raises InviteError
+    when a field is out of its limits.
     """
 
     mesh_id: str
     swarm_key: bytes | None
     addrs: tuple[str, ...]
     expires_at_s: float | None = None
+    founder: PeerId | None = None
+    ticket: bytes = b""
 
     def __post_init__(self) -> None:
         if not isinstance(self.mesh_id, str) or not _MESH_ID.fullmatch(self.mesh_id):
@@ -57,6 +65,12 @@ class Invite:
             _check_addr(address)
         if self.expires_at_s is not None and not isinstance(self.expires_at_s, float | int):
             raise InviteError("the expiry is not a number of seconds")
+        if self.founder is not None and (
+            public_key_of(self.founder) is None or mesh_id_of(self.founder) != self.mesh_id
+        ):
+            raise InviteError("the founding key is not that of the mesh it names")
+        if not isinstance(self.ticket, bytes) or len(self.ticket) > _TICKET_BYTES_MAX:
+            raise InviteError(f"the ticket must be at most {_TICKET_BYTES_MAX} bytes")
 
     def expired(self, now_s: float) -> bool:
         """Whether the invite is past its time at Unix time `now_s`."""
@@ -65,8 +79,11 @@ class Invite:
     def encode(self) -> str:
         """One line of letters, digits, dashes and underscores."""
         fields = [self.mesh_id, self.swarm_key, list(self.addrs), self.expires_at_s]
+        if self.founder is not None:
+            fields += [public_key_of(self.founder), self.ticket]
         body = zlib.compress(msgpack.packb(fields, use_bin_type=True), 9)
-        return _PREFIX + base64.urlsafe_b64encode(_checksum(body) + body).decode("ascii").rstrip("=")
+        prefix = _PREFIX_PLAIN if self.founder is None else _PREFIX
+        return prefix + base64.urlsafe_b64encode(_checksum(body) + body).decode("ascii").rstrip("=")
 
     @staticmethod
     def decode(text: str) -> Invite:
@@ -77,14 +94,15 @@ class Invite:
         compact = "".join(text.split())
         if len(compact) > _TEXT_CHARS_MAX:
             raise InviteError(f"an invite has at most {_TEXT_CHARS_MAX} characters, this has {len(compact)}")
-        if not compact.startswith(_PREFIX):
+        prefix = next((one for one in (_PREFIX, _PREFIX_PLAIN) if compact.startswith(one)), None)
+        if prefix is None:
             version = _VERSION.match(compact)
             if version:
                 raise InviteError(
-                    f"this invite is of version {version[1]}; this program reads version 1, please update it"
+                    f"this invite is of version {version[1]}; this program reads versions 1 and 2, please update it"
                 )
             raise InviteError(f"not an invite: it should start with {_PREFIX!r}")
-        return _parse(_unwrap(compact[len(_PREFIX) :]))
+        return _parse(_unwrap(compact[len(prefix) :]), founded=prefix == _PREFIX)
 
 
 def _unwrap(encoded: str) -> bytes:
@@ -107,14 +125,21 @@ def _unwrap(encoded: str) -> bytes:
     return plain
 
 
-def _parse(body: bytes) -> Invite:
+def _parse(body: bytes, *, founded: bool) -> Invite:
     try:
         fields: Any = msgpack.unpackb(body, raw=False, strict_map_key=True)
     except (ValueError, msgpack.UnpackException, RecursionError):
         raise InviteError("the invite's body is not readable") from None
-    if not isinstance(fields, list) or len(fields) != 4 or not isinstance(fields[2], list):
-        raise InviteError("the invite's body does not have the four fields of version 1")
-    return Invite(fields[0], fields[1], tuple(fields[2]), fields[3])
+    if not isinstance(fields, list) or (len(fields) < 6 if founded else len(fields) != 4):
+        count = "six fields of version 2" if founded else "four fields of version 1"
+        raise InviteError(f"the invite's body does not have the {count}")
+    if not isinstance(fields[2], list):
+        raise InviteError("the invite's addresses are not a list")
+    if not founded:
+        return Invite(fields[0], fields[1], tuple(fields[2]), fields[3])
+    if not isinstance(fields[4], bytes) or len(fields[4]) != 32:
+        raise InviteError("the founding key is not a key")
+    return Invite(fields[0], fields[1], tuple(fields[2]), fields[3], peer_of_key(fields[4]), fields[5])
 
 
 def _check_addr(address: object) -> None:

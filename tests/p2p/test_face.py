@@ -21,6 +21,7 @@ CALLS_FACE = {
     "Channel",
     "EndOfChannel",
     "Method",
+    "Roster",
     "Rpc",
     "RpcConfig",
     "RpcRefusal",
@@ -39,6 +40,7 @@ BLOBS_FACE = {
     "SourceChanged",
     "StoreFault",
     "build_manifest",
+    "mesh_id_of",
 }
 LINKS_FACE = {"Link", "LinkReport", "Links", "LinksConfig"}
 DHT_FACE = {"Kad", "KadConfig"}

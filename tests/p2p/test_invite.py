@@ -51,7 +51,7 @@ def test_expiry_is_judged_at_the_time_given():
         ("", "should start with"),
         ("hello", "should start with"),
         ("shoal1", "should start with"),
-        ("shoal2-AAAA", "version 2"),
+        ("shoal3-AAAA", "version 3"),
         ("shoal1-", "damaged"),
         ("shoal1-!!!!", "damaged"),
         ("shoal1-é", "damaged"),

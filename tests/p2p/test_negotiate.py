@@ -144,11 +144,11 @@ def test_the_mends_refuse_another_version_of_the_library(monkeypatch):
 
 async def listen(membership, pipe, dialler):
     try:
-        await membership.check_as_listener(pipe, dialler)
+        answer = await membership.check_as_listener(pipe, dialler)
     except MembershipRefused:
         await pipe.stream.aclose()
         return
-    await membership.accept(pipe)
+    await membership.accept(pipe, dialler, answer)
 
 
 @pytest.mark.parametrize("key", [b"k" * 32, None])

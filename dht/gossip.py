@@ -152,6 +152,17 @@ class Gossip:
         """Take back what was published; nothing happens where nothing was."""
         self._do(Withdraw(kind, name))
 
+    def forget(self, peer: PeerId) -> None:
+        """`peer` is no member any more: its entries go, and no new ones come in until `readmit`.
+
+        Raises RecordRefused (`forgotten_full`) when too many are forgotten.
+        """
+        self._perform(Changed(record) for record in self.view.forget(peer) if not record.withdrawn)
+
+    def readmit(self, peer: PeerId) -> None:
+        """Undo `forget`."""
+        self.view.readmit(peer)
+
     async def withdraw_all(self, deadline_s: float) -> None:
         """Take everything back, for good, and wait until connected peers know: at most `deadline_s` seconds."""
         self._silent = True

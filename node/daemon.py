@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from node.config import EMBEDDED, DaemonConfig, ModelSource, describe, parse_tag
 from node.console import Console, set_up_logging
 from node.datadir import DataDir, Membership
 from node.errors import ConfigProblem, ControlProblem, NodeError
+from node.examine import examine
 from node.hardware import Hardware, default_threads, measure
 from node.mesh import MeshNode, open_mesh
 from node.metrics import Metrics
@@ -110,9 +112,19 @@ class Daemon:
 
     async def invite(self, ttl_s: float | None, single_use: bool = False) -> str:
         """An invite to this mesh, as text."""
-        if single_use:
-            raise ControlProblem("single-use invites are not supported yet")
-        return self._living().invite(ttl_s)
+        return self._living().invite(ttl_s, once=single_use)
+
+    async def expel(self, peer: str, branch: bool) -> tuple[str, tuple[str, ...]]:
+        """Put a member out of the mesh for good."""
+        return await self._living().expel(peer, branch=branch)
+
+    async def rotate(self, overlap_s: float) -> None:
+        """Change the swarm key while the mesh runs."""
+        await self._living().rotate(overlap_s)
+
+    async def doctor(self) -> dict[str, Any]:
+        """How this node is, with the next step for whatever is wrong."""
+        return examine(self._living(), self.data.root)
 
     async def add(
         self,
@@ -177,7 +189,8 @@ class Daemon:
 
     async def join(self, invite: str) -> None:
         """Leave this mesh for the invite's, if it is another; the connection that asked for it may be cut."""
-        offered, node = membership_of(invite), self._living()
+        node = self._living()
+        offered = self._invited(invite)
         if offered.mesh_id == node.membership.mesh_id:
             node.directory.add(offered.addrs)
             return
@@ -196,11 +209,17 @@ class Daemon:
 
     def _first_membership(self) -> Membership:
         if self.config.join is not None:
-            membership = membership_of(self.config.join)
+            membership = self._invited(self.config.join)
         else:
             membership = self.data.membership() or Membership.found(public=self.config.public)
         self.data.remember(membership)
         return membership
+
+    def _invited(self, text: str) -> Membership:
+        """What an invite offers. Whoever is in that mesh already needs its addresses only, however old it is."""
+        known = self.data.membership()
+        offered = membership_of(text, may_be_old=known.mesh_id if known else "")
+        return replace(offered, founding=self.data.founding_key(offered.mesh_id))
 
     async def _live(
         self, identity: Identity, membership: Membership, hardware: Hardware, first: bool
@@ -290,15 +309,17 @@ def _tags(tags: Collection[str], name: str) -> tuple[str, ...]:
         raise ControlProblem(str(problem)) from None
 
 
-def membership_of(text: str) -> Membership:
-    """The membership that an invite offers. Raises ControlProblem with one clear line."""
+def membership_of(text: str, *, may_be_old: str = "") -> Membership:
+    """The membership that an invite offers; one to the mesh `may_be_old` may have expired.
+
+    Raises ControlProblem with one clear line."""
     try:
         invite = Invite.decode(text.strip())
     except InviteError as problem:
         raise ControlProblem(str(problem)) from None
-    if invite.expired(time.time()):
+    if invite.expired(time.time()) and invite.mesh_id != may_be_old:
         raise ControlProblem("this invite has expired; ask for a new one with `shoal invite`")
-    return Membership(invite.mesh_id, invite.swarm_key, tuple(invite.addrs))
+    return Membership(invite.mesh_id, invite.swarm_key, tuple(invite.addrs), invite.founder, invite.ticket)
 
 
 def _report(console: Console, label: str, done: int, total: int) -> None:

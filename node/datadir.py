@@ -1,6 +1,7 @@
 """The data directory: who holds it, which mesh it belongs to, and where the running daemon can be reached.
 
-`identity.key` is p2p's; `mesh.json` (mesh id, swarm key, addresses to try first) is written here with mode 0600;
+`identity.key` is p2p's; `meshes/` holds by mesh the founding key (where this node founded it) and who is a member;
+`mesh.json` (mesh id, swarm key, addresses to try first) is written here with mode 0600;
 `daemon.json` exists only while a daemon runs and is what the command line reads. A lock keeps two daemons apart, also
 when one died without cleaning up. It knows nothing of what the files mean to the network.
 """
@@ -11,30 +12,42 @@ import base64
 import contextlib
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from node.errors import DataDirProblem
+from p2p import Identity, PeerId, mesh_id_of
 
 MESHES_MAX = 16
+NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9-]")
 
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """Which mesh this node belongs to. `swarm_key` is None for a public mesh; `addrs` are tried first."""
+    """Which mesh this node belongs to. `swarm_key` is None for a public mesh; `addrs` are tried first.
+
+    `founder` is the founding key's peer id (None in a mesh of an earlier version, whose members have no
+    certificates), `ticket` what an invite gave, `founding` the founding key itself where this node made it.
+    """
 
     mesh_id: str
     swarm_key: bytes | None
     addrs: tuple[str, ...] = ()
+    founder: PeerId | None = None
+    ticket: bytes = b""
+    founding: Identity | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def found(cls, *, public: bool) -> Membership:
         """A new mesh of one."""
-        return cls(secrets.token_hex(8), None if public else secrets.token_bytes(32))
+        founding = Identity.generate()
+        key = None if public else secrets.token_bytes(32)
+        return cls(mesh_id_of(founding.peer_id), key, founder=founding.peer_id, founding=founding)
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -122,7 +135,15 @@ class DataDir:
             document = json.loads(path.read_bytes())
             key = document["swarm_key"]
             addrs = tuple(str(a) for a in document.get("addrs", ()))
-            return Membership(str(document["mesh_id"]), None if key is None else bytes.fromhex(key), addrs)
+            mesh_id, founder = str(document["mesh_id"]), document.get("founder")
+            return Membership(
+                mesh_id,
+                None if key is None else bytes.fromhex(key),
+                addrs,
+                None if founder is None else PeerId(str(founder)),
+                bytes.fromhex(document.get("ticket", "")),
+                self.founding_key(mesh_id),
+            )
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as problem:
@@ -139,7 +160,40 @@ class DataDir:
             "swarm_key": key,
             "addrs": list(membership.addrs),
         }
+        if membership.founder is not None:
+            document |= {"founder": membership.founder, "ticket": membership.ticket.hex()}
+        if membership.founding is not None and self.founding_key(membership.mesh_id) is None:
+            membership.founding.save(self._of_mesh(membership.mesh_id, "key"))
         self._write("mesh.json", document)
+
+    def founding_key(self, mesh_id: str) -> Identity | None:
+        """The founding key of a mesh that this node founded, unless its owner took it away to keep it elsewhere."""
+        path = self._of_mesh(mesh_id, "key")
+        return Identity.load_or_create(path) if path.is_file() else None
+
+    def _of_mesh(self, mesh_id: str, kind: str) -> Path:
+        """A file that belongs to one mesh; the mesh's id comes from outside and names nothing else."""
+        name = NOT_IN_NAMES.sub("_", mesh_id)[:64]
+        return self.root / "meshes" / f"{name}.{kind}"
+
+    def roster(self, mesh_id: str) -> bytes | None:
+        """What was kept of a mesh's members; None where nothing was. Raises DataDirProblem."""
+        path = self._of_mesh(mesh_id, "roster")
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as problem:
+            raise DataDirProblem(path, f"cannot be read: {problem.strerror or problem}") from None
+
+    def remember_roster(self, mesh_id: str, state: bytes) -> None:
+        """Keep what is known of a mesh's members: who was expelled stays so after a restart."""
+        path = self._of_mesh(mesh_id, "roster")
+        try:
+            path.parent.mkdir(exist_ok=True, mode=0o700)
+            write_atomic(path, state)
+        except OSError as problem:
+            raise DataDirProblem(path, f"cannot be written: {problem.strerror or problem}") from None
 
     def offers(self, mesh_id: str) -> list[bytes]:
         """The model adverts this node last made in a mesh; a file that cannot be read offers nothing."""

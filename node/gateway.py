@@ -126,6 +126,18 @@ class Control(Protocol):
         """An invite to this mesh, as text."""
         ...
 
+    async def expel(self, peer: str, branch: bool) -> tuple[str, tuple[str, ...]]:
+        """Put a member out for good, with `branch` also those it let in; (its peer id, who of those stays)."""
+        ...
+
+    async def rotate(self, overlap_s: float) -> None:
+        """Change the swarm key; the old one counts for `overlap_s` seconds more."""
+        ...
+
+    async def doctor(self) -> dict[str, Any]:
+        """How this node is, JSON-able."""
+        ...
+
     def add(
         self,
         directory: Path,

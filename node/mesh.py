@@ -26,7 +26,7 @@ from node.adverts import DeviceAdvert, HostAdvert, LinksAdvert, ModelAdvert, Nod
 from node.atlas import Atlas, read_atlas
 from node.config import NAME_PATTERN, DaemonConfig
 from node.datadir import DataDir, Membership
-from node.errors import ConfigProblem
+from node.errors import ConfigProblem, ControlProblem
 from node.hardware import Hardware
 from node.hosting import Host as Hosts
 from node.library import Library, Progress, read_directory
@@ -39,6 +39,7 @@ from node.probe import Probe
 from node.serve.gateway import MeshGateway, serve_config
 from node.serve.returns import Returns
 from node.serve.stage import StageService
+from node.standing import Standing, open_roster
 from node.suspects import Suspects
 from p2p import (
     BlobExchange,
@@ -48,9 +49,11 @@ from p2p import (
     Identity,
     Invite,
     Links,
+    LocalFault,
     P2pError,
     PeerEvent,
     PeerId,
+    Roster,
     Rpc,
     RpcConfig,
     open_host,
@@ -84,6 +87,7 @@ class MeshNode:
         hardware: Hardware,
         metrics: Metrics,
         host: Host,
+        roster: Roster | None = None,
     ) -> None:
         self.config = config
         self.membership = membership
@@ -97,6 +101,10 @@ class MeshNode:
         self.view = View()
         self.gossip = Gossip(self.rpc, self.view, identity, GossipConfig())
         self.directory = Directory(host, self.gossip, identity, data.peers_path)
+        keep = partial(data.remember_roster, membership.mesh_id)
+        self.standing = (
+            None if roster is None else Standing(roster, keep, host, self.rpc, self.gossip, self.directory)
+        )
         self._data = data
         self._store = BlobStore(data.blobs_path, quota_bytes=config.disk_bytes)
         self._offers: dict[str, bytes] = {}
@@ -142,6 +150,8 @@ class MeshNode:
             await nursery.start(self._watch_peers)
             await nursery.start(self._watch_records)
             await nursery.start(self.gossip.run)
+            if self.standing is not None:
+                await nursery.start(self.standing.run)
             await nursery.start(self.hosts.run)
             self._publish_node()
             self._offer_again()
@@ -310,15 +320,65 @@ class MeshNode:
         )
         return {**document, "runs": self.collectives.report()}
 
-    def invite(self, ttl_s: float | None) -> str:
-        """An invite to this mesh with this node's addresses first."""
+    def invite(self, ttl_s: float | None, *, once: bool = False) -> str:
+        """An invite to this mesh with this node's addresses first. Raises ControlProblem where it cannot be made."""
         addrs = list(self.host.addrs())
         for node in self.atlas().nodes.values():
             addrs.extend(addr for addr in node.addrs if addr not in addrs)
-        expires_at_s = None if ttl_s is None else time.time() + ttl_s
-        return Invite(
-            self.membership.mesh_id, self.membership.swarm_key, tuple(addrs[:12]), expires_at_s
-        ).encode()
+        now_s = time.time()
+        mesh_id, key, founder, ticket = self.membership.mesh_id, self.membership.swarm_key, None, b""
+        if once and (self.standing is None or key is None):
+            raise ControlProblem(
+                "in this mesh invites cannot be limited to one use: it asks for no certificates"
+            )
+        if self.standing is not None:
+            roster = self.standing.roster
+            founder, key = roster.founder, roster.swarm_key
+            try:
+                ticket = b"" if roster.public else roster.invite(now_s, ttl_s, once=once)
+            except LocalFault as problem:
+                raise ControlProblem(str(problem)) from None
+        expires_at_s = None if ttl_s is None else now_s + ttl_s
+        return Invite(mesh_id, key, tuple(addrs[:12]), expires_at_s, founder, ticket).encode()
+
+    async def expel(self, text: str, *, branch: bool) -> tuple[PeerId, tuple[PeerId, ...]]:
+        """Put a member (peer id, the end of one, or node name) out; (its id, who of those it let in stays).
+
+        Raises ControlProblem."""
+        standing = self._certified()
+        try:
+            said = standing.roster.expel(self._member_named(text), time.time(), branch=branch)
+        except LocalFault as problem:
+            raise ControlProblem(str(problem)) from None
+        await standing.look()
+        return said.peer, said.keep
+
+    async def rotate(self, overlap_s: float) -> None:
+        """A new swarm key. Raises ControlProblem where this node cannot give one."""
+        standing = self._certified()
+        try:
+            standing.roster.rotate(time.time(), overlap_s)
+        except LocalFault as problem:
+            raise ControlProblem(str(problem)) from None
+        await standing.look()
+
+    def _certified(self) -> Standing:
+        if self.standing is None:
+            raise ControlProblem(
+                "this mesh was founded by an earlier version and has no founding key: found a new one for this"
+            )
+        return self.standing
+
+    def _member_named(self, text: str) -> PeerId:
+        names = {PeerId(peer): node.name for peer, node in self.atlas().nodes.items()}
+        known = {*self._certified().roster.members, *names, *self.host.peers()} - {PeerId(self.me)}
+        exact = [peer for peer in known if text in (peer, names.get(peer))]
+        found = exact or [peer for peer in known if len(text) >= 6 and peer.endswith(text)]
+        if len(found) != 1:
+            raise ControlProblem(
+                f"{text!r} names {len(found)} members; give a whole peer id (see `shoal status --json`)"
+            )
+        return found[0]
 
     def model_state(self, manifest_id: str) -> tuple[bool, str]:
         """(every layer has a ready host, what is missing in plain words). Raises ConfigProblem where another model
@@ -514,8 +574,11 @@ async def open_mesh(
 ) -> AsyncIterator[MeshNode]:
     """Open the host and run a MeshNode for as long as the block lasts."""
     host_config = HostConfig(listen=config.listen)
-    async with open_host(identity, membership.mesh_id, membership.swarm_key, host_config) as host:
-        node = MeshNode(config, data, identity, membership, hardware, metrics, host)
+    roster = open_roster(identity, membership, data)
+    async with open_host(
+        identity, membership.mesh_id, membership.swarm_key, host_config, roster=roster
+    ) as host:
+        node = MeshNode(config, data, identity, membership, hardware, metrics, host, roster)
         async with trio.open_nursery() as nursery:
             await nursery.start(node.run)
             try:

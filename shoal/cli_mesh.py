@@ -29,7 +29,9 @@ SHORTAGE_S = 3.0
 
 def invite(options: argparse.Namespace) -> int:
     """Print an invite, with a QR code where a person can point a camera at it."""
-    answer = connect(options.api, options.data_dir).post("/shoal/invite", {"ttl_s": options.ttl})
+    answer = connect(options.api, options.data_dir).post(
+        "/shoal/invite", {"ttl_s": options.ttl, "single_use": options.once}
+    )
     text = answer.get("invite")
     if not isinstance(text, str) or not text:
         raise DaemonGarbled("the daemon answered without an invite")
@@ -39,9 +41,8 @@ def invite(options: argparse.Namespace) -> int:
     if terminal.is_terminal(sys.stdout):
         if not options.no_qr:
             show_qr(text)
-        terminal.note(
-            f"Good for {terminal.duration(options.ttl)}, for whoever has it. On the other computer:\n"
-        )
+        whom = "the first computer that uses it" if options.once else "whoever has it"
+        terminal.note(f"Good for {terminal.duration(options.ttl)}, for {whom}. On the other computer:\n")
         print(f"shoal join {text}")
     else:
         print(text)

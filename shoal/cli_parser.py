@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
+from shoal.cli_parser_member import member_commands
 
 TTL_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -103,6 +104,7 @@ def build_parser() -> Parser:
     )
     _node_commands(commands)
     _mesh_commands(commands)
+    member_commands(commands, _add, _where, ttl)
     _model_commands(commands)
     _plan_command(commands)
     _sim_command(commands)
@@ -237,11 +239,12 @@ def _mesh_commands(commands: Any) -> None:
         "print an invite to this node's mesh",
         "Print an invite: a text, and in a terminal also a QR code. Whoever has it can join the mesh\n"
         "until it expires, so send it as you would send a password.",
-        "  shoal invite\n  shoal invite --ttl 30m --no-qr\n  ssh other shoal join $(shoal invite)",
+        "  shoal invite\n  shoal invite --ttl 30m --once\n  ssh other shoal join $(shoal invite)",
     )
     invite.add_argument(
         "--ttl", metavar="TIME", type=ttl, default="24h", help="how long it is good for (default: 24h)"
     )
+    invite.add_argument("--once", action="store_true", help="good for one computer only")
     invite.add_argument("--no-qr", action="store_true", help="print no QR code")
     _json(invite, "the invite")
     _where(invite)
@@ -256,21 +259,6 @@ def _mesh_commands(commands: Any) -> None:
     status.add_argument("--watch", action="store_true", help="keep the picture up to date until Ctrl-C")
     _json(status, "the daemon's view of the mesh")
     _where(status)
-
-    tags = _add(
-        commands,
-        "tags",
-        "shoal.cli_tags:tags",
-        "show or change what this node says of itself",
-        "Tags are words that an owner sets. `metered`: its link is paid by the byte, so that little is fetched\n"
-        "there. `owner-active`: its owner is using it, so that work goes elsewhere where it can. `trusted`, or any\n"
-        "other: models may ask for it. A tag holds until it is taken away or the node stops.",
-        "  shoal tags\n  shoal tags --add owner-active\n  shoal tags --remove owner-active",
-    )
-    tags.add_argument("--add", metavar="TAG", action="append", default=[], help="may be repeated")
-    tags.add_argument("--remove", metavar="TAG", action="append", default=[], help="may be repeated")
-    _json(tags, "the tags")
-    _where(tags)
 
 
 def _model_commands(commands: Any) -> None:

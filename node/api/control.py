@@ -25,6 +25,7 @@ INVITE_CHARS_MAX = 16384
 PATH_CHARS_MAX = 4096
 NAME_CHARS_MAX = 128
 TTL_S_MAX = 10 * 365 * 86400.0
+OVERLAP_S_MAX = 90 * 86400.0
 COPIES_MAX = 64
 TAGS_MAX = 64
 
@@ -42,6 +43,25 @@ class ControlApi:
         ttl_s = None if fields.raw("ttl_s") is None else fields.number("ttl_s", 0.0, 1.0, TTL_S_MAX)
         text = await self._orders().invite(ttl_s, fields.flag("single_use", False))
         return _json({"invite": text})
+
+    async def expel(self, request: Request) -> Response:
+        """POST /shoal/expel {"peer": id or name, "branch": false} -> {"expelled": id, "kept": [ids]}."""
+        fields = await self._fields(request)
+        peer = fields.text("peer", chars_max=NAME_CHARS_MAX)
+        expelled, kept = await self._orders().expel(peer, fields.flag("branch", False))
+        return _json({"expelled": expelled, "kept": list(kept)})
+
+    async def rotate(self, request: Request) -> Response:
+        """POST /shoal/rotate {"overlap_s": seconds} -> {"overlap_s": seconds}: a new swarm key from now on."""
+        fields = await self._fields(request)
+        overlap_s = fields.number("overlap_s", 86400.0, 0.0, OVERLAP_S_MAX)
+        await self._orders().rotate(overlap_s)
+        return _json({"overlap_s": overlap_s})
+
+    async def doctor(self, request: Request) -> Response:
+        """POST /shoal/doctor {} -> how this node is: see `node.doctor`."""
+        await self._fields(request)
+        return _json(await self._orders().doctor())
 
     async def join(self, request: Request) -> Response:
         """POST /shoal/join {"invite": text} -> {"joined": true}."""

@@ -39,6 +39,7 @@ from p2p import (
     Invite,
     Method,
     P2pError,
+    Roster,
     Rpc,
     Tensor,
     Unreachable,
@@ -98,7 +99,8 @@ async def villain(mesh):
     identity = Identity.generate()
     while planner_rank(MESH, [*peers, identity.peer_id])[0] == identity.peer_id:
         identity = Identity.generate()  # whose turn it is to plan is trusted; a plan out of turn is not
-    async with open_host(identity, invite.mesh_id, invite.swarm_key, LISTEN) as host:
+    roster = Roster(identity, invite.mesh_id, invite.founder, invite.swarm_key, ticket=invite.ticket)
+    async with open_host(identity, invite.mesh_id, invite.swarm_key, LISTEN, roster=roster) as host:
         for node in mesh.nodes[0].view()["nodes"]:
             if node["peer"] in peers:
                 await host.connect(node["addrs"])
@@ -383,12 +385,16 @@ async def test_a_member_that_promises_a_model_and_then_hangs_up_costs_a_request_
 async def test_a_stranger_gets_nothing(unharmed, four):
     invite = Invite.decode(four.nodes[0].invite())
     strangers = [
-        (invite.mesh_id, os.urandom(32)),
-        (invite.mesh_id, None),
-        ("0123456789abcdef", invite.swarm_key),
+        (invite.mesh_id, os.urandom(32), b""),
+        (invite.mesh_id, None, b""),
+        ("0123456789abcdef", invite.swarm_key, b""),
+        (invite.mesh_id, invite.swarm_key, b""),
+        (invite.mesh_id, os.urandom(32), invite.ticket),
     ]
-    for mesh_id, key in strangers:
-        async with open_host(Identity.generate(), mesh_id, key, LISTEN) as host:
+    for mesh_id, key, ticket in strangers:
+        identity = Identity.generate()
+        roster = Roster(identity, mesh_id, invite.founder, key, ticket=ticket)
+        async with open_host(identity, mesh_id, key, LISTEN, roster=roster) as host:
             for node in four.nodes[0].view()["nodes"]:
                 with pytest.raises(Unreachable):
                     await host.connect(node["addrs"], deadline_s=6.0)

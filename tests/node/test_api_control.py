@@ -24,6 +24,19 @@ class FakeControl:
         self.calls.append(("invite", ttl_s, single_use))
         return "shoal1-abc"
 
+    async def expel(self, peer, branch):
+        self.calls.append(("expel", peer, branch))
+        if self.problem is not None:
+            raise self.problem
+        return "12D3peer", ("12D3other",)
+
+    async def rotate(self, overlap_s):
+        self.calls.append(("rotate", overlap_s))
+
+    async def doctor(self):
+        self.calls.append(("doctor",))
+        return {"findings": []}
+
     async def join(self, invite: str) -> None:
         self.calls.append(("join", invite))
         if self.problem is not None:
@@ -50,9 +63,22 @@ class FakeControl:
             yield line
 
 
-ORDERS = ["/shoal/invite", "/shoal/join", "/shoal/models", "/shoal/plan", "/shoal/tags", "/shoal/stop"]
+ORDERS = [
+    "/shoal/invite",
+    "/shoal/expel",
+    "/shoal/rotate",
+    "/shoal/doctor",
+    "/shoal/join",
+    "/shoal/models",
+    "/shoal/plan",
+    "/shoal/tags",
+    "/shoal/stop",
+]
 BODIES = {
     "/shoal/invite": {"ttl_s": 60},
+    "/shoal/expel": {"peer": "12D3peer"},
+    "/shoal/rotate": {"overlap_s": 60},
+    "/shoal/doctor": {},
     "/shoal/join": {"invite": "shoal1-x"},
     "/shoal/models": {"directory": "/models/a", "name": "a"},
     "/shoal/plan": {"model": "a"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -105,3 +106,32 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch)
         write_atomic(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_founding_key_is_kept_privately_and_may_be_taken_away(tmp_path):
+    with DataDir.open(tmp_path) as data:
+        membership = Membership.found(public=False)
+        data.remember(membership)
+        (path,) = (tmp_path / "meshes").glob("*.key")
+        assert path.stat().st_mode & 0o077 == 0
+        assert data.membership().founding.peer_id == membership.founder
+        data.remember(replace(membership, founding=None, ticket=b"t"))
+        assert data.membership().founding.peer_id == membership.founder
+        path.unlink()
+        assert data.membership() == replace(membership, ticket=b"t")
+        assert data.membership().founding is None
+
+
+def test_a_mesh_id_names_no_file_elsewhere(tmp_path):
+    with DataDir.open(tmp_path / "d") as data:
+        data.remember_roster("../../evil", b"x")
+        assert data.roster("../../evil") == b"x"
+    assert [path.parent for path in tmp_path.rglob("*.roster")] == [tmp_path / "d" / "meshes"]
+
+
+def test_a_data_directory_of_an_earlier_version_still_opens(tmp_path):
+    with DataDir.open(tmp_path) as data:
+        (tmp_path / "mesh.json").write_text(
+            '{"version": 1, "mesh_id": "m", "swarm_key": "6b6b", "addrs": []}'
+        )
+        assert data.membership() == Membership("m", b"kk")

@@ -7,8 +7,9 @@ import zlib
 import msgpack
 import pytest
 
+from p2p.certs import mesh_id_of
 from p2p.errors import InviteError
-from p2p.identity import Identity
+from p2p.identity import Identity, public_key_of
 from p2p.invite import Invite, _checksum
 
 PEER = Identity(b"i" * 32).peer_id
@@ -99,3 +100,23 @@ def test_one_wrong_character_is_always_noticed(seed):
 def test_an_invite_cannot_be_made_of_wrong_fields(fields, reason):
     with pytest.raises(InviteError, match=reason):
         Invite(*fields)
+
+
+def test_an_invite_of_a_founded_mesh_carries_its_key_and_ticket_and_names_no_other_mesh():
+    founder = Identity(b"f" * 32).peer_id
+    invite = Invite(mesh_id_of(founder), b"k" * 32, (ADDR,), 9.0, founder, b"ticket")
+    text = invite.encode()
+    assert text.startswith("shoal2-")
+    assert Invite.decode(text) == invite
+    with pytest.raises(InviteError, match="founding key"):
+        Invite("another", b"k" * 32, (ADDR,), 9.0, founder, b"ticket")
+    with pytest.raises(InviteError, match="ticket"):
+        Invite(mesh_id_of(founder), b"k" * 32, (ADDR,), 9.0, founder, b"t" * 9000)
+
+
+def test_what_a_later_version_appends_to_an_invite_is_passed_over():
+    founder = Identity(b"f" * 32)
+    key = public_key_of(founder.peer_id)
+    fields = [mesh_id_of(founder.peer_id), None, [], None, key, b"", "news"]
+    text = wrap(zlib.compress(msgpack.packb(fields))).replace("shoal1-", "shoal2-")
+    assert Invite.decode(text).founder == founder.peer_id

@@ -5,10 +5,11 @@
  *
  * Three acceptors, of which 0 is the best-ranked, and two coordinators: acceptor 0 with ballot 0, which needs no
  * promises, and acceptor 1 with ballot 3. -DTHREE adds acceptor 2 with ballot 5, which is too much to be searched whole
- * (-DBITSTATE samples it). Any message may be lost, and channels are slow. CRASHES times (1) an acceptor crashes, and comes back with its journal (promise
- * and vote) and without the bytes it held. A coordinator whose promises show a value that all its tellers (the owners
- * of the ballots it was proposed in) say nothing is decided of may pass it over, whether its bytes are lost or not. It
- * leaves out gathering, reducing (a coordinator has a result of its own, and holders hand it on), resignations, joiners.
+ * (-DBITSTATE samples it). Any message may be lost, and channels are slow. CRASHES times (1) an acceptor crashes, and
+ * comes back with its journal (promise and vote) and without the bytes it held. A coordinator whose promises show a
+ * value that all its tellers (the owners of the ballots it was proposed in) say nothing is decided of may pass it over,
+ * whether its bytes are lost or not. The model leaves out gathering, reducing (a coordinator has a result of its own,
+ * and holders hand it on), resignations, joiners.
  *
  * Checked: two coordinators never decide two values; a decision is in the journal of its coordinator before it is told.
  * -DFORGETFUL loses the journal in the crash, -DEAGER passes over bytes that are lost without their tellers' answers,

@@ -103,26 +103,28 @@ class Member:
                 await trio.sleep(self.order["think_s"])
             self.came_back = False
             epoch = self.epoch + 1
+            given, weight = values(me, epoch), weight_of(me, epoch)
+            self.say("enters", epoch=epoch)
             began = time.monotonic()
             try:
                 async with run.round(TAG) as r:
-                    weight = weight_of(me, epoch)
-                    result = await r.reduce(values(me, epoch), weight)
+                    result = await r.reduce(given, weight)
             except RoundFailed as error:
                 self.say(
                     "failed",
                     epoch=epoch,
                     why=type(error).__name__,
                     text=str(error),
+                    began=began,
                     took_s=time.monotonic() - began,
                 )
                 await self.recover(run, error)
             else:
-                await self.apply(run, result, time.monotonic() - began, own=True)
+                await self.apply(run, result, began=began, took_s=time.monotonic() - began, own=True)
         self.say("end", epoch=self.epoch)
         await trio.sleep(self.order["linger_s"])
 
-    async def apply(self, run, result, took_s: float, own: bool) -> None:
+    async def apply(self, run, result, **more: object) -> None:
         members = [(member.peer, member.weight) for member in result.members]
         exact = all(
             torch.equal(seen, wanted)
@@ -133,14 +135,14 @@ class Member:
         self.epoch = result.epoch
         snapshot = await run.publish(self.state, self.epoch)
         self.say(
-            "commit", epoch=self.epoch, own=own, members=sorted(peer for peer, _ in members), exact=exact,
-            digest=result.digest.hex(), state=snapshot.digest.hex(), took_s=took_s, first=run.members(TAG)[0],
+            "commit", epoch=self.epoch, members=sorted(peer for peer, _ in members), exact=exact,
+            digest=result.digest.hex(), state=snapshot.digest.hex(), first=run.members(TAG)[0], **more,
         )  # fmt: skip
 
     async def recover(self, run, error: RoundFailed) -> None:
         missed = run.catch_up(TAG)
         for result in missed:
-            await self.apply(run, result, 0.0, own=False)
+            await self.apply(run, result, own=False)
         if missed:
             return
         if run.committed(TAG) > self.epoch or isinstance(error, Behind):

@@ -2,8 +2,8 @@
 
 The defaults are a mesh of home machines around a 32-billion-parameter model in eight bits, which none of them
 holds alone: unlike devices, four regions, a fifth of them leaving each hour, thirty-two gateways that see loads two
-seconds old. There are as many nodes as Azure's chat trace fills: the best scheduler keeps about nine of ten requests
-in target there, the point at which DistServe (arXiv 2401.09670) compares.
+seconds old. There are as many nodes as Azure's chat trace fills: the best scheduler keeps seven to nine of ten
+requests in target there, near the point at which DistServe (arXiv 2401.09670) compares.
 """
 
 from __future__ import annotations

@@ -37,6 +37,12 @@ class Aims:
     token_s: float = float("inf")
     strict: bool = False
 
+    def missed(self, first_s: float, token_s: float) -> float:
+        """By how much a chain that takes so long misses them (0: not at all, 1: takes twice as long)."""
+        late = first_s / max(1e-3, self.first_s * MARGIN) - 1.0
+        slow = token_s / (self.token_s * MARGIN) - 1.0
+        return max(0.0, late) + max(0.0, slow)
+
     def refuse(self, first_s: float, token_s: float) -> bool:
         """Whether a request is not worth serving by a chain that takes so long."""
         return self.strict and (first_s > self.first_s or token_s > self.token_s)
@@ -66,9 +72,17 @@ class Outlook:
     def __init__(self, hosted: Sequence[Hosted], links: Links, *, chunk_tokens: int) -> None:
         self._hosted, self._links = hosted, links
         self._chunk_tokens = chunk_tokens
+        self._router: Router | None = None
         self._hosts: dict[str, list[Hosted]] = {}
         for h in hosted:
             self._hosts.setdefault(h.node, []).append(h)
+
+    @property
+    def router(self) -> Router:
+        """Over these hosts; made when it is first asked for, for whoever only weighs needs none."""
+        if self._router is None:
+            self._router = Router(self._hosted, self._links)
+        return self._router
 
     def offer(self, request: ChainRequest, aims: Aims) -> Offer:
         """The chain to take, and others to fall back on.
@@ -76,10 +90,9 @@ class Outlook:
         Of a few good chains the one drawn by the request's seed where it keeps the aims, else the one that misses them
         least. Raises NoChain and NoRoom, and Rejected where the aims are strict and no chain would keep them.
         """
-        router = Router(self._hosted, self._links)
         offers: list[Offer] = []
         for weight in (WAIT_WEIGHT, HURRY_WEIGHT):
-            found = router.choose(replace(request, wait_weight=weight), alternates=ALTERNATES)
+            found = self.router.choose(replace(request, wait_weight=weight), alternates=ALTERNATES)
             for chain in (found, *found.alternates):
                 offer = self.weigh(chain.stages, request, aims)
                 if offer is not None and all(offer.stages != known.stages for known in offers):
@@ -133,8 +146,6 @@ class Outlook:
             return None
         first_s = self._first_s(stages, known, request)
         token_s = self._token_s(stages, known, request)
-        late = first_s / max(1e-3, aims.first_s * MARGIN) - 1.0
-        slow = token_s / (aims.token_s * MARGIN) - 1.0
         cost_s = WAIT_WEIGHT * first_s + request.new_tokens * token_s
         for stage, h in zip(stages, known, strict=True):
             work_s = (
@@ -142,7 +153,7 @@ class Outlook:
             )
             doubt = 1.0 / max(RELIABILITY_LEAST, h.reliability) - 1.0
             cost_s += doubt * work_s * (stage.end - stage.start)
-        return Offer(tuple(stages), first_s, token_s, cost_s, max(0.0, late) + max(0.0, slow))
+        return Offer(tuple(stages), first_s, token_s, cost_s, aims.missed(first_s, token_s))
 
     def _host(self, stage: Stage) -> Hosted | None:
         for h in self._hosts.get(stage.node, ()):

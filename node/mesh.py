@@ -304,6 +304,7 @@ class MeshNode:
                 "priority": request.priority,
                 "reused_tokens": request.reused,
                 "chain": [{"node": s.peer, "start": s.start, "end": s.end} for s in request.chain],
+                "prefill_chain": [{"node": s.peer, "start": s.start, "end": s.end} for s in request.prefill],
             }
             for request in self.gateway.live.values()
         ]

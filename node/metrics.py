@@ -94,6 +94,9 @@ class Metrics:
         self.preemptions = counter(
             "shoal_num_preemptions", "Times that a background request gave its room to others."
         )
+        self.splits = counter(
+            "shoal_split_sessions", "Requests whose prompt was read on one chain and answered on another."
+        )
         self.replays = counter("shoal_replays", "Spans recomputed after a node was lost.")
         self.first_token = histogram(
             "shoal_time_to_first_token_seconds", "Seconds until the first token.", FIRST_TOKEN_BUCKETS_S
@@ -169,6 +172,10 @@ class Metrics:
     def count_preemption(self, model: str) -> None:
         """A background request gave its room to others."""
         self.preemptions.labels(model).inc()
+
+    def count_split(self, model: str) -> None:
+        """A request was read on one chain and is answered on another."""
+        self.splits.labels(model).inc()
 
     def count_replay(self, model: str) -> None:
         """A lost span was recomputed elsewhere."""

@@ -12,7 +12,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +33,25 @@ from node.errors import (
 )
 from node.gateway import GenerateRequest, ModelInfo, TokenEvent
 from node.metrics import Metrics
+from node.serve.booking import booked
 from node.serve.faults import raise_single
 from node.serve.forecast import Pace, seats
 from node.serve.intake import Intake, Place
 from node.serve.prefixes import marks_of
-from node.serve.protocol import BACKGROUND, HIGH, NORMAL, Priority, SamplingSpec, SessionOpen, StageRef
+from node.serve.protocol import (
+    BACKGROUND,
+    HANDOVER_S_MAX,
+    HIGH,
+    NORMAL,
+    Priority,
+    SamplingSpec,
+    SessionOpen,
+    StageRef,
+)
 from node.serve.returns import Returns
-from node.serve.selection import Choice, Selector, Wish, as_stages
-from node.serve.session import CacheStale, Elsewhere, Session, open_session
+from node.serve.selection import Choice, Selector, Wish
+from node.serve.session import CacheStale, Elsewhere, Observe, Session, open_session
+from node.serve.split import Answer, open_split, openings
 from p2p import P2pError, Rpc
 from scheduler import (
     Admission,
@@ -55,6 +66,7 @@ from scheduler import (
 )
 from scheduler.admission import Capacity
 from scheduler.outlook import Aims
+from scheduler.parting import GAIN
 
 if TYPE_CHECKING:
     from node.library import Library
@@ -64,6 +76,9 @@ TRIES_MAX = 3
 EVENTS_BUFFERED = 64
 CHAIN_WAIT_S = 1.0
 BUSY_WAIT_S = 0.2
+HANDOVER_SLACK = 4.0
+HANDOVER_S_MIN = 5.0
+"""A handover may take so many times what it should, and so long in any case."""
 PRIORITIES: dict[str, Priority] = {"high": HIGH, "normal": NORMAL, "background": BACKGROUND}
 PARALLEL_PRIOR = 4
 """Requests that are supposed not to slow one another down, until it was measured."""
@@ -74,11 +89,13 @@ AIMS = Aims(first_s=5.0, token_s=0.25)
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """How this gateway admits and judges. `wait_s` bounds the wait of requests that name no target of their own."""
+    """How this gateway admits and judges. `wait_s` bounds the wait of requests that name no target of their own;
+    `split_gain` is the share of a request's time that separate chains for prefill and decode must save (1: never)."""
 
     wait_s: float = 60.0
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    split_gain: float = GAIN
 
 
 def serve_config(config: DaemonConfig) -> ServeConfig:
@@ -90,6 +107,7 @@ def serve_config(config: DaemonConfig) -> ServeConfig:
             waiting_max=config.queue_max, waiting_a_client_max=max(1, config.queue_max // 2)
         ),
         health=HealthConfig(out_s=config.avoid_s, slow_s=3 * config.avoid_s),
+        split_gain=config.split_gain,
     )
 
 
@@ -104,6 +122,7 @@ class LiveRequest:
     tokens: int = 0
     reused: int = 0
     priority: str = "normal"
+    prefill: tuple[StageRef, ...] = ()
 
 
 @dataclass(slots=True)
@@ -169,7 +188,7 @@ class MeshGateway:
         self._detail = detail
         self._mesh_json = mesh_json
         self._metrics = metrics
-        self._selector = Selector(me, Health(self._config.health))
+        self._selector = Selector(me, Health(self._config.health), self._config.split_gain)
         self._paces: dict[str, Pace] = {}
         self._priors: dict[str, float] = {}
         self._numbers = itertools.count()
@@ -324,8 +343,8 @@ class MeshGateway:
                 await self._through(work, choice, send)
                 return
             except CacheStale as stale:
-                self._selector.finder.gone(choice.stages)
-                spare = [replace(choice, reuse=max(0, stale.tokens)), *spare]
+                self._selector.finder.gone(choice.reading.stages)
+                spare = [choice.reusing(max(0, stale.tokens)), *spare]
                 continue
             except Elsewhere as better:
                 work.left += 1
@@ -334,6 +353,8 @@ class MeshGateway:
             except StageLost as lost:
                 log.warning("request %s: %s", work.request.request_id, lost)
                 self._selector.health.failed(lost.peer, trio.current_time())
+                if choice.prefill is not None and len(work.made) == shown:
+                    self._selector.split_failed(trio.current_time())
                 if len(work.made) > shown or attempt == TRIES_MAX:
                     raise
                 work.excluded.add(lost.peer)
@@ -352,9 +373,11 @@ class MeshGateway:
             async for token in tokens:
                 index = before + token.index
                 if token.index == 0:
-                    self._metrics.count_prefix(request.model, len(prompt), choice.reuse)
+                    self._metrics.count_prefix(request.model, len(prompt), choice.reading.reuse)
+                    if choice.prefill is not None:
+                        self._metrics.count_split(request.model)
                     pace.worked(len(prompt), trio.current_time())
-                    self._selector.finder.sent(choice.stages, marks_of(prompt))
+                    self._selector.finder.sent(choice.reading.stages, marks_of(prompt))
                 live.tokens = index + 1
                 await send.send(TokenEvent(token.token, index, token.logprob, token.finish))
                 work.made.append(token.token)
@@ -412,7 +435,7 @@ class MeshGateway:
     @contextlib.asynccontextmanager
     async def _session(
         self, work: _Work, choice: Choice, prompt: tuple[int, ...]
-    ) -> AsyncIterator[tuple[Session, LiveRequest]]:
+    ) -> AsyncIterator[tuple[Session | Answer, LiveRequest]]:
         """One session over one chain, as its stream of tokens. Raises StageLost, Overloaded or CacheStale."""
         request, name = work.request, secrets.token_hex(12)
         opening = SessionOpen(
@@ -434,12 +457,9 @@ class MeshGateway:
                 tuple(work.made) if request.form else (),
             ),
             marks=marks_of(prompt),
-            reuse=choice.reuse,
+            reuse=choice.reading.reuse,
             priority=work.priority,
         )
-
-        def observe(stage: int, tokens: int, seconds: float) -> None:
-            self._selector.observe(choice, stage, tokens, seconds, trio.current_time())
 
         def heard(stage: int, queues_s: tuple[float, ...]) -> None:
             if self._selector.ledger.heard(name, stage, queues_s):
@@ -450,16 +470,38 @@ class MeshGateway:
             request.model,
             choice.stages,
             time.time(),
-            reused=choice.reuse,
+            reused=choice.reading.reuse,
             priority=request.priority,
+            prefill=choice.prefill.stages if choice.prefill is not None else (),
         )
         self.live[name] = live
-        with self._booked(name, work, choice):
+        booking = booked(
+            self._selector.ledger, name, work.model.manifest_id, choice,
+            prompt_tokens=len(prompt), new_tokens=work.tokens_left, priority=work.priority,
+        )  # fmt: skip
+        with booking as handed_over:
             try:
-                async with open_session(self._rpc, self._returns, opening, prompt, observe, heard) as session:
-                    yield session, live
+                if choice.prefill is None:
+                    async with open_session(
+                        self._rpc, self._returns, opening, prompt, self._observing(choice), heard
+                    ) as session:
+                        yield session, live
+                else:
+                    within_s = max(HANDOVER_S_MIN, HANDOVER_SLACK * choice.handover_s)
+                    chains = openings(opening, choice.prefill.stages, min(within_s, HANDOVER_S_MAX))
+                    observe = self._observing(choice.prefill), self._observing(choice)
+                    async with open_split(
+                        self._rpc, self._returns, *chains, prompt, observe, handed_over
+                    ) as answer:
+                        yield answer, live
             finally:
                 del self.live[name]
+
+    def _observing(self, choice: Choice) -> Observe:
+        def observe(stage: int, tokens: int, seconds: float) -> None:
+            self._selector.observe(choice, stage, tokens, seconds, trio.current_time())
+
+        return observe
 
     def _think_again(self, session: str, work: _Work, choice: Choice) -> None:
         """Every stage has said how much work it had. Raises Elsewhere where another chain should be taken, Overloaded
@@ -474,24 +516,6 @@ class MeshGateway:
         if better is not None:
             log.info("request %s leaves a chain whose stages have much to do", work.request.request_id)
             raise Elsewhere(better)
-
-    @contextlib.contextmanager
-    def _booked(self, name: str, work: _Work, choice: Choice) -> Iterator[None]:
-        """The session's room and work count for this gateway's own choices before the mesh hears of them."""
-        prompt_tokens, ledger = len(work.prompt), self._selector.ledger
-        ledger.opened(
-            name,
-            work.model.manifest_id,
-            as_stages(choice.stages),
-            tokens=prompt_tokens + work.tokens_left,
-            prompt_tokens=prompt_tokens - choice.reuse,
-            priority=work.priority,
-            now_s=trio.current_time(),
-        )
-        try:
-            yield
-        finally:
-            ledger.closed(name, trio.current_time())
 
     def _named(self, name: str) -> ModelAdvert:
         model = self._atlas().model_named(name)

@@ -6,6 +6,7 @@ and chains whose caches hold the prompt's beginning. Pure but for the random see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,12 +18,15 @@ from node.serve.protocol import BACKGROUND, PIECE_TOKENS, Priority, StageRef
 from scheduler import ChainRequest, Health, Hosted, Links, NoChain, NoRoom, Rejected, Stage, node_of
 from scheduler.ledger import Ledger
 from scheduler.outlook import Aims, Offer, Outlook
+from scheduler.parting import GAIN, Holder, Parted, part
 from scheduler.routing import prefill_s
 
 HOLDINGS_TRIED_MAX = 3
 SLACK_S = 0.01
 """What a stage may take beyond the expected before it counts: a busy computer's tasks wait for one another."""
 BOUNDLESS = 1 << 50
+SPLIT_PAUSE_S = 30.0
+"""After a handover that failed no request is split for so long: nodes may not reach one another."""
 NO_AIMS = Aims()
 
 
@@ -57,7 +61,8 @@ class Expected:
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A chain, how many of the prompt's first positions its caches hold, and what it should take: `first_s` until the
-    first token, `whole_s` until the last that is likely, `cost_s` until the last that there may be."""
+    first token, `whole_s` until the last that is likely, `cost_s` until the last that there may be. Where the prompt is
+    read on another chain, that is `prefill`, and `handover_s` what its cache takes from there to here."""
 
     stages: tuple[StageRef, ...]
     reuse: int
@@ -66,14 +71,29 @@ class Choice:
     whole_s: float
     expected: tuple[Expected, ...]
     alternates: tuple[Choice, ...] = ()
+    prefill: Choice | None = None
+    handover_s: float = 0.0
+
+    @property
+    def reading(self) -> Choice:
+        """The chain that reads the prompt."""
+        return self.prefill or self
+
+    def reusing(self, tokens: int) -> Choice:
+        """The same where only the first `tokens` of the prompt are in the caches."""
+        if self.prefill is None:
+            return replace(self, reuse=tokens)
+        return replace(self, prefill=replace(self.prefill, reuse=tokens))
 
 
 class Selector:
     """Chooses for one gateway. `ledger` and `finder` are told of its sessions, `health` of what they saw."""
 
-    def __init__(self, me: str, health: Health) -> None:
+    def __init__(self, me: str, health: Health, split_gain: float = GAIN) -> None:
         self._me = me
         self.health = health
+        self._split_gain = split_gain
+        self._whole_until_s = -math.inf
         self.ledger = Ledger()
         self.finder = Finder()
 
@@ -124,7 +144,7 @@ class Selector:
         outlook = Outlook(hosted, links, chunk_tokens=PIECE_TOKENS)
         request = self._request(model, wish)
         best: Offer | None = None
-        reuse = 0
+        reuse, holders = 0, list[Holder]()
         problem: NoRoom | Rejected | None = None
         try:
             best = outlook.offer(request, wish.aims)
@@ -132,13 +152,43 @@ class Selector:
             problem = why
         for holding in self._holdings(atlas, model, wish.marks)[:HOLDINGS_TRIED_MAX]:
             held = self._through(holding, outlook, wish, request)
+            if held is not None:
+                holders.append(Holder(held.stages, holding.tokens))
             if held is not None and (best is None or held.rank <= best.rank or held.stages == best.stages):
                 others = () if best is None else (replace(best, alternates=()), *best.alternates)
                 best = replace(held, alternates=tuple(o for o in others if o.stages != held.stages))
                 reuse = holding.tokens
         if best is None:
             raise problem if problem is not None else NoChain(range(model.layers))
-        return self._choice(best, hosted, links, wish, reuse=reuse)
+        whole = self._choice(best, hosted, links, wish, reuse=reuse)
+        if wish.priority == BACKGROUND or now_s < self._whole_until_s:
+            return whole
+        likely = min(wish.new_tokens, wish.likely_tokens or wish.new_tokens)
+        parted = part(
+            outlook, request, wish.aims, best,
+            likely_tokens=likely, holders=holders, gain_least=self._split_gain,
+        )  # fmt: skip
+        return whole if parted is None else self._parted(parted, whole, hosted, links, wish)
+
+    def split_failed(self, now_s: float) -> None:
+        """A request that was split did not come to its answer."""
+        self._whole_until_s = now_s + SPLIT_PAUSE_S
+
+    def _parted(
+        self, parted: Parted, whole: Choice, hosted: Sequence[Hosted], links: Links, wish: Wish
+    ) -> Choice:
+        """The two chains as a choice, with what one chain would do to fall back on."""
+        reading = self._choice(parted.reading, hosted, links, wish, reuse=parted.reuse)
+        answering = self._choice(parted.answering, hosted, links, wish, reuse=0)
+        return replace(
+            answering,
+            cost_s=parted.first_s + wish.new_tokens * parted.answering.token_s,
+            first_s=parted.first_s,
+            whole_s=parted.whole_s,
+            alternates=(replace(whole, alternates=()), *whole.alternates),
+            prefill=reading,
+            handover_s=parted.moved_s,
+        )
 
     def instead(
         self,

@@ -164,3 +164,13 @@ def test_limits_of_serving_come_under_short_names(tmp_path):
 def test_limits_of_serving_that_are_none_name_themselves(tmp_path, field, value):
     with pytest.raises(ConfigProblem, match=field):
         load_config({field: value}, {"XDG_CONFIG_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)})
+
+
+def test_how_much_separate_chains_must_gain_is_a_share(tmp_path):
+    env = {"XDG_CONFIG_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
+    assert load_config({}, env).split_gain == 0.15
+    assert load_config({"split_gain": "0.4"}, env).split_gain == 0.4
+    assert load_config({}, env | {"SHOAL_SPLIT_GAIN": "1"}).split_gain == 1.0
+    for wrong in (1.5, -0.1, "much", True, "nan"):
+        with pytest.raises(ConfigProblem, match="split_gain"):
+            load_config({"split_gain": wrong}, env)

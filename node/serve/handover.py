@@ -72,6 +72,7 @@ class Giver:
         while sent < self._tokens:
             while self._filled == sent and self._ended is None:
                 await self._news.wait()
+            self._check_open()
             upto = self._filled
             parts = self._compute.engine.export_session(self._session, start, end, first=sent, last=upto)
             while (part := await self._next(parts)) is not None:
@@ -80,10 +81,13 @@ class Giver:
 
     async def _next(self, parts: Iterator[memoryview]) -> memoryview | None:
         async with self._turn:
-            if self._ended is not None:
-                why = self._ended
-                raise RpcRefusal(why.code, why.message, why.retry_after_s, detail=why.detail)
+            self._check_open()
             return await trio.to_thread.run_sync(next, parts, None, limiter=self._copies)
+
+    def _check_open(self) -> None:
+        why = self._ended
+        if why is not None:
+            raise RpcRefusal(why.code, why.message, why.retry_after_s, detail=why.detail)
 
     def _wake(self) -> None:
         self._news.set()

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 import trio
+import trio.testing
 from rings import MANIFEST, ring_of, wish
 
 from node.errors import Overloaded, StageLost
-from node.serve.handover import Handovers
+from node.serve.handover import Giver, Handovers
 from node.serve.prefixes import marks_of
 from node.serve.protocol import (
     BACKGROUND,
@@ -25,7 +26,7 @@ from node.serve.protocol import (
 )
 from node.serve.session import CacheStale
 from node.serve.split import open_split, openings
-from p2p import CallFailed
+from p2p import CallFailed, RpcRefusal
 
 LONG = tuple(range(7, 7 + 300))
 # Spans of nodes, then the chains over them: (node, start, end) of those that read and of those that answer.
@@ -370,6 +371,30 @@ async def test_only_heirs_get_a_cache_and_only_their_layers(model, monkeypatch):
                 assert await refused(ring.entry, first.session, 0, 1) == "denied"
                 assert await refused(ring.nodes[2], first.session, 2, 2) == "denied"
         await nothing_left(ring)
+
+
+async def test_who_waits_for_a_cache_hears_why_it_will_not_come():
+    stage, heir = StageRef("a", 0, 4), StageRef("b", 0, 4)
+    request = SessionOpen(
+        "s", MANIFEST, (stage,), 0, "g", 300, 1, True, SamplingSpec(0.0, 1.0, 0, 0), heirs=(heir,)
+    )
+    giver, why = (
+        Giver(request, None, trio.CapacityLimiter(1)),
+        RpcRefusal("unavailable", "gone", detail={"peer": "c"}),
+    )
+    found = []
+
+    async def ask():
+        with pytest.raises(RpcRefusal) as refused:
+            await giver.give("b", 0, 4, None)
+        found.append((refused.value.code, refused.value.message, refused.value.detail))
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked()
+            await giver.end(why)
+    assert found == [("unavailable", "gone", {"peer": "c"})]
 
 
 @pytest.mark.parametrize(

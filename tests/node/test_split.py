@@ -11,6 +11,7 @@ from node.errors import StageLost
 from node.metrics import Metrics
 from node.serve.gateway import MeshGateway, ServeConfig
 from node.serve.protocol import PIECE_TOKENS
+from node.serve.session import Session
 
 LONG = tuple(range(7, 7 + 300))
 CRUNCHER = {"prefill_s_per_token_per_layer": 1e-6, "s_per_layer": 0.05}
@@ -111,6 +112,7 @@ async def test_where_it_cannot_pay_or_is_not_wanted_nothing_is_split(model, alon
             ring.metrics = metrics
         assert await text(ring, request) == alone(request)
         assert splits(ring) == 0
+        assert {standing.state for standing in ring.gateway.standings().values()} <= {"good"}
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -155,13 +157,42 @@ async def test_when_all_that_could_go_on_have_died_there_is_one_clear_error(mode
 
 
 async def test_after_a_handover_that_failed_requests_stay_whole_for_a_while(model, alone):
-    async with ring_of(model, WHOLE) as ring:
-        engine = told(ring).nodes[0].computes[MANIFEST].engine
-        engine.export_session = lambda *args, **more: iter([memoryview(b"nothing of the kind")])
+    async with ring_of(model, [(0, 8)] * 3) as ring:
+        for node, rates in zip(ring.nodes, (CRUNCHER, CRUNCHER, READER), strict=True):
+            ring.rates[node.me] = rates
+            engine = node.computes[MANIFEST].engine
+            engine.export_session = lambda *args, **more: iter([memoryview(b"nothing of the kind")])
         for _ in range(3):
             assert await text(ring, wish(LONG)) == alone(wish(LONG))
         assert splits(ring) == 0
-        assert ring.gateway.standings()[ring.nodes[0].me].state == "out", "it was asked once"
+        states = [standing.state for standing in ring.gateway.standings().values()]
+        assert states.count("out") == 1, "the other one was not asked"
+        sessions = ring.gateway._selector.ledger._sessions
+        assert all(session.closed_s is not None for session in sessions.values())
+
+
+async def test_nothing_is_shown_before_the_chain_that_answers_made_a_token(model, alone, monkeypatch):
+    begun, begin = trio.Event(), Session.begin
+
+    async def told_first_token(self, token):
+        begun.set()
+        await begin(self, token)
+
+    monkeypatch.setattr(Session, "begin", told_first_token)
+    request = wish(LONG)
+    async with ring_of(model, WHOLE) as ring:
+        engine = told(ring).nodes[0].computes[MANIFEST].engine
+        export = engine.export_session
+
+        def parts(*args, first, **more):
+            for part in export(*args, first=first, **more):
+                if first == 2 * PIECE_TOKENS:
+                    trio.from_thread.run(begun.wait)
+                    trio.from_thread.run_sync(ring.network.kill, ring.nodes[1].host.peer_id)
+                yield part
+
+        engine.export_session = parts
+        assert await text(ring, request) == alone(request)
 
 
 async def test_a_node_that_dies_after_tokens_were_shown_is_named_as_ever(model):

@@ -61,6 +61,7 @@ class Node:
 
     def __init__(self, directory: Path, name: str, *flags: object) -> None:
         self.name, self.flags = name, flags
+        self.program, self.environment = ["-m", "shoal"], dict[str, str]()
         self.directory = directory
         self.data_dir = directory / name
         self.log_path = directory / f"{name}.log"
@@ -72,8 +73,10 @@ class Node:
         flags = [*self.flags, *more]
         if "--model" not in flags:
             flags += ["--model", "none"]
-        command = shoal("up", "--data-dir", self.data_dir, "--name", self.name, "--api", "127.0.0.1:0")
+        command = [sys.executable, *self.program, "up", "--data-dir", str(self.data_dir), "--name", self.name]
         command += [
+            "--api",
+            "127.0.0.1:0",
             "--listen",
             "/ip4/127.0.0.1/tcp/0",
             "--threads",
@@ -85,8 +88,8 @@ class Node:
         self._log_from = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             self.child = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment(self.directory),
-                cwd=self.directory,
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env=environment(self.directory) | self.environment, cwd=self.directory,
             )  # fmt: skip
         return self
 

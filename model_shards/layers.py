@@ -22,11 +22,12 @@ from model_shards.linear import (
     HeadNorms,
     Linear,
     Mlp,
+    PackedLinear,
     QuantLinear,
     RmsNorm,
     linear_over,
 )
-from model_shards.packed import PackedWeight
+from model_shards.packed import PackedStack, PackedWeight
 from model_shards.weights import Part
 
 LATENT_NORM_EPS = 1e-6  # the norms between the projections of latent attention ignore the config's
@@ -148,6 +149,8 @@ class _Builder:
         biases: list[torch.Tensor | None] = [None] * count
         if part + ".bias" in self.parts:
             biases = list(self._plain(part + ".bias"))
+        if isinstance(whole, PackedStack):
+            return [PackedLinear(weight, bias) for weight, bias in zip(whole.weights, biases, strict=True)]
         if isinstance(whole, PackedWeight):
             raise LocalFault(f"{part} is never packed")
         if isinstance(whole, torch.Tensor):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from model_shards.config import ModelConfig
 from model_shards.errors import LocalFault
-from model_shards.packed import PackedWeight
+from model_shards.packed import PackedStack, PackedWeight
 from model_shards.quant import QuantWeight
 from model_shards.weights import Part
 
@@ -90,6 +90,8 @@ def linear_over(weight: Part, bias: Part | None = None) -> AnyLinear:
     """The Linear of a loaded part, quantised, packed or as it came."""
     if bias is not None and not isinstance(bias, torch.Tensor):
         raise LocalFault("a bias is never quantised")
+    if isinstance(weight, PackedStack):
+        raise LocalFault("experts' matrices are no one matrix")
     if isinstance(weight, PackedWeight):
         return PackedLinear(weight, bias)
     return Linear(weight, bias) if isinstance(weight, torch.Tensor) else QuantLinear(weight, bias)

@@ -6,6 +6,7 @@ which matrices of a model are worth it is `weights.py`'s to say.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -31,6 +32,17 @@ class PackedWeight:
         """x [n, width] -> [n, rows], plus ``bias`` [rows]."""
         found: torch.Tensor = self._multiply(x, self.packed, bias, "none", [], "")
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStack:
+    """Matrices of one shape, one an expert."""
+
+    weights: list[PackedWeight]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights)
 
 
 @cache

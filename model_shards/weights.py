@@ -8,14 +8,14 @@ What the parameters mean is `layers.py`'s.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from model_shards.checkpoint import CheckpointIndex
 from model_shards.dtypes import dtype_name
 from model_shards.families import TensorSpec
-from model_shards.packed import PackedWeight, packs
+from model_shards.packed import PACKED_MIN, PackedStack, PackedWeight, packing_pays, packs
 from model_shards.packing import Packing, Stored, kept_group, locate
 from model_shards.quant import (
     BLOCK_ROWS,
@@ -33,7 +33,7 @@ from model_shards.weight_cache import WeightCache
 
 CHUNK_ELEMENTS = 1 << 18
 
-Part = torch.Tensor | QuantWeight | PackedWeight
+Part = torch.Tensor | QuantWeight | PackedWeight | PackedStack
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +137,30 @@ class _Loader:
                 holding = Holding(self.quant, reason=holding.reason)
         if holding.reason:
             reader.tell_once(stored[0].main[0], holding.reason)
+        if holding.kind == "plain" and self._packs_experts(part, specs):
+            return self._load_experts(part, specs, stored)
         if holding.kind == "plain":
             return self._load_plain(part, specs, stored)
         return self._quantise(specs, stored, holding.kind)
+
+    def _packs_experts(self, part: str, specs: list[TensorSpec]) -> bool:
+        """Whether the experts' matrices are packed one by one. A tensor that holds all of them is not: it would be in
+        memory twice."""
+        if part not in ("experts.gate_up", "experts.down") or any(spec.stack or spec.plain for spec in specs):
+            return False
+        fits = len(specs[0].shape) == 2 and min(specs[0].shape) >= PACKED_MIN
+        return fits and self.dtype == torch.bfloat16 and self.device.type == "cpu" and packing_pays()
+
+    def _load_experts(self, part: str, specs: list[TensorSpec], stored: list[Stored]) -> PackedStack:
+        """One matrix an expert: gate and up, fused, or down."""
+        pairs = sorted(zip(specs, stored, strict=True), key=lambda pair: pair[0].row)
+        each = 2 if part == "experts.gate_up" else 1
+        found = []
+        for at in range(0, len(pairs), each):
+            first = pairs[at][0].row
+            own = [replace(spec, row=spec.row - first) for spec, _ in pairs[at : at + each]]
+            found.append(PackedWeight(self._load_plain(part, own, [one for _, one in pairs[at : at + each]])))
+        return PackedStack(found)
 
     def _load_plain(self, part: str, specs: list[TensorSpec], stored: list[Stored]) -> torch.Tensor:
         kept = torch.float32 if specs[0].wide or part.endswith("norm") else self.dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model_shards import Sampling, Step, weights
 from model_shards import packed as module
 from model_shards.linear import Linear, PackedLinear, linear_over
 from model_shards.mapped import mapped_table
@@ -67,3 +68,39 @@ def test_a_mapped_table_holds_the_same_numbers(tmp_path):
     assert torch.equal(mapped_table(table, tmp_path), table)
     with pytest.raises(OSError, match="missing"):
         mapped_table(table, tmp_path / "missing")
+
+
+MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+
+
+@needs_packing
+def test_sessions_meet_at_packed_experts_with_the_bits_they_have_alone(make_reference, tools):
+    reference = make_reference("qwen3_moe", dtype="bfloat16", hidden_size=64, **MOE)
+    engine = tools.engines_of(reference.directory, (0, 4), dtype="bfloat16", kv_bytes_max=1 << 22)[0]
+    assert engine._exact.largest(7) == 7
+    greedy = Sampling(temperature=0)
+
+    def steps(names, position):
+        return [Step(name, position, (11 * at % 90 + 1,), sample=greedy) for at, name in enumerate(names)]
+
+    alone, together = [f"a{at}" for at in range(7)], [f"t{at}" for at in range(7)]
+    for name in (*alone, *together):
+        engine.open(name, 0, 4, 32)
+    for position in range(4):
+        one_by_one = [engine.run([step])[0] for step in steps(alone, position)]
+        at_once = engine.run(steps(together, position))
+        assert [r.logprob for r in one_by_one] == [r.logprob for r in at_once]
+        assert [r.token for r in one_by_one] == [r.token for r in at_once]
+
+
+@needs_packing
+def test_packed_experts_compute_what_plain_ones_do(make_reference, tools, monkeypatch):
+    reference = make_reference("qwen3_moe", dtype="bfloat16", hidden_size=64, **MOE)
+    packed = tools.engines_of(reference.directory, (0, 4), dtype="bfloat16")[0]
+    monkeypatch.setattr(module, "packing_pays", lambda: False)
+    monkeypatch.setattr(weights, "packing_pays", lambda: False)
+    plain = tools.engines_of(reference.directory, (0, 4), dtype="bfloat16")[0]
+    assert packed.span.weight_bytes == plain.span.weight_bytes
+    assert plain._exact.largest(7) == 1
+    mine, theirs = (tools.Chain([engine]).logits([1, 5, 42, 90]) for engine in (packed, plain))
+    assert (mine - theirs).abs().max() < 0.05 * theirs.abs().max()

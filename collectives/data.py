@@ -244,7 +244,11 @@ class Plane:
             return
         if self._nursery is None:
             return
-        self._finishing = value
+        self._finishing, self._whole_here = value, trio.Event()
+        self._keep_decided()
+        if digest in self._wholes:
+            self.tell(Held(epoch, digest))
+            return
         old = self._fetches.pop(digest, None)
         if old is not None:
             old.cancel()
@@ -266,7 +270,7 @@ class Plane:
                     await trio.sleep(RETRY_S)
                     continue
                 self._wholes[digest] = Whole(result, declaration.epoch, 0, declaration_bytes(result))
-                self.tell(Held(declaration.epoch, digest))
+            self.tell(Held(declaration.epoch, digest))
         if self._fetches.get(digest) is scope:
             del self._fetches[digest]
 
@@ -297,6 +301,8 @@ class Plane:
 
     def release(self, digest: bytes) -> None:
         """These bytes need not be kept, nor fetched."""
+        if self._finishing is not None and self._finishing.digest == digest:
+            self._finishing = None
         self._wholes.pop(digest, None)
         scope = self._fetches.pop(digest, None)
         if scope is not None:
@@ -341,14 +347,11 @@ class Plane:
         if self._gated:
             self._gated = False
             self._tell_changed()
+        self._keep_decided()
         if self._reported or self._ballot is None:
             return
         if exchange.done:
-            digest = value_digest(exchange.declaration, exchange.digest)
-            if digest not in self._wholes:
-                self._wholes[digest] = Whole(
-                    exchange.result, self._epoch, exchange.bytes_sent, exchange.bytes_received
-                )
+            digest = self._keep(exchange)
             if self.auditor is not None and not self.auditor.passed(exchange):
                 return  # others may decide on it all the same, and then it is here
             self._reported = True
@@ -358,6 +361,30 @@ class Plane:
             for why in sorted(set(exchange.refused.values())):
                 culprits = frozenset(peer for peer, one in exchange.refused.items() if one == why)
                 self.tell(Stuck(self._ballot, culprits, why))
+
+    def _keep(self, exchange: Exchange) -> bytes:
+        """The result of an exchange that is done, for whoever asks; returns its digest."""
+        digest = value_digest(exchange.declaration, exchange.digest)
+        if digest not in self._wholes:
+            self._wholes[digest] = Whole(
+                exchange.result, self._epoch, exchange.bytes_sent, exchange.bytes_received
+            )
+        return digest
+
+    def _keep_decided(self) -> None:
+        """A majority may decide while the rest is still under way here: what was decided on is kept once it is whole,
+        though nobody asks for this member's vote any more."""
+        exchange, value = self._exchange, self._finishing
+        if (
+            exchange is not None
+            and value is not None
+            and exchange.done
+            and exchange.declaration.key == value.declaration.key
+        ):
+            self._finishing = None
+            if value_digest(exchange.declaration, exchange.digest) == value.digest:
+                self._keep(exchange)
+            self._whole_here.set()
 
     def _trouble(self, peers: Sequence[str], why: str) -> None:
         """The audit cannot go on with these."""
@@ -458,6 +485,7 @@ class Plane:
                 with self._own_faults():
                     if self._exchange is not None:
                         self._exchange.dropped(peer)
+                self._after()
 
     def _relink(self, peer: str) -> None:
         exchange = self._exchange
@@ -474,6 +502,7 @@ class Plane:
                 frame = None
                 with self._own_faults():
                     frame = exchange.next_frame(peer)
+                self._after()  # the frame before has left: what waited for its memory may have ended the reduction
                 if frame is not None:
                     await self._uplink.take(len(frame.header) + _EPOCH.size + frame.payload_bytes)
                     await link.send(_EPOCH.pack(self._epoch) + frame.header, frame.payload)

@@ -8,6 +8,7 @@ import trio.lowlevel
 import trio.testing
 
 from collectives import NonFinite, RunConfig
+from collectives.agreement import Held
 from collectives.data import Plane
 from collectives.reduce.frames import Kind, frame_of
 
@@ -73,7 +74,7 @@ def a_plane(exchange):
     )
     plane = Plane(SimpleNamespace(links=nothing, rpc=nothing, identity=nothing), run, "outer")
     plane._exchange = exchange
-    plane._input = SimpleNamespace(nonce=7)
+    plane._input = SimpleNamespace(nonce=7, tensors=[])
     return plane
 
 
@@ -113,3 +114,53 @@ async def test_own_values_that_are_no_numbers_any_more_end_the_attempt_and_not_t
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert faults == [(7, NonFinite)]
+
+
+class Ending(Reduction):
+    """Is done when its last frame has left, as one whose last chunk waited for the memory of a frame is."""
+
+    bytes_received = bytes_sent = 8
+    digest, result = b"d" * 32, "the result"
+
+    def __init__(self, story, declaration):
+        super().__init__(story)
+        self.declaration = declaration
+
+    def next_frame(self, peer):
+        self.done = self.drained = True
+
+
+@pytest.mark.parametrize("before", [True, False])
+async def test_what_the_others_decided_on_is_kept_once_it_is_whole_here_and_not_fetched(
+    autojump_clock, monkeypatch, before
+):
+    asked = []
+
+    async def fetch_value(*wanted):
+        asked.append(wanted)
+        await trio.sleep_forever()
+
+    monkeypatch.setattr("collectives.data.fetch_value", fetch_value)
+    declaration = SimpleNamespace(key=b"k" * 32, epoch=3)
+    monkeypatch.setattr("collectives.data.value_digest", lambda declaration, digest: digest)
+    value = SimpleNamespace(digest=b"d" * 32, declaration=declaration)
+    told = []
+    plane = a_plane(Ending([], declaration))
+    plane.tell = told.append
+    plane._ballot = None  # the ballot is over: a majority has decided, and this member was not among it
+    async with trio.open_nursery() as nursery:
+        plane._nursery = nursery
+        if before:  # the decision comes first
+            plane.fetch(value, ("x",))
+            await trio.testing.wait_all_tasks_blocked()
+            assert told == []
+        nursery.start_soon(plane.use, "x", Wire("first", []))
+        await trio.testing.wait_all_tasks_blocked()
+        if not before:
+            plane.fetch(value, ("x",))
+        with trio.fail_after(0.01):
+            await trio.testing.wait_all_tasks_blocked()
+        assert told == [Held(3, value.digest)]
+        assert plane.whole(value.digest).result == "the result"
+        assert not asked
+        nursery.cancel_scope.cancel()

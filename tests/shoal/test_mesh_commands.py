@@ -15,7 +15,7 @@ def test_invite_in_a_pipe_is_the_bare_text(shoal, daemon):
     outcome = shoal("invite")
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out == f"shoal1-fake-{daemon.api[7:]}\n"
-    assert daemon.seen == [("/shoal/invite", {"ttl_s": 86400.0})]
+    assert daemon.seen == [("/shoal/invite", {"ttl_s": 86400.0, "single_use": False})]
 
 
 def test_invite_as_json(shoal, daemon):

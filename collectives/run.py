@@ -158,6 +158,7 @@ class Run:
         finally:
             shell.plane.close_attempt(given.nonce)
         shell.caller_epoch = outcome.epoch
+        shell.transfer_s = 0.0
         if feedback is not None:
             feedback.commit(tensors, codec(outcome.value.declaration.codec))
         result = self._reduced(shell, outcome, began_s)
@@ -294,13 +295,18 @@ class Run:
         self, tag: str = DEFAULT_TAG, *, epoch_min: int = 0, deadline_s: float = 600.0
     ) -> Snapshot:
         """The newest state that most of those who have one hold, from all of them at once. The caller then stands on
-        its epoch; the snapshot is also served from here. Raises NoQuorum when nobody has one in time."""
+        its epoch; the snapshot is also served from here. Raises NoQuorum when nobody has one in time.
+
+        Rounds go on meanwhile. Where they leave it behind again, whoever is asked for the next state hears how long
+        this one took, and the next rounds wait for it within their grace (`Settings.grace_max_s`)."""
         shell = self._tag(tag)
         problem: Exception = NoQuorum("nobody was asked yet")
         with trio.move_on_after(deadline_s):
             fetch: tuple[Head, Fetch] | None = None
             while True:
-                heads = await ask_heads(self._rpc, self._others(), self.run_id, tag, HEADS_WITHIN_S)
+                began_s = trio.current_time()
+                others = self._others()
+                heads = await ask_heads(self._rpc, others, self.run_id, tag, HEADS_WITHIN_S, shell.transfer_s)
                 head = choose_head(heads, max(epoch_min, shell.chain.epoch))
                 if head is not None:
                     if fetch is None or fetch[0] != head:
@@ -314,6 +320,7 @@ class Run:
                     else:
                         self._shelf(tag).put(snapshot, trio.current_time())
                         shell.caller_epoch = snapshot.epoch
+                        shell.transfer_s = trio.current_time() - began_s
                         while shell.missed and shell.missed[0].epoch <= snapshot.epoch:
                             shell.missed.popleft()
                         return snapshot
@@ -467,6 +474,12 @@ class Run:
         """The data plane of a tag, if there is one."""
         shell = self._tags.get(tag)
         return None if shell is None else shell.plane
+
+    def expect(self, tag: str, peer: str, took_s: float) -> None:
+        """`peer` was overtaken while it transferred the state, and transfers it again."""
+        shell = self._tags.get(tag)
+        if shell is not None and not self.court.is_guilty(peer):
+            shell.expect(peer, took_s)
 
     def shelf(self, tag: str) -> Shelf | None:
         """The published states of a tag, if there is one."""

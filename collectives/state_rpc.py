@@ -37,10 +37,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class AskHead:
-    """What is your newest state of this chain?"""
+    """What is your newest state of this chain? `overtaken_s`: how long the last transfer took, if rounds have gone on
+    without whoever asks since then; else 0."""
 
     run: str
     tag: str
+    overtaken_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,17 @@ CHUNK = Method(
 
 
 class StateServer:
-    """Answers for the shelves of a node; `shelf(run, tag)` gives None for chains it does not know."""
+    """Answers for the shelves of a node; `shelf(run, tag)` gives None for chains it does not know. `expect(run, tag,
+    peer, took_s)` hears of those who were overtaken."""
 
-    def __init__(self, rpc: Rpc, shelf: Callable[[str, str], Shelf | None]) -> None:
+    def __init__(
+        self,
+        rpc: Rpc,
+        shelf: Callable[[str, str], Shelf | None],
+        expect: Callable[[str, str, str, float], None] = lambda run, tag, peer, took_s: None,
+    ) -> None:
         self._shelf = shelf
+        self._expect = expect
         rpc.serve(HEAD, self._head)
         rpc.serve(MANIFEST, self._manifest)
         rpc.serve(CHUNK, self._chunk)
@@ -98,6 +107,8 @@ class StateServer:
     async def _head(self, call: Call, ask: AskHead) -> Head:
         await trio.lowlevel.checkpoint()
         shelf = self._shelf(ask.run, ask.tag)
+        if ask.overtaken_s > 0:
+            self._expect(ask.run, ask.tag, str(call.peer), ask.overtaken_s)
         if shelf is None or shelf.newest is None:
             raise RpcRefusal("absent", "no state of this chain is published here")
         newest = shelf.newest
@@ -125,7 +136,9 @@ class StateServer:
         return StateChunk(Tensor("uint8", (len(data),), data))
 
 
-async def ask_heads(rpc: Rpc, peers: Sequence[str], run: str, tag: str, within_s: float) -> dict[str, Head]:
+async def ask_heads(
+    rpc: Rpc, peers: Sequence[str], run: str, tag: str, within_s: float, overtaken_s: float = 0.0
+) -> dict[str, Head]:
     """What each peer holds that answers in time; once most have, the others get a moment only."""
     heads: dict[str, Head] = {}
     left = len(peers)
@@ -134,7 +147,7 @@ async def ask_heads(rpc: Rpc, peers: Sequence[str], run: str, tag: str, within_s
     async def ask(peer: str) -> None:
         nonlocal left
         with contextlib.suppress(P2pError):
-            heads[peer] = await rpc.call(peer, HEAD, AskHead(run, tag), deadline_s=within_s)
+            heads[peer] = await rpc.call(peer, HEAD, AskHead(run, tag, overtaken_s), deadline_s=within_s)
         left -= 1
         if left == 0 or 2 * len(heads) > len(peers):
             enough.set()

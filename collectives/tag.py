@@ -16,6 +16,7 @@ import trio
 from collectives.agreement import (
     Abandon,
     Certificate,
+    Coming,
     Committed,
     Config,
     Enter,
@@ -48,6 +49,8 @@ from p2p import pack_value, unpack_value
 
 log = logging.getLogger("shoal.collectives")
 
+EXPECTED_MAX = 8  # times that one is waited for which is overtaken and never arrives
+EXPECTED_PEERS_MAX = 1024
 END_EARLY_S = (
     0.05  # the chain ends a round by itself, with the better reason, this long before the caller goes
 )
@@ -105,6 +108,8 @@ class TagShell:
         self.left = trio.Event()
         self.changed = trio.Event()
         self.caller_epoch = 0
+        self.transfer_s = 0.0  # what the last transfer of a state took, while no round was won since
+        self._expected: dict[str, tuple[int, int]] = {}  # times, and in which epoch last
         self._journal = journal
         self._send = send
         self._events: deque[Event] = deque()
@@ -174,7 +179,19 @@ class TagShell:
             case Left():
                 self.left.set()
 
+    def expect(self, peer: str, took_s: float) -> None:
+        """It transfers a state again, because rounds went on during the last transfer, which took so long. Whoever
+        never arrives is waited for a few times only."""
+        times, epoch = self._expected.get(peer, (0, -1))
+        if epoch == self.chain.epoch or times >= EXPECTED_MAX:
+            return
+        if peer in self._expected or len(self._expected) < EXPECTED_PEERS_MAX:
+            self._expected[peer] = times + 1, self.chain.epoch
+            self.tell(Coming(peer, took_s))
+
     def _committed(self, one: Committed) -> None:
+        for peer in one.value.declaration.peers:
+            self._expected.pop(peer, None)
         whole = self.plane.whole(one.value.digest)
         outcome = Outcome(one.epoch, one.value, one.certificate, whole, one.nonce)
         if one.nonce is None or not self._end(one.nonce, outcome, None):

@@ -28,7 +28,8 @@ PROTOCOL. Paxos for each epoch, where what is proposed is first reduced.
  catch-up  Whatever belongs to an earlier epoch is answered with Commit(last decision, certificate); the bytes are
            fetched, or, several epochs behind, the state is transferred (Lagging). A zombie hears the same. Who was
            a member, was late or asked, and is no member, is told decisions unasked, and Commit passes its name on: all
-           that it knows of may have left.
+           that it knows of may have left. Whoever was overtaken while it transferred is waited for within the grace, or
+           rounds that follow at once would leave it behind for ever (Coming).
  leaving   A resignation freezes an acceptor: its last promise and vote travel with it.
 
 STATES of an acceptor: (epoch decided, promised ballot, last vote), saved before anybody hears of a change. Of a member:
@@ -81,6 +82,7 @@ from collectives.agreement.detector import Detector, DetectorSettings, Health
 from collectives.agreement.events import (
     Abandon,
     Alive,
+    Coming,
     Committed,
     Enter,
     Event,
@@ -126,6 +128,7 @@ __all__ = [
     "Ballot",
     "Certificate",
     "Chain",
+    "Coming",
     "Committed",
     "Config",
     "Decided",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collectives.agreement.events import (
     Alive,
+    Coming,
     Enter,
     Event,
     Failed,
@@ -92,6 +93,8 @@ class Chain(Leading):
                     self.on_suspected(peer, now_s)
             case Alive(peer):
                 self._on_alive(peer)
+            case Coming(peer, took_s):
+                self.expect(peer, took_s)
             case Met(peers):
                 self.meet(peers)
                 self.ask_at = now_s

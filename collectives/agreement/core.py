@@ -74,6 +74,7 @@ class Core:
         self.waiting: frozenset[str] = (
             frozenset()
         )  # were left out of the last epoch, and may come for this one
+        self.coming: tuple[str, ...] = ()  # transfer the state, and may come for the next one
         self.grace = Grace(settings)
         self.journaled = saved is not None
         self.zero_free = saved is None  # whoever restarts may have used ballot 0 already
@@ -169,6 +170,14 @@ class Core:
         known.pop(self.me, None)
         self.contacts = tuple(known)[: self.settings.members_max]
 
+    def expect(self, peer: str, took_s: float) -> None:
+        """It may arrive in time for this epoch or, if that is being reduced already, for the next one."""
+        if peer in self.coming or len(self.waiting) >= self.settings.members_max:
+            return
+        self.coming = (*self.coming, peer)[: self.settings.members_max]
+        self.waiting |= {peer}
+        self.grace.learn(took_s)
+
     def part(self, peers: Iterable[str], config: Config) -> None:
         """Whom to tell what is decided, though they are no members: whoever they know may have left for good."""
         known = [peer for peer in dict.fromkeys(peers) if peer != self.me and config.seat(peer) is None]
@@ -231,7 +240,11 @@ class Core:
         offered = self.gather.offers if self.gather is not None else ()
         gone = self.ledger.decide(decided)
         left = value.declaration.left_out if value is not None else ()
-        self.waiting = frozenset((*waiting, *[one.peer for one in left if one.why in ("late", "silent")]))
+        late = [one.peer for one in left if one.why in ("late", "silent")]
+        self.waiting = frozenset(
+            tuple(dict.fromkeys((*waiting, *late, *self.coming)))[: self.settings.members_max]
+        )
+        self.coming = ()
         self.persist()
         for peer in dict.fromkeys(told):
             self.tell_decided(peer, decided)

@@ -54,6 +54,15 @@ class Alive:
 
 
 @dataclass(frozen=True, slots=True)
+class Coming:
+    """`peer` transfers the state once more because the last one, which took `took_s`, was overtaken: it is waited for
+    in this epoch and the next, as whoever came too late for the last one is."""
+
+    peer: str
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Suspected:
     """The failure detector thinks `peer` dead."""
 
@@ -90,7 +99,7 @@ class Tick:
     """`wake_s` has come."""
 
 
-Event = Enter | Withdraw | Leave | Met | Received | Alive | Suspected | Reduced | Stuck | Held | Tick
+Event = Enter | Withdraw | Leave | Met | Received | Coming | Alive | Suspected | Reduced | Stuck | Held | Tick
 
 # Instructions, to be done in order.
 

@@ -347,7 +347,10 @@ class World(Trouble, Checks):
             raise Violation(f"seed {self.seed}: the round of {name} did not end by its deadline")
 
     def catch_up(self, node):
-        """State transfer: from anybody who is up and has it."""
+        """State transfer: from anybody who is up and has it. Everybody hears of it."""
+        for other in self.nodes.values():
+            if other is not node and other.up and not other.gone and self.reach(node.name, other.name):
+                self.tell(other, ev.Coming(node.name, self.rng.choice((0.05, 0.5, 10.0))))
         for other in self.nodes.values():
             there = not other.gone and self.reach(node.name, other.name) and other.paused_until <= self.now
             if there and other is not node and other.state_epoch >= node.chain.epoch:

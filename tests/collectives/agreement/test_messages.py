@@ -214,6 +214,7 @@ events = st.one_of(
     st.builds(ev.Enter, offers, st.just(30.0)),
     st.builds(ev.Suspected, names),
     st.builds(ev.Alive, names),
+    st.builds(ev.Coming, st.sampled_from([*"abcdxyz"]), st.sampled_from([0.01, 1.0, 1e9])),
     st.builds(ev.Reduced, ballots, st.sampled_from([b"x", b"y"])),
     st.builds(ev.Stuck, ballots, st.frozensets(names), st.sampled_from(["silent", "norm"])),
     st.builds(ev.Held, epochs, st.sampled_from([b"x", b"y"])),
@@ -239,7 +240,7 @@ def test_no_sequence_of_messages_breaks_a_chain(told, kind):
 
 def test_the_face_is_pinned():
     assert set(agreement.__all__) == {
-        "Abandon", "Alive", "Ballot", "Certificate", "Chain", "Committed", "Config", "Decided",
+        "Abandon", "Alive", "Ballot", "Certificate", "Chain", "Coming", "Committed", "Config", "Decided",
         "Declaration", "Detector", "DetectorSettings", "Enter", "Event", "Failed", "Fetch", "Health",
         "Held", "Instruction", "Lagging", "Leave", "Left", "LeftOut", "Member", "Message", "Met", "Offer",
         "Persist", "Received", "Reduce", "Reduced", "Release", "Saved", "Seat", "Send", "Settings", "Stuck",

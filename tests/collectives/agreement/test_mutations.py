@@ -13,7 +13,7 @@ HISTORIES = {
     "votes_for_bytes_not_held": 0,
     "nothing_is_saved": 0,
     "promises_are_not_saved": 0,
-    "votes_found_are_ignored": 76,
+    "votes_found_are_ignored": 207,
     "votes_below_a_promise": 125,
     "any_attempt_will_do": 19,
     "rounds_do_not_expire": 0,

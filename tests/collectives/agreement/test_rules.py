@@ -476,6 +476,19 @@ def test_whoever_does_not_come_again_is_waited_for_once(table):
         one.enter(*members)
 
 
+def test_whoever_was_overtaken_is_waited_for_in_this_epoch_and_the_next(table):
+    one = table("abc")
+    for name in "abc":
+        one.tell(name, ev.Coming("z", 1.0))
+    for epoch, waits in ((1, True), (2, True), (3, False)):
+        one.enter()
+        one.run(0.9)
+        assert all(chain.declaration is None for chain in one.chains.values()) is waits
+        one.run(5.0)
+        one.reduced(digest=bytes([epoch]))
+        one.deliver()
+
+
 def test_a_caller_that_was_told_an_error_hears_of_a_later_decision(table):
     one = table("abc")
     _first, _second, _third = one.ranked

@@ -18,7 +18,7 @@ from collectives import Behind, NoQuorum, RoundFailed, RunConfig, open_run
 from p2p import HostConfig, Identity, Links, P2pError, Rpc, open_host
 
 MESH, KEY = "oracle", bytes(range(32))
-SIZES = (40_000, 7, 1_300)
+SIZES = [40_000, 7, 1_300]  # of the tensors; an order may say others
 TAG = "outer"
 
 
@@ -126,7 +126,7 @@ class Member:
 
     async def apply(self, run, result, **more: object) -> None:
         members = [(member.peer, member.weight) for member in result.members]
-        exact = all(
+        exact = self.order["check"] and all(
             torch.equal(seen, wanted)
             for seen, wanted in zip(result.tensors, exact_mean(members, result.epoch), strict=True)
         )
@@ -173,8 +173,9 @@ def forked(order: dict) -> None:
     logging.basicConfig(
         filename=order["log"] + ".err",
         level=order.get("level", "WARNING"),
-        format="%(asctime)s %(name)s %(message)s",
+        format="%(created).3f %(name)s %(message)s",
     )
+    SIZES[:] = order["sizes"] or SIZES
     order["settings"] = Settings(**order.get("settings", {}))
     sys.stdin.close()
     os.setsid()  # a session of its own gets a fair share of a busy machine

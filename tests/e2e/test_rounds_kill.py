@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -79,11 +80,15 @@ class Member:
 class Oracle:
     """A run of `count` members over `rounds` epochs, and the chaos that befalls it."""
 
-    def __init__(self, directory, count, rounds, *, deadline_s=20.0, seed=1, level="WARNING"):
+    def __init__(
+        self, directory, count, rounds, *, deadline_s=20.0, seed=1, level="WARNING", sizes=None, think_s=0.1
+    ):
+        """`sizes`: of other tensors than the small ones whose mean is checked."""
         self.rng = random.Random(seed)
         self.rounds = rounds
         self.deadline_s = deadline_s
         self.level = level
+        self.sizes, self.think_s = sizes, think_s
         self.members = [Member(index, directory) for index in range(count)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.zygote = subprocess.Popen(
@@ -110,7 +115,8 @@ class Oracle:
             log=str(member.log_path), key=member.key, journal=member.journal, port=self.ports[self.peers[member.index]],
             ports=self.ports, founders=self.peers, rounds=self.rounds, deadline_s=self.deadline_s, rejoin=rejoin,
             peers_min=1 if rejoin else len(self.members) - 1, linger_s=3600.0, level=self.level,
-            think_s=0.1, settings={"members_min": len(self.members) // 2 + 1},
+            think_s=self.think_s, sizes=self.sizes, check=self.sizes is None,
+            settings={"members_min": len(self.members) // 2 + 1},
         )["pid"]  # fmt: skip
 
     def signal(self, member, number):
@@ -204,6 +210,54 @@ class Oracle:
                     self.wake(member)
                 else:
                     self.spawn(member, rejoin=True)
+
+    def commits(self, member, epoch=None):
+        """What `member` committed with all others there, or in `epoch`: entries with their times."""
+        everybody = len(self.members)
+        return [
+            one for one in member.entries
+            if one["what"] == "commit" and "began" in one
+            and (one["epoch"] == epoch if epoch is not None else len(one["members"]) == everybody)
+        ]  # fmt: skip
+
+    def hit(self, victim, kill):
+        """Kill or stop `victim` in the midst of a round. Seconds until the first of the others suspected it, until the
+        last did or had the round's result without it, by how much the round took longer than usual, and until it was
+        a member again. None where it had done its part before."""
+        took = sorted(one["took_s"] for member in self.members for one in self.commits(member)[-5:])
+        usual_s = took[len(took) // 2]
+        epoch = self.look() + 1
+        self.wait(lambda _: all(one.entered >= epoch for one in self.members), 30, "everybody's round")
+        pause(self.rng.uniform(0.1, 0.9) * usual_s)
+        struck_s, since_s, peer = time.monotonic(), time.time(), self.peers[victim.index]
+        (self.kill if kill else self.stop)(victim)
+        others = [member for member in self.members if member is not victim]
+        self.wait(lambda _: all(one.epoch >= epoch for one in others), 30, "the round without it")
+        found = None
+        ends = [(one, end) for one in others for end in self.commits(one, epoch)]
+        if len(ends) == len(others) and peer not in ends[0][1]["members"]:
+            suspected = [self.suspected_s(one, peer, since_s) for one, _ in ends]
+            over = [end["began"] + end["took_s"] - struck_s for _, end in ends]
+            known = max(min(pair) for pair in zip(suspected, over, strict=True))
+            found = min(suspected), known, max(end["took_s"] for _, end in ends) - usual_s
+        if kill:
+            self.spawn(victim, rejoin=True)
+        else:
+            self.wake(victim)
+        since, back_s = self.look(), time.monotonic()
+        self.wait(
+            lambda _: all(self.commits(one) and self.commits(one)[-1]["epoch"] > since for one in self.members),
+            60, "a round of all after its return",
+        )  # fmt: skip
+        return None if found is None else (*found, time.monotonic() - back_s)
+
+    def suspected_s(self, member, peer, since_s):
+        """How long after `since_s` its log says that `member` suspected `peer`; infinity if it does not."""
+        for line in Path(str(member.log_path) + ".err").read_text().splitlines():
+            when, _, text = line.partition(" ")
+            if text == f"shoal.collectives {peer} is suspected" and float(when) >= since_s - 0.001:
+                return float(when) - since_s
+        return math.inf
 
     def tails(self):
         lines = []
@@ -354,6 +408,39 @@ def test_coordinators_that_wake_up_after_their_epoch_has_passed_commit_nothing(o
             shut_out += 1
             assert not any(one["own"] for one in said)
     assert shut_out > 0, "no epoch went on without its coordinator"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "detect_s", "added_s"), [("kill", 0.5, 1.0), ("stop", 2.0, 2.5)])
+def test_a_death_amid_a_round_is_noticed_and_costs_little(oracle, kind, detect_s, added_s):
+    """Medians over twelve hits of random members, coordinators among them, at random instants of rounds over 16 MiB
+    that follow at once. SHOAL_ORACLE_SEED makes it another run."""
+    seed = int(os.environ.get("SHOAL_ORACLE_SEED", "5"))
+    run = oracle(4, 1_000_000, deadline_s=30.0, seed=seed, level="INFO", sizes=[4 << 20])
+    for member in run.members:
+        run.spawn(member)
+    run.wait(lambda _: all(len(run.commits(one)) >= 5 for one in run.members), 60, "the first rounds")
+    hits = []
+    tries = 0
+    while len(hits) < 12 and tries < 60:
+        tries += 1
+        found = run.hit(run.rng.choice(run.members), kind == "kill")
+        hits += [] if found is None else [found]
+    assert len(hits) == 12
+    names = ("suspected_s", "known_s", "added_s", "back_s")
+    figures = {
+        name: {"median": round(statistics.median(values), 3), "worst": round(max(values), 3)}
+        for name, values in zip(names, zip(*hits, strict=True), strict=True)
+    }
+    took = sorted(one["took_s"] for member in run.members for one in run.commits(member))
+    print(
+        json.dumps(
+            {"what": kind, "hits": len(hits), "tries": tries, "round_median_s": took[len(took) // 2]}
+            | figures
+        )
+    )
+    assert figures["known_s"]["median"] < detect_s
+    assert figures["added_s"]["median"] < added_s
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ import trio
 from collectives.agreement import Ballot, Declaration, Event, Held, Reduced, Stuck, Value
 from collectives.audit import Auditor
 from collectives.config import RunConfig
-from collectives.data_links import SERVICE, Purpose, introduce
+from collectives.data_links import SERVICE, Purpose, introduce, window_for
 from collectives.errors import CollectiveError, NonFinite, RemoteFault
 from collectives.given import Input, storages
 from collectives.reduce import Exchange, FrameRefused, Result, Statement
@@ -269,7 +269,7 @@ class Plane:
                     log.info("epoch %d: %s; trying on", declaration.epoch, problem)
                     await trio.sleep(RETRY_S)
                     continue
-                self._wholes[digest] = Whole(result, declaration.epoch, 0, declaration_bytes(result))
+                self._wholes[digest] = Whole(result, declaration.epoch, 0, result.layout.tensor_bytes)
             self.tell(Held(declaration.epoch, digest))
         if self._fetches.get(digest) is scope:
             del self._fetches[digest]
@@ -450,8 +450,11 @@ class Plane:
         pause_s = self._config.resend_link_s
         try:
             while self._exchange is not None and peer in self._exchange.peers:
+                window_bytes = window_for(self._exchange.layout.tensor_bytes, len(self._exchange.peers))
                 try:
-                    async with self._service.links.open(peer, SERVICE, deadline_s=_OPEN_WITHIN_S) as link:
+                    async with self._service.links.open(
+                        peer, SERVICE, deadline_s=_OPEN_WITHIN_S, window_bytes=window_bytes
+                    ) as link:
                         await introduce(link, Purpose(self._run_id, self._tag))
                         pause_s = self._config.resend_link_s
                         await self.use(peer, link)
@@ -592,8 +595,3 @@ class Plane:
 async def _then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:
     await event.wait()
     scope.cancel()
-
-
-def declaration_bytes(result: Result) -> int:
-    """Bytes of a result as it travels when it is fetched."""
-    return result.layout.tensor_bytes

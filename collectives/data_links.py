@@ -15,6 +15,8 @@ from p2p import Link, Links, P2pError, pack_value, unpack_value
 
 SERVICE = "collectives/1"
 HELLO_WITHIN_S = 10.0
+WINDOW_BYTES_MIN = 2 << 20
+WINDOW_BYTES_MAX = 8 << 20
 
 Accept = Callable[["Purpose", Link], Awaitable[None]]
 
@@ -42,6 +44,12 @@ class LinkDesk:
             purpose = unpack_value(Purpose, header)
         if purpose is not None:
             await self._accept(purpose, link)
+
+
+def window_for(tensor_bytes: int, links: int) -> int:
+    """Bytes that each of so many links may hold in each direction, while tensors of that size are reduced: an eighth of
+    them all together, because that is beside what the reduction itself holds; but what a link needs to stay busy."""
+    return min(max(tensor_bytes // (16 * max(links, 1)), WINDOW_BYTES_MIN), WINDOW_BYTES_MAX)
 
 
 async def introduce(link: Link, purpose: Purpose) -> None:

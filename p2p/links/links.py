@@ -133,14 +133,17 @@ class Links:
         self._services.pop(service, None)
 
     @asynccontextmanager
-    async def open(self, peer: str, service: str, *, deadline_s: float | None = None) -> AsyncIterator[Link]:
-        """A link to `peer`, ready for use. Leaving the block ends it cleanly.
+    async def open(
+        self, peer: str, service: str, *, deadline_s: float | None = None, window_bytes: int | None = None
+    ) -> AsyncIterator[Link]:
+        """A link to `peer`, ready for use, that holds at most `window_bytes` in each direction (None: the configured
+        ones, which also bound it). Leaving the block ends it cleanly.
 
         Raises PeerLost, Unreachable (the peer does not serve it, or no path), DeadlineExceeded, ResourceLimit.
         """
         within_s = self.config.open_deadline_s if deadline_s is None else deadline_s
         deadline = trio.current_time() + within_s
-        link = await self._open(PeerId(peer), service, deadline)
+        link = await self._open(PeerId(peer), service, deadline, window_bytes or self.config.window_bytes)
         failed = True
         try:
             await link.wait_open(deadline)
@@ -209,13 +212,13 @@ class Links:
 
     # ---- opening
 
-    async def _open(self, peer: PeerId, service: str, deadline: float) -> Link:
+    async def _open(self, peer: PeerId, service: str, deadline: float, window_bytes: int) -> Link:
         self._running()
         self._check_room(peer)
         exchange = Exchange()
         session = new_session()
         config = self.config
-        window_bytes = self._grant(config.window_bytes)
+        window_bytes = self._grant(window_bytes)
         wish = OpenLink(service, session, exchange.public, config.record_bytes, window_bytes)
         within_s = max(deadline - trio.current_time(), 1e-3)
         try:
@@ -225,7 +228,7 @@ class Links:
                 raise ResourceLimit(f"{peer} has no room for a link", refused.retry_after_s or 1.0) from None
             raise Unreachable({str(peer): f"{refused.code}: {refused.message}"}) from None
         record_bytes = min(config.record_bytes, reply.record_bytes)
-        send_window_bytes = min(reply.window_bytes, config.window_bytes)
+        send_window_bytes = min(reply.window_bytes, window_bytes)
         check_terms(reply.key, record_bytes, min(window_bytes, send_window_bytes))
         context = context_of(session, service, self.host.peer_id, peer, (exchange.public, reply.key))
         keys = LinkKeys(exchange.finish(reply.key, context), opener=True)

@@ -3,7 +3,7 @@
 import pytest
 import trio
 
-from collectives.data_links import Uplink
+from collectives.data_links import Uplink, window_for
 
 
 @pytest.mark.parametrize("size", [1000, 64 << 10, 1 << 20])
@@ -42,3 +42,11 @@ async def test_no_limit_never_waits(autojump_clock):
     for _ in range(100):
         await Uplink(0.0).take(1 << 30)
     assert trio.current_time() == began_s
+
+
+@pytest.mark.parametrize(
+    ("mib", "links", "window_mib"),
+    [(64, 1, 4), (64, 3, 2), (1, 1, 2), (1024, 1, 8), (1024, 15, 4.27), (0, 0, 2)],
+)
+def test_all_links_together_hold_little_beside_the_tensors(mib, links, window_mib):
+    assert window_for(mib << 20, links) == pytest.approx(window_mib * (1 << 20), rel=0.01)

@@ -178,6 +178,16 @@ async def test_windows_shrink_where_much_is_promised_and_then_links_are_refused(
         nursery.cancel_scope.cancel()
 
 
+async def test_who_opens_a_link_may_want_less_to_be_held(memory_nodes, echo, rally):
+    one, other = await memory_nodes(2)
+    other.links.serve("echo", echo)
+    async with one.links.open(other.peer_id, "echo", window_bytes=64 << 10) as link:
+        await rally(link)
+        (far,) = other.links._entries
+        assert link.terms.receive_window_bytes == link.terms.send_window_bytes == 64 << 10
+        assert far.link.terms.send_window_bytes == 64 << 10
+
+
 async def test_a_node_may_open_a_link_to_itself(nodes, echo, rally):
     (node,) = await nodes(1)
     node.links.serve("echo", echo)

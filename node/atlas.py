@@ -7,7 +7,7 @@ questions. It sends nothing and decides nothing.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -165,14 +165,17 @@ def _typed(view: View, now_s: float, kind: str, cls: type[T]) -> list[tuple[Reco
     return [(record, advert) for record, advert in pairs if advert is not None]
 
 
-def _models(pairs: Iterable[tuple[Record, ModelAdvert]]) -> tuple[dict[str, ModelAdvert], dict[str, int]]:
+def _models(
+    pairs: Iterable[tuple[Record, ModelAdvert]], dropped: Callable[[ModelAdvert], bool]
+) -> tuple[dict[str, ModelAdvert], dict[str, int]]:
     """Models by name, and how many offer each. Whoever hosts a model offers it, so that of several claims to a name the
     one that most members stand behind holds; ties go to the older one, then by manifest id."""
     voters: dict[ModelAdvert, int] = {}
     said: dict[str, int] = {}
     for record, model in pairs:
         said[record.signer] = said.get(record.signer, 0) + 1
-        if record.name == model.name and said[record.signer] <= MODELS_PER_SIGNER_MAX:
+        counts = record.name == model.name and said[record.signer] <= MODELS_PER_SIGNER_MAX
+        if counts and not dropped(model):
             voters[model] = voters.get(model, 0) + 1
     models: dict[str, ModelAdvert] = {}
     ids: set[str] = set()
@@ -183,9 +186,14 @@ def _models(pairs: Iterable[tuple[Record, ModelAdvert]]) -> tuple[dict[str, Mode
     return models, {model.manifest_id: voters[model] for model in models.values()}
 
 
-def read_atlas(view: View, now_s: float, suspects: Collection[str] = ()) -> Atlas:
-    """Read the whole view once. `now_s` is the mesh's time, not this computer's."""
-    models, offers = _models(_typed(view, now_s, adverts.MODEL, ModelAdvert))
+def read_atlas(
+    view: View,
+    now_s: float,
+    suspects: Collection[str] = (),
+    dropped: Callable[[ModelAdvert], bool] = lambda _: False,
+) -> Atlas:
+    """Read the whole view once, without offers that are `dropped`. `now_s` is the mesh's time, not this computer's."""
+    models, offers = _models(_typed(view, now_s, adverts.MODEL, ModelAdvert), dropped)
     plans: dict[str, list[tuple[str, PlanAdvert]]] = {}
     for record, plan in _typed(view, now_s, adverts.PLAN, PlanAdvert):
         if plan.epoch <= now_s * 1000 + EPOCH_AHEAD_MS:

@@ -173,6 +173,11 @@ class Daemon:
                 return
             await node.change()
 
+    async def drop(self, model: str) -> tuple[str, str]:
+        """Take a model that this node added back from the mesh."""
+        dropped = await self._living().drop(model)
+        return dropped.name, dropped.manifest_id
+
     async def plan(self, model: str, copies: int | None) -> dict[str, Any]:
         """Where a model would go in the mesh as it is now, or what is missing."""
         source = str(embedded.path()) if model == EMBEDDED and not self._knows(model) else model
@@ -244,7 +249,7 @@ class Daemon:
             self.console.busy("joining the mesh")
             await node.join(membership.addrs)
         offered = []
-        for source in self._sources(membership) if first else ():
+        for source in self._sources(node) if first else ():
             log.info("publishing %s as %s", source.directory, source.name)
             label = f"reading {source.name}"
             self.console.busy(label)
@@ -271,12 +276,13 @@ class Daemon:
             return True
         return ready or bool(node.planning.shortages.get(manifest_id)) or not self.config.serve
 
-    def _sources(self, membership: Membership) -> tuple[ModelSource, ...]:
-        """The models asked for; a node that founds a mesh and was told nothing offers the embedded one."""
+    def _sources(self, node: MeshNode) -> tuple[ModelSource, ...]:
+        """The models asked for; a node that founds a mesh and was told nothing offers the embedded one, until that is
+        dropped."""
         if self.config.models:
             return tuple(source for source in self.config.models if source.directory != "none")
-        alone = not membership.addrs and self.config.serve
-        return (ModelSource(EMBEDDED, EMBEDDED),) if alone else ()
+        alone = not node.membership.addrs and self.config.serve
+        return (ModelSource(EMBEDDED, EMBEDDED),) if alone and not node.offering.took_back(EMBEDDED) else ()
 
     def _knows(self, model: str) -> bool:
         return self._living().atlas().model_named(model) is not None

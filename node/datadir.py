@@ -1,6 +1,7 @@
 """The data directory: who holds it, which mesh it belongs to, and where the running daemon can be reached.
 
-`identity.key` is p2p's; `meshes/` holds by mesh the founding key (where this node founded it) and who is a member;
+`identity.key` is p2p's; `meshes/` holds by mesh the founding key (where this node founded it), who is a member and
+what is dropped;
 `mesh.json` (mesh id, swarm key, addresses to try first) is written here with mode 0600;
 `daemon.json` exists only while a daemon runs and is what the command line reads. A lock keeps two daemons apart, also
 when one died without cleaning up. It knows nothing of what the files mean to the network.
@@ -188,12 +189,26 @@ class DataDir:
 
     def remember_roster(self, mesh_id: str, state: bytes) -> None:
         """Keep what is known of a mesh's members: who was expelled stays so after a restart."""
-        path = self._of_mesh(mesh_id, "roster")
+        self._write_of_mesh(mesh_id, "roster", state)
+
+    def _write_of_mesh(self, mesh_id: str, kind: str, data: bytes) -> None:
+        path = self._of_mesh(mesh_id, kind)
         try:
             path.parent.mkdir(exist_ok=True, mode=0o700)
-            write_atomic(path, state)
+            write_atomic(path, data)
         except OSError as problem:
             raise DataDirProblem(path, f"cannot be written: {problem.strerror or problem}") from None
+
+    def drops(self, mesh_id: str) -> bytes:
+        """What was kept of the models dropped from a mesh; nothing where that cannot be read."""
+        try:
+            return self._of_mesh(mesh_id, "drops").read_bytes()
+        except OSError:
+            return b""
+
+    def remember_drops(self, mesh_id: str, orders: bytes) -> None:
+        """Keep which models are dropped: none comes back by a restart."""
+        self._write_of_mesh(mesh_id, "drops", orders)
 
     def offers(self, mesh_id: str) -> list[bytes]:
         """The model adverts this node last made in a mesh; a file that cannot be read offers nothing."""

@@ -149,6 +149,10 @@ class Control(Protocol):
         """Publish a model directory, for hosts with these tags; yields JSON-able progress."""
         ...
 
+    async def drop(self, model: str) -> tuple[str, str]:
+        """Take a model that this node added (its name, or its manifest's id) back from the mesh; (name, id)."""
+        ...
+
     async def plan(self, model: str, copies: int | None) -> dict[str, Any]:
         """Where a model of the mesh, or of a directory, would go, or what is missing; nothing is loaded."""
         ...

@@ -70,6 +70,11 @@ class Library:
             self._files[manifest_id] = files
             return files
 
+    async def publisher(self, manifest_id: str) -> PeerId:
+        """Who signed a model's manifest, which is fetched where it is missing. Raises BlobUnavailable, StoreFault."""
+        manifest = await self._exchange.fetch_manifest(manifest_id, self._sources(manifest_id))
+        return manifest.publisher
+
     async def weights(self, files: ModelFiles, start: int, end: int, progress: Progress | None = None) -> int:
         """Bring the byte ranges of layers [start, end) to this disk; returns how many bytes the span has."""
         wanted = files.index.span_ranges(files.config, start, end)

@@ -26,12 +26,13 @@ from node.adverts import DeviceAdvert, HostAdvert, LinksAdvert, ModelAdvert, Nod
 from node.atlas import Atlas, read_atlas
 from node.config import NAME_PATTERN, DaemonConfig
 from node.datadir import DataDir, Membership
-from node.errors import ConfigProblem, ControlProblem
+from node.errors import ConfigProblem, ControlProblem, DataDirProblem
 from node.hardware import Hardware
 from node.hosting import Host as Hosts
 from node.library import Library, Progress, read_directory
 from node.meshjson import mesh_document, model_detail
 from node.metrics import Metrics
+from node.offering import Offering, who_added
 from node.offers import model_advert
 from node.planning import Planning
 from node.preview import preview_document
@@ -107,10 +108,13 @@ class MeshNode:
         )
         self._data = data
         self._store = BlobStore(data.blobs_path, quota_bytes=config.disk_bytes)
-        self._offers: dict[str, bytes] = {}
         self._life = secrets.token_hex(6)
         self.library = Library(identity, self._store, BlobExchange(self.rpc, self._store), self._sources)
         self.hosts = Hosts(self.library, hardware.devices, self._publish_host, scratch=data.scratch_path())
+        self.offering = Offering(
+            identity, membership.mesh_id, data, self._store, self.gossip,
+            partial(self._say_value, ttl_s=config.model_ttl_s), self._wake,
+        )  # fmt: skip
         self.tags = config.tags
         self.planning = Planning(
             self.me,
@@ -154,7 +158,7 @@ class MeshNode:
                 await nursery.start(self.standing.run)
             await nursery.start(self.hosts.run)
             self._publish_node()
-            self._offer_again()
+            self.offering.begin()
             await nursery.start(self.directory.run)
             nursery.start_soon(self._keep_planning)
             nursery.start_soon(self._keep_links)
@@ -217,7 +221,7 @@ class MeshNode:
         if known is not None:
             if known.manifest_id != files.manifest.id:
                 raise self._taken(name)
-            self._publish_model(known)
+            self.offering.offer(known)
             return known
         advert = model_advert(
             files.config,
@@ -229,11 +233,26 @@ class MeshNode:
             ),
             name=name,
             manifest_id=files.manifest.id,
-            created_s=int(self.gossip.now_s()),
+            created_s=self.offering.created_s(files.manifest.id),
             copies=copies,
         )
-        self._publish_model(advert)
+        self.offering.offer(advert)
         return advert
+
+    async def drop(self, name: str) -> ModelAdvert:
+        """Take a model (its name or manifest id) that was added here back from the mesh. Raises ControlProblem."""
+        model = self.atlas().model_named(name)
+        if model is None:
+            raise ControlProblem(f"there is no model {name!r} in this mesh")
+        try:
+            publisher = await self.library.publisher(model.manifest_id)
+            if publisher != self.me:
+                added = who_added(self.atlas(), publisher)
+                raise ControlProblem(f"{model.name} can be dropped only on the node that added it: {added}")
+            self.offering.drop(model)
+        except (P2pError, DataDirProblem) as problem:
+            raise ControlProblem(f"{model.name} cannot be dropped now: {problem}") from None
+        return model
 
     async def preview(self, model: str, copies: int | None) -> dict[str, Any]:
         """Where a model would go: one that the mesh knows by its name, or a directory of this computer. Raises
@@ -264,30 +283,18 @@ class MeshNode:
     def _taken(self, name: str) -> ConfigProblem:
         return ConfigProblem("name", name, "a name that no other model of this mesh has")
 
-    def _publish_model(self, advert: ModelAdvert) -> None:
-        """Offer a model, now and after a restart."""
-        self._say(adverts.MODEL, advert.name, advert, self.config.model_ttl_s)
-        self._offers[advert.manifest_id] = adverts.write(advert)
-        self._data.remember_offers(self.membership.mesh_id, self._offers.values())
-        self._wake()
-
-    def _offer_again(self) -> None:
-        """Models that this node offered before it stopped and whose bytes are still here."""
-        here = {manifest.id for manifest in self._store.manifests()}
-        for value in self._data.offers(self.membership.mesh_id):
-            advert = adverts.read(ModelAdvert, value)
-            if advert is not None and advert.manifest_id in here:
-                self._publish_model(advert)
-
     # -- views -----------------------------------------------------------------------------------------------------
 
     def atlas(self) -> Atlas:
         """The mesh as requests see it: without suspects."""
         now = trio.current_time()
         if self._seen is None or now - self._seen_s > ATLAS_AGE_S:
-            self._seen = read_atlas(self.view, self.gossip.now_s(), self.suspects.suspects())
+            self._seen = self._read_atlas(self.suspects.suspects())
             self._seen_s = now
         return self._seen
+
+    def _read_atlas(self, suspects: Collection[str]) -> Atlas:
+        return read_atlas(self.view, self.gossip.now_s(), suspects, self.offering.drops.counts)
 
     def _place(self) -> Place:
         """For the runs of this node: the LAN, by the round trips that the mesh has measured; whether it listens."""
@@ -383,12 +390,14 @@ class MeshNode:
 
     def model_state(self, manifest_id: str) -> tuple[bool, str]:
         """(every layer has a ready host, what is missing in plain words). Raises ConfigProblem where another model
-        that was added at the same time has got the name."""
+        that was added at the same time has got the name, and where it is dropped."""
         atlas = self.atlas()
         model = next((m for m in atlas.models.values() if m.manifest_id == manifest_id), None)
         if model is None:
-            own = adverts.read(ModelAdvert, self._offers.get(manifest_id, b""))
-            if own is not None and own.name in atlas.models:
+            own = self.offering.offered(manifest_id)
+            if own is None:
+                raise ConfigProblem("model", manifest_id[:12], "one that was not dropped meanwhile")
+            if own.name in atlas.models:
                 raise self._taken(own.name)
             return False, "the model is not known yet"
         return min(atlas.copies(model), default=0) >= 1, self._detail(model)
@@ -444,9 +453,12 @@ class MeshNode:
             self._metrics.set_kv_usage(hosting.model.name, hosting.compute.kv_usage())
 
     def _say(self, kind: str, name: str, advert: object, ttl_s: float) -> None:
+        self._say_value(kind, name, adverts.write(advert), ttl_s)
+
+    def _say_value(self, kind: str, name: str, value: bytes, ttl_s: float) -> None:
         """Publish; what does not fit among this node's records is logged, and never ends what wanted to say it."""
         try:
-            self.gossip.publish(kind, name, adverts.write(advert), ttl_s)
+            self.gossip.publish(kind, name, value, ttl_s)
             self._seen = None
         except (OwnRecordsFull, RecordInvalid) as problem:
             log.warning("%s %s cannot be told to the mesh: %s", kind, name, problem)
@@ -502,7 +514,8 @@ class MeshNode:
         """One look at the mesh. A large one is planned on a thread, so that the connections stay alive meanwhile."""
         now = trio.current_time()
         self._note_renewals(now)
-        atlas = read_atlas(self.view, self.gossip.now_s(), self.suspects.gone(now))
+        self.offering.look()
+        atlas = self._read_atlas(self.suspects.gone(now))
         self.suspects.forget(atlas.nodes_known)
         look = partial(self.planning.handle, atlas, may_plan=now >= self._settled_s, now_s=now)
         large = len(atlas.nodes) > INLINE_NODES_MAX
@@ -524,7 +537,7 @@ class MeshNode:
                 span = self.planning.span_of(model.manifest_id, device_id(self.me, device))
                 self.hosts.want(model, device, span, 0 if plan is None else plan.epoch)
             if self.hosts.hosts(model.manifest_id):
-                self._keep_offering(model)
+                self.offering.keep(model)
 
     def _note_renewals(self, now: float) -> None:
         """Records renewed since the last look, from whomever they came, tell that their signers live."""
@@ -534,12 +547,6 @@ class MeshNode:
             if self._seqs.get(peer) != seq:
                 self.suspects.heard(peer, now)
         self._seqs = seqs
-
-    def _keep_offering(self, model: ModelAdvert) -> None:
-        """Whoever hosts a model also offers it, so that it outlives its publisher."""
-        own = self.view.get(adverts.MODEL, model.name, PeerId(self.me))
-        if own is None or adverts.read(ModelAdvert, own.value) != model:
-            self._publish_model(model)
 
     def _to_probe(self, peers: Collection[PeerId], known: Collection[str]) -> list[str]:
         """Members from whom nothing large came yet, and who do not pay for every byte."""

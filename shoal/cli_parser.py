@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
+from shoal.cli_parser_drop import drop_command
 from shoal.cli_parser_member import member_commands
 
 TTL_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -106,6 +107,7 @@ def build_parser() -> Parser:
     _mesh_commands(commands)
     member_commands(commands, _add, _where, ttl)
     _model_commands(commands)
+    drop_command(commands, _add, _where)
     _plan_command(commands)
     _sim_command(commands)
     _bench_commands(commands)

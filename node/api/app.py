@@ -140,6 +140,7 @@ def build_app(
             Route("/shoal/doctor", orders.doctor, methods=["POST"]),
             Route("/shoal/join", orders.join, methods=["POST"]),
             Route("/shoal/models", orders.add, methods=["POST"]),
+            Route("/shoal/drop", orders.drop, methods=["POST"]),
             Route("/shoal/plan", orders.plan, methods=["POST"]),
             Route("/shoal/tags", orders.tags, methods=["POST"]),
             Route("/shoal/stop", orders.stop, methods=["POST"]),

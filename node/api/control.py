@@ -101,6 +101,12 @@ class ControlApi:
         require, ends_require = _texts(fields, "require"), _texts(fields, "ends_require")
         return _Progress(self._orders().add(directory, name, copies, require, ends_require))
 
+    async def drop(self, request: Request) -> Response:
+        """POST /shoal/drop {"model": a name or a manifest's id} -> {"dropped": name, "manifest": id}."""
+        fields = await self._fields(request)
+        name, manifest = await self._orders().drop(fields.text("model", chars_max=NAME_CHARS_MAX))
+        return _json({"dropped": name, "manifest": manifest})
+
     async def _fields(self, request: Request) -> Fields:
         return Fields(parse_json(await request.body() or b"{}", self._config.json_depth_max))
 

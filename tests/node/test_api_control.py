@@ -51,6 +51,12 @@ class FakeControl:
             raise self.problem
         return {"model": model, "spans": []}
 
+    async def drop(self, model):
+        self.calls.append(("drop", model))
+        if self.problem is not None:
+            raise self.problem
+        return model, "ab" * 32
+
     async def tags(self, add, remove):
         self.calls.append(("tags", tuple(add), tuple(remove)))
         return tuple(add)
@@ -70,6 +76,7 @@ ORDERS = [
     "/shoal/doctor",
     "/shoal/join",
     "/shoal/models",
+    "/shoal/drop",
     "/shoal/plan",
     "/shoal/tags",
     "/shoal/stop",
@@ -81,6 +88,7 @@ BODIES = {
     "/shoal/doctor": {},
     "/shoal/join": {"invite": "shoal1-x"},
     "/shoal/models": {"directory": "/models/a", "name": "a"},
+    "/shoal/drop": {"model": "a"},
     "/shoal/plan": {"model": "a"},
     "/shoal/tags": {"add": ["metered"]},
     "/shoal/stop": {},
@@ -131,6 +139,22 @@ async def test_a_plan_is_asked_for_and_what_cannot_be_planned_says_why(make_gate
         answer = await site.http.post("/shoal/plan", json={"model": "/models/a"})
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "/models/a holds no config.json")
     assert control.calls == [("plan", "/models/a", 2), ("plan", "/models/a", None)]
+
+
+async def test_a_model_is_dropped_and_what_cannot_be_says_why(make_gateway, serving) -> None:
+    control = FakeControl()
+    async with serving(make_gateway(), control=control) as site:
+        answer = await site.http.post("/shoal/drop", json={"model": "org/a"})
+        assert answer.json() == {"dropped": "org/a", "manifest": "ab" * 32}
+        control.problem = ControlProblem("there is no model 'b' in this mesh")
+        answer = await site.http.post("/shoal/drop", json={"model": "b"})
+        nameless = await site.http.post("/shoal/drop", json={})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (
+        400,
+        "there is no model 'b' in this mesh",
+    )
+    assert nameless.status_code == 400
+    assert control.calls == [("drop", "org/a"), ("drop", "b")]
 
 
 async def test_tags_are_changed(make_gateway, serving) -> None:

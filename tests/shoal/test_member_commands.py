@@ -1,4 +1,4 @@
-"""`shoal expel`, `rotate-key`, `doctor` and single-use invites, against a fake daemon."""
+"""`shoal expel`, `rotate-key`, `doctor`, `drop` and single-use invites, against a fake daemon."""
 
 import json
 
@@ -56,3 +56,22 @@ def test_doctor_answers_without_a_daemon(shoal, home):
     assert outcome.status == 1
     assert json.loads(outcome.out)["running"] is False
     assert not (home / "data" / "shoal").exists()
+
+
+def test_drop_says_what_went_and_that_files_stay(shoal, daemon):
+    answer = {"dropped": "qwen", "manifest": "ab" * 32}
+    daemon.answers["/shoal/drop"] = (200, answer)
+    outcome = shoal("drop", "qwen")
+    assert (outcome.status, outcome.out) == (0, "qwen is dropped from the mesh\n")
+    assert "files stay where they are" in outcome.err
+    assert "add DIR --name qwen" in outcome.err
+    assert daemon.seen == [("/shoal/drop", {"model": "qwen"})]
+    outcome = shoal("drop", "ab" * 32, "--json")
+    assert (json.loads(outcome.out), outcome.err) == (answer, "")
+
+
+def test_a_drop_on_the_wrong_node_names_the_right_one_in_one_line(shoal, daemon):
+    said = "qwen can be dropped only on the node that added it: desk (12D3x)"
+    daemon.answers["/shoal/drop"] = (400, {"error": {"message": said}})
+    outcome = shoal("drop", "qwen")
+    assert (outcome.status, outcome.out, outcome.err) == (1, "", f"shoal: {said}\n")

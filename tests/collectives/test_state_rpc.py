@@ -110,9 +110,11 @@ async def test_a_liar_is_found_out_and_left(autojump_clock, sources):
 
 
 async def test_a_silent_peer_is_overtaken(autojump_clock, sources):
-    snapshot = Snapshot.take(a_state(), 5)
+    snapshot = Snapshot.take(
+        a_state(mib=3), 5
+    )  # put together without a thread, during which the clock would run away
     peers = await sources.start(4, snapshot, snapshot, snapshot)
-    fetch = Fetch(sources.joiner, "r", "outer", Head(5, snapshot.digest, 0))
+    fetch = Fetch(sources.joiner, "r", "outer", Head(5, snapshot.digest, 0), requests_per_peer=1)
     sources.network.set_latency(peers[1], sources.joiner.host.peer_id, 60.0)
     before = trio.current_time()
     got = await fetch.run([peers[0], peers[1], peers[2]])

@@ -114,7 +114,7 @@ async def four(mesh):
     return members
 
 
-async def test_an_expelled_member_is_cut_off_by_all_and_leaves_every_view(mesh):
+async def test_an_expelled_member_is_cut_off_by_all_and_leaves_every_view(autojump_clock, mesh):
     a, b, c, d = await four(mesh)
     a.roster.expel(c.me, 5.0)
     staying = (a, b, d)
@@ -127,7 +127,7 @@ async def test_an_expelled_member_is_cut_off_by_all_and_leaves_every_view(mesh):
     assert b.gossip.view.counts["forgotten"] > 0 or not b.gossip.view.of_signer(c.me)
 
 
-async def test_an_expulsion_reaches_who_was_cut_off_or_off_and_holds_after_restarts(mesh):
+async def test_an_expulsion_reaches_who_was_cut_off_or_off_and_holds_after_restarts(autojump_clock, mesh):
     a, b, c, d = await four(mesh)
     d.stop()
     mesh.network.partition([a.me], [b.me, c.me])
@@ -147,7 +147,7 @@ async def test_an_expulsion_reaches_who_was_cut_off_or_off_and_holds_after_resta
     assert d.roster.problem(c.me)
 
 
-async def test_a_new_swarm_key_reaches_members_and_those_that_were_off(mesh):
+async def test_a_new_swarm_key_reaches_members_and_those_that_were_off(autojump_clock, mesh):
     a, b, c, d = await four(mesh)
     d.stop()
     old = a.roster.swarm_key
@@ -165,7 +165,7 @@ async def test_a_new_swarm_key_reaches_members_and_those_that_were_off(mesh):
     assert c.roster.swarm_key == new
 
 
-async def test_the_new_key_is_not_given_to_the_expelled(mesh):
+async def test_the_new_key_is_not_given_to_the_expelled(autojump_clock, mesh):
     a, b, c, d = await four(mesh)
     mesh.network.partition([d.me], [a.me, b.me, c.me])
     mesh.network.partition([c.me], [a.me, b.me])
@@ -180,7 +180,7 @@ async def test_the_new_key_is_not_given_to_the_expelled(mesh):
     assert key_id_of(c.roster.swarm_key) != key_id_of(a.roster.swarm_key)
 
 
-async def test_what_members_make_up_is_refused_and_counted(mesh):
+async def test_what_members_make_up_is_refused_and_counted(autojump_clock, mesh):
     a, b, _c, _d = await four(mesh)
     forged = Expulsion.sign(b.identity, a.roster.mesh_id, a.me, a.roster.chain, (), 1.0)
     b.gossip.publish(DOCUMENTS, "7", pack_value(Documents((forged.encode(), b"junk"))), 60.0)
@@ -191,7 +191,7 @@ async def test_what_members_make_up_is_refused_and_counted(mesh):
     assert b.me in a.host.peers()
 
 
-async def test_a_damaged_roster_stops_the_node_instead_of_letting_everybody_back_in(mesh):
+async def test_a_damaged_roster_stops_the_node_instead_of_letting_everybody_back_in(autojump_clock, mesh):
     a = await mesh.found()
     (path,) = (a.data.root / "meshes").glob("*.roster")
     path.write_bytes(b"\x81\xa1")

@@ -5,6 +5,7 @@ import torch
 import trio
 
 from collectives import (
+    Behind,
     DetectorSettings,
     ExchangeSettings,
     Fork,
@@ -171,11 +172,15 @@ async def test_a_partition_goes_on_in_pairs_and_meets_again_by_the_rule(real_mem
             return await take(run, [torch.full((SIZE,), 1.0)], 2.0)
         delta = forks[run.me].delta(states[run.me])
         states[run.me] = dict((await run.fetch_state(epoch_min=2)).tensors)
-        return await take(run, [delta["w"]], forks[run.me].weight)
+        try:
+            return await take(run, [delta["w"]], forks[run.me].weight)
+        except Behind:  # the others were quicker to commit what it gave than it was to hear of it
+            states[run.me] = dict((await run.fetch_state(epoch_min=3)).tensors)
 
     found = await together(runs, meet)
-    taking_part = {peer for one in found if not isinstance(one, Exception) for peer in one.peers}
-    assert taking_part == {run.me for run in runs}, "what the few learnt is in the next round"
+    assert None not in found[:3]
+    results = [one for one in found if one is not None]
+    assert all(set(one.peers) == {run.me for run in runs} for one in results), "all are in, the few too"
     wanted = torch.full((SIZE,), (3 * 2 * 1.0 + 2 * 2 * 6.0) / 10)
-    assert all(torch.equal(one.tensors[0], wanted) for one in found)
+    assert all(torch.equal(one.tensors[0], wanted) for one in results)
     assert all(torch.equal(states[run.me]["w"], states[runs[0].me]["w"]) for run in runs)

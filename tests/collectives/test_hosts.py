@@ -174,7 +174,7 @@ async def test_a_partition_goes_on_in_pairs_and_meets_again_by_the_rule(real_mem
         states[run.me] = dict((await run.fetch_state(epoch_min=2)).tensors)
         try:
             return await take(run, [delta["w"]], forks[run.me].weight)
-        except Behind:  # the others were quicker to commit what it gave than it was to hear of it
+        except Behind:  # a known limit: its values count, but it hears of that too late
             states[run.me] = dict((await run.fetch_state(epoch_min=3)).tensors)
 
     found = await together(runs, meet)

@@ -67,12 +67,11 @@ class Grammars:
         except (ValueError, RuntimeError, TypeError) as error:
             raise GrammarError("tokenizer", f"cannot be constrained: {str(error)[:200]}") from error
 
-    def compile(self, form: str, text: str = "", before: Sequence[int] = ()) -> Grammar:
+    def compile(self, form: str, text: str = "") -> Grammar:
         """The grammar of a JSON schema (its text), of any JSON object, or of a regular expression that the whole answer
-        matches; the tokens ``before`` are the beginning of the answer, made elsewhere. Raises GrammarError for one that
-        is malformed, too large, or that no text can meet."""
+        matches. Raises GrammarError for one that is malformed, too large, or that no text can meet."""
         matcher = llguidance.LLMatcher(self.backend, _source(form, text), log_level=0, limits=_limits())
-        grammar = Grammar(form, matcher, self.vocab, before)
+        grammar = Grammar(form, matcher, self.vocab)
         grammar.allowed(())
         return grammar
 
@@ -80,11 +79,8 @@ class Grammars:
 class Grammar:
     """One answer's grammar: `allowed` follows its tokens. Not shared between sessions."""
 
-    def __init__(
-        self, form: str, matcher: llguidance.LLMatcher, vocab: int, before: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, form: str, matcher: llguidance.LLMatcher, vocab: int) -> None:
         self._form = form
-        self._before = list(before)
         self._start = matcher
         self._vocab = vocab
         self._matcher = matcher.deep_copy()
@@ -94,7 +90,7 @@ class Grammar:
     def allowed(self, answer: Sequence[int]) -> torch.Tensor:
         """[vocab] bool: the tokens that may follow ``answer``. Ends of text are among them where the form is met.
         Raises GrammarError where ``answer`` left the form, or the form grew too complex."""
-        self._follow([*self._before, *answer])
+        self._follow(list(answer))
         bias = bytearray(self._matcher.compute_logit_bias())
         self._check(self._matcher)
         allowed = torch.frombuffer(bias, dtype=torch.uint8)[: self._vocab].bool()

@@ -41,6 +41,9 @@ class Sampling:
     ``logit_bias`` adds to (token, bias) pairs; ``top_logprobs`` asks for that many likeliest tokens;
     ``grammar`` keeps the answer to a form; it belongs to one session.
     ``index`` tells apart the choices of one request (n, best-of).
+
+    A session may not know all that was said: ``seen`` are tokens of the prompt, wherever they stand there, and
+    ``answered`` is the beginning of the answer where another session made it, so that it stands in this one's prompt.
     """
 
     temperature: float = 1.0
@@ -55,6 +58,8 @@ class Sampling:
     top_logprobs: int = 0
     index: int = 0
     grammar: Allows | None = field(default=None, compare=False)
+    seen: frozenset[int] = frozenset()
+    answered: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _require("temperature", self.temperature, 0.0, 100.0)
@@ -72,6 +77,10 @@ class Sampling:
         for token, bias in self.logit_bias:
             _require("logit_bias", bias, -100.0, 100.0)
             _require("logit_bias", token, 0, (1 << 31) - 1)
+        for name, tokens in (("seen", self.seen), ("answered", self.answered)):
+            if tokens:
+                _require(name, min(tokens), 0, (1 << 31) - 1)
+                _require(name, max(tokens), 0, (1 << 31) - 1)
 
     @property
     def greedy(self) -> bool:
@@ -121,8 +130,7 @@ def pick(logits: torch.Tensor, sampling: Sampling, position: int, said: Said | N
     Log-probabilities are the model's own, before bias, penalties, temperature and filters."""
     scores = _weighed(logits, sampling, said)
     if sampling.grammar is not None:
-        answer = said.tokens[said.prompt_tokens :] if said is not None else []
-        allowed = sampling.grammar.allowed(answer).to(scores.device)
+        allowed = sampling.grammar.allowed(_answer(sampling, said)).to(scores.device)
         scores = scores.masked_fill(~allowed, -torch.inf)
     if sampling.greedy:
         token = int(scores.argmax())
@@ -151,15 +159,20 @@ def _weighed(logits: torch.Tensor, sampling: Sampling, said: Said | None) -> tor
     if history is None:
         return scores
     if sampling.repetition_penalty != 1.0:
-        seen = _ids(sorted({token for token in history.tokens if token >= 0}), scores)
+        known = {token for token in history.tokens if token >= 0}
+        seen = _ids(sorted(known.union(sampling.seen, sampling.answered)), scores)
         found = scores[seen]
         penalty = sampling.repetition_penalty
         scores[seen] = torch.where(found > 0, found / penalty, found * penalty)
-    counts = Counter(token for token in history.tokens[history.prompt_tokens :] if token >= 0)
+    counts = Counter(token for token in _answer(sampling, history) if token >= 0)
     if counts:
         times = torch.tensor(list(counts.values()), dtype=scores.dtype, device=scores.device)
         scores[_ids(list(counts), scores)] -= sampling.frequency_penalty * times + sampling.presence_penalty
     return scores
+
+
+def _answer(sampling: Sampling, said: Said | None) -> list[int]:
+    return [*sampling.answered, *(said.tokens[said.prompt_tokens :] if said is not None else ())]
 
 
 def _ids(tokens: Sequence[int], like: torch.Tensor) -> torch.Tensor:

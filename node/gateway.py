@@ -64,7 +64,8 @@ class GenerateRequest:
     `client` is whom fairness counts it for. It is refused at once where it cannot be done within `deadline_s`, or not
     begin to answer within `first_token_s`. Background work runs where nobody else wants anything. `likely_tokens` of
     `max_tokens` are probably made (0: all). `form` and `form_text` keep the answer to a JSON schema, any
-    object or a regular expression.
+    object or a regular expression. The rest is as in model_shards.Sampling; `top_logprobs` asks each event for that
+    many likeliest tokens.
     """
 
     request_id: str
@@ -83,16 +84,24 @@ class GenerateRequest:
     likely_tokens: int = 0
     form: str = ""
     form_text: str = ""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """The token at `index` (0 is the first new one). An eos token has finish "stop" and is not shown."""
+    """The token at `index` (0 is the first new one). An eos token has finish "stop" and is not shown. `logprob` is the
+    model's own (natural), `top` the (token, logprob) pairs asked for, likeliest first."""
 
     token: int
     index: int
     logprob: float | None
     finish: Literal["stop", "length"] | None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Gateway(Protocol):

@@ -200,8 +200,8 @@ class Compute:
             raise Abandoned
         return job.result
 
-    async def grammar(self, form: str, text: str, answered: Sequence[int]) -> Grammar:
-        """What keeps one session's answer to a form, of which it has `answered` already. Raises ModelError."""
+    async def grammar(self, form: str, text: str) -> Grammar:
+        """What keeps one session's answer to a form. Raises ModelError."""
         if self._grammars is None:
             raise GrammarError(form, "this node cannot keep answers to a form")
         make = self._grammars
@@ -209,7 +209,7 @@ class Compute:
         def compiled() -> Grammar:
             if self._compiler is None:
                 self._compiler = make()
-            return self._compiler.compile(form, text, answered)
+            return self._compiler.compile(form, text)
 
         return await trio.to_thread.run_sync(compiled)
 

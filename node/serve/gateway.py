@@ -34,6 +34,7 @@ from node.errors import (
 from node.gateway import GenerateRequest, ModelInfo, TokenEvent
 from node.metrics import Metrics
 from node.serve.booking import booked
+from node.serve.choosing import sampling_asked
 from node.serve.faults import raise_single
 from node.serve.forecast import Pace, seats
 from node.serve.intake import Intake, Place
@@ -44,7 +45,6 @@ from node.serve.protocol import (
     HIGH,
     NORMAL,
     Priority,
-    SamplingSpec,
     SessionOpen,
     StageRef,
 )
@@ -379,7 +379,7 @@ class MeshGateway:
                     pace.worked(len(prompt), trio.current_time())
                     self._selector.finder.sent(choice.reading.stages, marks_of(prompt))
                 live.tokens = index + 1
-                await send.send(TokenEvent(token.token, index, token.logprob, token.finish))
+                await send.send(TokenEvent(token.token, index, token.logprob, token.finish, token.top))
                 work.made.append(token.token)
                 ended = token.finish is not None
                 pace.worked(request.max_tokens - index if ended else 1, trio.current_time())
@@ -447,15 +447,7 @@ class MeshGateway:
             prompt_tokens=len(prompt),
             new_tokens_max=work.tokens_left,
             ignore_eos=request.ignore_eos,
-            sampling=SamplingSpec(
-                request.temperature,
-                request.top_p,
-                request.top_k,
-                request.seed,
-                request.form,
-                request.form_text,
-                tuple(work.made) if request.form else (),
-            ),
+            sampling=sampling_asked(request, tuple(work.made)),
             marks=marks_of(prompt),
             reuse=choice.reading.reuse,
             priority=work.priority,

@@ -47,10 +47,11 @@ class StageRef:
 
 @dataclass(frozen=True, slots=True)
 class SamplingSpec:
-    """How the last stage chooses tokens; randomness depends on (seed, position) alone.
+    """How the last stage chooses tokens (model_shards.Sampling); randomness depends on (seed, position) alone.
 
-    `form` ("json_schema", "json_object", "regex" or none) keeps the answer to `form_text`; what of the answer stands in
-    the session's prompt, because another session made it, is then told as `answered`.
+    `form` ("json_schema", "json_object", "regex" or none) keeps the answer to `form_text`. What the choice depends on
+    and the last stage cannot know is told: what of the answer stands in the session's prompt, because another session
+    made it, as `answered`, and for a repetition penalty the prompt's tokens, once each, as `seen`.
     """
 
     temperature: float
@@ -60,6 +61,13 @@ class SamplingSpec:
     form: str = ""
     form_text: str = ""
     answered: tuple[int, ...] = ()
+    seen: tuple[int, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +153,14 @@ class ReturnOpen:
 
 @dataclass(frozen=True, slots=True)
 class TokenOut:
-    """The `index`-th new token of a session; `finish` is set on the last one."""
+    """The `index`-th new token of a session; `finish` is set on the last one. `top` are the (token, log-probability)
+    pairs asked for, likeliest first."""
 
     index: int
     token: int
     logprob: float | None = None
     finish: Finish | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

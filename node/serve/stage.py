@@ -17,6 +17,7 @@ import torch
 import trio
 
 from model_shards import ModelError, NoRoom, Sampling, Step, StepResult, tensor_from_bytes, tensor_to_bytes
+from node.serve.choosing import sampling_of
 from node.serve.compute import Abandoned, Compute, Stale
 from node.serve.faults import leaves
 from node.serve.handover import Giver, Handovers, Taking
@@ -40,7 +41,6 @@ from node.serve.protocol import (
     ReturnDone,
     ReturnOpen,
     Role,
-    SamplingSpec,
     SessionInput,
     SessionNote,
     SessionOpen,
@@ -130,6 +130,11 @@ class StageService:
                     scope=plan.scope,
                 )
                 compute.held.use(plan.told[: request.reuse // PIECE_TOKENS])
+                if request.index == len(request.stages) - 1 and not prompt and not request.sources:
+                    # Stand-ins only name the cache: to a sampler the prompt's tokens here are unknown.
+                    compute.engine.recall(
+                        request.session, [-1] * request.prompt_tokens, request.prompt_tokens
+                    )
                 return
             except NoRoom as full:
                 if request.priority == BACKGROUND or not await self._send_away(compute):
@@ -176,7 +181,7 @@ class StageService:
             else:
                 onward = await stack.enter_async_context(_Relay.open(self._rpc, request, above))
             taking = Taking(self.handovers, request, compute) if request.sources else None
-            sampling = await _sampling(request.sampling, compute if last else None)
+            sampling = await sampling_of(request.sampling, compute if last else None)
             stage = _Stage(request, compute, plan, onward, above, giver, taking, sampling)
             async with trio.open_nursery() as nursery:
                 if taking is not None:
@@ -313,7 +318,7 @@ class _Tail(_Onward):
             finish = "stop"
         elif self._sent + 1 >= self._request.new_tokens_max:
             finish = "length"
-        token = TokenOut(self._sent, result.token, result.logprob, finish)
+        token = TokenOut(self._sent, result.token, result.logprob, finish, result.top_logprobs)
         self._sent += 1
         for out in self._outs:
             await out.send(token)
@@ -421,17 +426,6 @@ class _Stage:
             self._compute.held.use(told)
         if tell:
             await self._above.say(SessionNote(self._request.index, position, step.count))
-
-
-async def _sampling(spec: SamplingSpec, compute: Compute | None) -> Sampling:
-    """How tokens are chosen: every stage checks it, the last one (which has a `compute`) follows a form, too. Raises
-    ModelError."""
-    grammar = None
-    if spec.form and compute is not None:
-        grammar = await compute.grammar(spec.form, spec.form_text, spec.answered)
-    return Sampling(
-        temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k, seed=spec.seed, grammar=grammar
-    )
 
 
 def _check(request: SessionOpen, me: str, caller: str) -> StageRef:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,12 +18,13 @@ import tokenizers
 import trio
 from tokenizers import decoders, models, pre_tokenizers
 
-from model_shards import CheckpointIndex, Engine, ModelConfig, Sampling, Step, Tokenizer, load_span
+from model_shards import CheckpointIndex, Engine, Grammars, ModelConfig, Sampling, Step, Tokenizer, load_span
 from node import embedded
 from node.api import ApiConfig, ServerConfig, build_app, serve_http
 from node.errors import UnknownModel
 from node.gateway import GenerateRequest, ModelInfo, TokenEvent
 from node.metrics import Metrics
+from node.serve.choosing import sampling_asked
 from node.serve.protocol import PIECE_TOKENS
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -233,13 +235,18 @@ def prompt(model):
 @pytest.fixture(scope="session")
 def alone(model):
     """The tokens that one engine gives for a request."""
-    config, index, _ = model
+    config, index, tokenizer = model
     engine = Engine(load_span(embedded.path(), index, config, 0, 8), kv_bytes_max=4 << 20)
 
     def run(request):
-        sampling = Sampling(
-            temperature=request.temperature, top_p=request.top_p, top_k=request.top_k, seed=request.seed
-        )
+        spec = sampling_asked(request, ())
+        names = {"form", "form_text", "answered", "seen"}
+        asked = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name not in names}
+        if request.form:
+            asked["grammar"] = Grammars(tokenizer, config.vocab, config.eos_ids).compile(
+                request.form, request.form_text
+            )
+        sampling = Sampling(**asked)
         engine.open("s", 0, 8, len(request.prompt) + request.max_tokens)
         found, given, position = [], request.prompt, 0
         while len(found) < request.max_tokens:

@@ -199,16 +199,6 @@ async def test_answers_keep_to_a_form_and_end_with_it(model, prompt, temperature
         await ring.quiet()
 
 
-async def test_an_answer_that_goes_on_elsewhere_keeps_to_its_form(model, prompt):
-    async with ring_of(model, CUTS["two"]) as ring:
-        ids = tuple(model[2].encode("yes, 12"))
-        sampling = SamplingSpec(0.0, 1.0, 0, 0, "regex", "(yes|no), [0-9]{2}", ids)
-        compute = ring.nodes[-1].computes[MANIFEST]
-        grammar = await compute.grammar(sampling.form, sampling.form_text, sampling.answered)
-        allowed = set(grammar.allowed(()).nonzero().flatten().tolist())
-        assert allowed == set(compute.engine.span.config.eos_ids)
-
-
 def opening(ring, **changes):
     fields = {
         "session": "s",

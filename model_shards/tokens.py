@@ -15,6 +15,7 @@ import tokenizers
 from model_shards.chat import ChatTemplate
 from model_shards.errors import ConfigError, TokenizerError
 from model_shards.fields import Fields, read_json_object
+from model_shards.pieces import PieceReader
 
 TOKENIZER_BYTES_MAX = 256 << 20
 PENDING_TOKENS_MAX = 32
@@ -35,6 +36,7 @@ class Tokenizer:
         self._specials = specials
         self._template = template
         self.eos_ids = tuple(sorted(set(eos_ids)))
+        self._pieces: PieceReader | None = None
 
     @classmethod
     def from_dir(cls, directory: Path) -> Tokenizer:
@@ -72,6 +74,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ``ids``; ids outside the vocabulary give nothing."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for by itself: a character may need the bytes of several. b"" for an unknown id."""
+        if self._pieces is None:
+            self._pieces = PieceReader(self._backend)
+        return self._pieces.read(token)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its text, or None."""

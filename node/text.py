@@ -22,15 +22,18 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New text (perhaps empty) and, at the end, why it ended. `tokens` counts all so far, shown or not."""
+    """New text (perhaps empty) and, at the end, why it ended. `tokens` counts all so far, shown or not; `events` are
+    those whose text is now shown."""
 
     text: str
     tokens: int
     finish: Finish | None
+    events: tuple[TokenEvent, ...] = ()
 
 
 class TextStream:
-    """The text of one generation. After a piece with a finish no further event is taken.
+    """The text of one generation, and the sum of its tokens' log-probabilities. After a piece with a finish no further
+    event is taken.
 
     `prompt` (the token ids before the first event) decides whether a space belongs between prompt and answer.
     """
@@ -41,7 +44,9 @@ class TextStream:
         self._decoder = IncrementalDecoder(tokenizer, prompt)
         self._matcher = StopMatcher(stops)
         self._max_tokens = max_tokens
+        self._untold: list[TokenEvent] = []
         self.tokens = 0
+        self.logprob = 0.0
         self.finish: Finish | None = None
 
     def push(self, event: TokenEvent) -> Piece:
@@ -49,21 +54,26 @@ class TextStream:
         if self.finish is not None:
             raise ValueError("the text has already ended")
         self.tokens += 1
+        self.logprob += event.logprob or 0.0
         if event.finish == "stop":
             return self._end("stop", "")
+        self._untold.append(event)
         text, stopped = self._matcher.push(self._decoder.push(event.token))
         if stopped:
             self.finish = "stop"
-            return Piece(text, self.tokens, "stop")
-        if event.finish == "length" or self.tokens >= self._max_tokens:
+        elif event.finish == "length" or self.tokens >= self._max_tokens:
             return self._end("length", text)
-        return Piece(text, self.tokens, None)
+        return self._piece(text)
 
     def _end(self, finish: Finish, shown: str) -> Piece:
         """The last piece: what was still held back, unless it completes a stop string."""
         text, stopped = self._matcher.push(self._decoder.flush())
-        if stopped:
-            self.finish = "stop"
-            return Piece(shown + text, self.tokens, "stop")
-        self.finish = finish
-        return Piece(shown + text + self._matcher.flush(), self.tokens, finish)
+        self.finish = "stop" if stopped else finish
+        return self._piece(shown + text + ("" if stopped else self._matcher.flush()))
+
+    def _piece(self, text: str) -> Piece:
+        """Tokens are told with their text: those of a stop string never are."""
+        events: tuple[TokenEvent, ...] = ()
+        if text:
+            events, self._untold = tuple(self._untold), []
+        return Piece(text, self.tokens, self.finish, events)

@@ -7,7 +7,7 @@ nesting; that difference is this file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,15 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """A choice, or a piece of one: its text, why it ended (None: it goes on), its tokens' log-probabilities."""
+
+    text: str
+    finish: str | None
+    logprobs: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What all documents of one answer share."""
 
@@ -42,15 +51,15 @@ class Answer:
     include_usage: bool = False
     service_tier: str | None = None
 
-    def whole(self, texts: Mapping[int, str], finishes: Mapping[int, str], usage: Usage) -> dict[str, Any]:
-        """The answer to a request without `stream`; texts and finish reasons by choice index."""
+    def whole(self, told: Sequence[Told], usage: Usage) -> dict[str, Any]:
+        """The answer to a request without `stream`."""
         choices = []
-        for index in sorted(texts):
-            choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finishes[index]}
+        for index, one in enumerate(told):
+            choice: dict[str, Any] = {"index": index, "logprobs": one.logprobs, "finish_reason": one.finish}
             if self.kind == "chat":
-                choice["message"] = {"role": "assistant", "content": texts[index], "refusal": None}
+                choice["message"] = {"role": "assistant", "content": one.text, "refusal": None}
             else:
-                choice["text"] = texts[index]
+                choice["text"] = one.text
             choices.append(choice)
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return self._document(name, choices) | {"usage": usage.document()}
@@ -59,15 +68,16 @@ class Answer:
         """The chunk that opens a choice (chat only): it carries the role."""
         if self.kind != "chat":
             return None
-        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
+        return self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
 
-    def piece(self, index: int, text: str, finish: str | None) -> list[dict[str, Any]]:
+    def piece(self, index: int, told: Told) -> list[dict[str, Any]]:
         """The chunks for a piece of text and perhaps its end: none where there is nothing to say."""
+        text, finish, logprobs = told.text, told.finish, told.logprobs
         if self.kind == "completion":
-            return [self._chunk(index, {"text": text}, finish)] if text or finish else []
+            return [self._chunk(index, {"text": text}, finish, logprobs)] if text or finish else []
         chunks = []
         if text:
-            chunks.append(self._chunk(index, {"delta": {"content": text}}, None))
+            chunks.append(self._chunk(index, {"delta": {"content": text}}, logprobs=logprobs))
         if finish:
             chunks.append(self._chunk(index, {"delta": {}}, finish))
         return chunks
@@ -81,8 +91,14 @@ class Answer:
     def _chunk_name(self) -> str:
         return "chat.completion.chunk" if self.kind == "chat" else "text_completion"
 
-    def _chunk(self, index: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish}
+    def _chunk(
+        self,
+        index: int,
+        content: dict[str, Any],
+        finish: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
         document = self._document(self._chunk_name(), [choice])
         return document | {"usage": None} if self.include_usage else document
 

@@ -21,10 +21,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from model_shards import ModelError
-from node.api.answers import DONE, KEEPALIVE, Answer, Usage, dump, sse
+from node.api.answers import DONE, KEEPALIVE, Answer, Told, Usage, dump, sse
 from node.api.config import ApiConfig
 from node.api.fanout import Choice, Fanout, open_fanout
 from node.api.fields import parse_json
+from node.api.likelihoods import Likelihoods
 from node.api.problems import ApiProblem, from_error, internal_problem, invalid
 from node.api.requests import SEED_BITS, Options, parse_chat, parse_completion
 from node.api.terms import Terms, terms_of
@@ -48,6 +49,33 @@ class Prepared:
     choices: tuple[Choice, ...]
     prompt_tokens: int
     stream: bool
+    likelihoods: tuple[Likelihoods, ...] | None
+    shown: int
+    tried: int
+
+    def told(self, index: int, *pieces: Piece) -> Told:
+        """What the answer says of these pieces of choice number `index`."""
+        logprobs = None
+        if self.likelihoods is not None:
+            logprobs = self.likelihoods[index].document([event for piece in pieces for event in piece.events])
+        return Told("".join(piece.text for piece in pieces), pieces[-1].finish, logprobs)
+
+    def best(self) -> list[int]:
+        """The choices to show: of those `tried` for each prompt the `shown` ones with the highest log-probability a
+        token, as OpenAI's best_of has it."""
+
+        def likelihood(index: int) -> float:
+            text = self.choices[index].text
+            return text.logprob / max(1, text.tokens)
+
+        found: list[int] = []
+        for first in range(0, len(self.choices), self.tried):
+            ranked = range(first, first + self.tried)
+            if self.shown < self.tried:
+                found += sorted(ranked, key=likelihood, reverse=True)[: self.shown]
+            else:
+                found += ranked
+        return found
 
 
 class Generation:
@@ -88,7 +116,8 @@ class Generation:
             if isinstance(given, str):
                 prompts.append(await self._tokenized(partial(tokenizer.encode, given), len(given)))
             else:
-                prompts.append(_known_tokens(given, tokenizer.vocab_size))
+                _known_tokens("prompt", given, tokenizer.vocab_size)
+                prompts.append(given)
         prepared = self._prepare("completion", info, tokenizer, parsed.options, prompts, terms)
         return await self._respond(prepared)
 
@@ -125,10 +154,11 @@ class Generation:
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
         identity = f"{prefix}-{secrets.token_hex(12)}"
         seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
+        _known_tokens("logit_bias", [token for token, _ in options.logit_bias], tokenizer.vocab_size)
         choices: list[Choice] = []
         for prompt in prompts:
             max_tokens = _room(info, len(prompt), options.max_tokens, param)
-            for _ in range(options.choices):
+            for _ in range(options.best_of):
                 index = len(choices)
                 asked = GenerateRequest(
                     request_id=f"{identity}-{index}",
@@ -147,8 +177,15 @@ class Generation:
                     likely_tokens=self._config.likely_tokens if options.max_tokens is None else 0,
                     form=options.form,
                     form_text=options.form_text,
+                    min_p=options.min_p,
+                    repetition_penalty=options.repetition_penalty,
+                    presence_penalty=options.presence_penalty,
+                    frequency_penalty=options.frequency_penalty,
+                    logit_bias=options.logit_bias,
+                    top_logprobs=options.logprobs or 0,
                 )
-                choices.append(Choice(index, asked, TextStream(tokenizer, options.stops, max_tokens, prompt)))
+                text = TextStream(tokenizer, options.stops, max_tokens, prompt)
+                choices.append(Choice(index, asked, text))
         answer = Answer(
             kind="chat" if kind == "chat" else "completion",
             id=identity,
@@ -157,32 +194,39 @@ class Generation:
             include_usage=options.include_usage,
             service_tier=terms.tier,
         )
-        return Prepared(answer, tuple(choices), sum(map(len, prompts)), options.stream)
+        likely = None
+        if options.logprobs is not None:
+            likely = tuple(Likelihoods(tokenizer, chat=kind == "chat") for _ in choices)
+        return Prepared(
+            answer,
+            tuple(choices),
+            sum(map(len, prompts)),
+            options.stream,
+            likely,
+            options.choices,
+            options.best_of,
+        )
 
     async def _respond(self, prepared: Prepared) -> Response:
         if prepared.stream:
             return _StreamedAnswer(self._gateway, self._metrics, self._config, self._stopping, prepared)
-        texts = {choice.index: "" for choice in prepared.choices}
-        finishes: dict[int, str] = {}
+        pieces: list[list[Piece]] = [[] for _ in prepared.choices]
         async with open_fanout(self._gateway, self._metrics, prepared.choices, self._stopping) as fanout:
             while (told := await fanout.receive()) is not None:
                 index, piece = told
-                texts[index] += piece.text
-                if piece.finish is not None:
-                    finishes[index] = piece.finish
-        document = prepared.answer.whole(texts, finishes, _usage(prepared))
-        return Response(dump(document), media_type="application/json")
+                pieces[index].append(piece)
+        whole = [prepared.told(index, *pieces[index]) for index in prepared.best()]
+        return Response(dump(prepared.answer.whole(whole, _usage(prepared))), media_type="application/json")
 
 
 def _usage(prepared: Prepared) -> Usage:
     return Usage(prepared.prompt_tokens, sum(choice.text.tokens for choice in prepared.choices))
 
 
-def _known_tokens(tokens: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+def _known_tokens(param: str, tokens: Sequence[int], vocab_size: int) -> None:
     for token in tokens:
         if token >= vocab_size:
-            raise invalid("prompt", token, f"token ids below {vocab_size}, this model's vocabulary")
-    return tokens
+            raise invalid(param, token, f"token ids below {vocab_size}, this model's vocabulary")
 
 
 def _room(info: ModelInfo, prompt_tokens: int, wanted: int | None, param: str) -> int:
@@ -262,7 +306,7 @@ class _StreamedAnswer(Response):
             await self._write(send, KEEPALIVE)
 
     async def _tell(self, send: Send, index: int, piece: Piece) -> None:
-        chunks = self._prepared.answer.piece(index, piece.text, piece.finish)
+        chunks = self._prepared.answer.piece(index, self._prepared.told(index, piece))
         if chunks:
             await self._write(send, b"".join(map(sse, chunks)))
 

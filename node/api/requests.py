@@ -8,7 +8,7 @@ No model is known yet: lengths against a context are checked later.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from model_shards import GrammarError, check_form
@@ -21,13 +21,18 @@ SEED_BITS = 63
 MODEL_CHARS_MAX = 256
 USER_CHARS_MAX = 512
 FORM_CHARS_MAX = 1 << 16
+LOGIT_BIASES_MAX = 1024
+CHAT_LOGPROBS_MAX = 20
+PLAIN_LOGPROBS_MAX = 5
 SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What both endpoints share. `max_tokens` None: what the context leaves. `seed` None: choose one."""
+    """What both endpoints share. `max_tokens` None: what the context leaves. `seed` None: choose one. `logprobs`: how
+    many likeliest tokens to tell beside each, None where no log-probabilities are asked for. Of `best_of` answers to a
+    prompt the `choices` likeliest are given."""
 
     model: str
     max_tokens: int | None
@@ -44,6 +49,13 @@ class Options:
     service_tier: str | None = None
     form: str = ""
     form_text: str = ""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    best_of: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +77,13 @@ class CompletionRequest:
 def parse_chat(body: dict[str, Any], config: ApiConfig) -> ChatRequest:
     """Read a chat request. Raises ApiProblem (400)."""
     fields = Fields(body)
-    options = _options(fields, config)
+    options = _options(fields, config, _chat_logprobs(fields))
     _refuse_unless(fields, "tools", ([],), "leave it out")
     _refuse_unless(fields, "functions", ([],), "leave it out")
     _refuse_unless(fields, "tool_choice", ("none", "auto"), "leave it out")
     _refuse_unless(fields, "function_call", ("none", "auto"), "leave it out")
     _refuse_unless(fields, "modalities", (["text"],), "only text is produced")
     _refuse_unless(fields, "audio", (), "only text is produced")
-    _refuse_unless(fields, "logprobs", (False,), "leave it out")
-    _refuse_unless(fields, "top_logprobs", (0,), "leave it out")
     messages = tuple(_message(message) for message in fields.objects("messages", config.messages_max))
     return ChatRequest(options, messages)
 
@@ -81,21 +91,18 @@ def parse_chat(body: dict[str, Any], config: ApiConfig) -> ChatRequest:
 def parse_completion(body: dict[str, Any], config: ApiConfig) -> CompletionRequest:
     """Read a plain completion request. Raises ApiProblem (400)."""
     fields = Fields(body)
-    options = _options(fields, config)
+    options = _options(fields, config, fields.integer("logprobs", None, 0, PLAIN_LOGPROBS_MAX))
     _refuse_unless(fields, "echo", (False,), "leave it out")
     _refuse_unless(fields, "suffix", ("",), "leave it out")
-    _refuse_unless(fields, "logprobs", (), "leave it out")
-    _refuse_unless(fields, "best_of", (1, options.choices), "leave it out or give the value of n")
-    return CompletionRequest(options, _prompts(fields, config))
+    best_of = fields.integer("best_of", options.choices, options.choices, config.choices_max)
+    best_of = best_of or options.choices
+    if options.stream and best_of > options.choices:
+        raise invalid("best_of", best_of, "the value of n where the answer is streamed")
+    return CompletionRequest(replace(options, best_of=best_of), _prompts(fields, config))
 
 
-def _options(fields: Fields, config: ApiConfig) -> Options:
+def _options(fields: Fields, config: ApiConfig, logprobs: int | None) -> Options:
     stream = fields.flag("stream", False)
-    _refuse_unless(fields, "frequency_penalty", (0,), "leave it out or give 0")
-    _refuse_unless(fields, "presence_penalty", (0,), "leave it out or give 0")
-    _refuse_unless(fields, "repetition_penalty", (1,), "leave it out or give 1")
-    _refuse_unless(fields, "min_p", (0,), "leave it out or give 0")
-    _refuse_unless(fields, "logit_bias", ({},), "leave it out")
     form, form_text = _form(fields)
     ignore_eos = fields.flag("ignore_eos", False)
     if form and ignore_eos:
@@ -118,7 +125,38 @@ def _options(fields: Fields, config: ApiConfig) -> Options:
         service_tier=fields.choice("service_tier", "", SERVICE_TIERS) or None,
         form=form,
         form_text=form_text,
+        min_p=fields.number("min_p", 0.0, 0.0, 1.0),
+        repetition_penalty=fields.number("repetition_penalty", 1.0, 0.01, 10.0),
+        presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),
+        frequency_penalty=fields.number("frequency_penalty", 0.0, -2.0, 2.0),
+        logit_bias=_logit_bias(fields),
+        logprobs=logprobs,
+        best_of=choices or 1,
     )
+
+
+def _chat_logprobs(fields: Fields) -> int | None:
+    wanted = fields.flag("logprobs", False)
+    top = fields.integer("top_logprobs", 0, 0, CHAT_LOGPROBS_MAX) or 0
+    if top and not wanted:
+        raise invalid("top_logprobs", top, "logprobs to be true beside it")
+    return top if wanted else None
+
+
+def _logit_bias(fields: Fields) -> tuple[tuple[int, float], ...]:
+    value = fields.raw("logit_bias")
+    if value is None:
+        return ()
+    expected = f"an object of at most {LOGIT_BIASES_MAX} token ids, each with a number from -100 to 100"
+    if not isinstance(value, dict) or len(value) > LOGIT_BIASES_MAX:
+        raise invalid("logit_bias", value, expected)
+    inner = Fields(value, "logit_bias.")
+    found = {}
+    for name in value:
+        if not (name.isascii() and name.isdigit() and len(name) <= 9) or value[name] is None:
+            raise invalid("logit_bias", {name: value[name]}, expected)
+        found[int(name)] = inner.number(name, 0.0, -100.0, 100.0)
+    return tuple(sorted(found.items()))
 
 
 def _form(fields: Fields) -> tuple[str, str]:

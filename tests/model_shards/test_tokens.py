@@ -330,3 +330,24 @@ def test_how_the_text_is_cut_changes_nothing(text, stops, cuts):
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
     assert run_matcher(stops, pieces) == run_matcher(stops, list(text)) == run_matcher(stops, [text])
+
+
+def _saved(directory, decoder, vocab, added=()):
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    backend.decoder = decoder
+    backend.add_special_tokens([*added])
+    directory.mkdir()
+    backend.save(str(directory / "tokenizer.json"))
+    return Tokenizer.from_dir(directory)
+
+
+def test_the_bytes_of_single_tokens(tmp_path):
+    letters = {"\u0120a": 0, "\u00c3": 1, "\u00a9": 2, "\u010a": 3}
+    made = _saved(tmp_path / "bytes", decoders.ByteLevel(), letters, ["<end\u00e9>"])
+    found = [made.token_bytes(token) for token in range(6)]
+    assert found == [b" a", b"\xc3", b"\xa9", b"\n", "<end\u00e9>".encode(), b""]
+    assert b"".join(found[1:3]).decode() == "\u00e9"
+    pieces = {"\u2581a": 0, "<0xC3>": 1, "<0x0A>": 2, "\u00e9": 3}
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback()]
+    made = _saved(tmp_path / "pieces", decoders.Sequence(steps), pieces)
+    assert [made.token_bytes(token) for token in range(4)] == [b" a", b"\xc3", b"\n", "\u00e9".encode()]

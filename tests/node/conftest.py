@@ -122,7 +122,10 @@ class FakeGateway:
             else:
                 ends = item == EOS and not request.ignore_eos
                 full = index + 1 == request.max_tokens
-                yield TokenEvent(item, index, -0.5, "stop" if ends else "length" if full else None)
+                finish = "stop" if ends else "length" if full else None
+                logprob = -0.5 if request.seed % 2 else -1.0
+                likely = tuple((item - at, logprob - at) for at in range(request.top_logprobs))
+                yield TokenEvent(item, index, logprob, finish, likely)
                 if ends or full:
                     return
                 index += 1

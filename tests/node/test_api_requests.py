@@ -49,11 +49,17 @@ BOTH = [
     ("ignore_eos", "no", "true or false"),
     ("stream_options", "usage", "an object"),
     ("stream_options", {"include_usage": True}, "stream to be true"),
-    ("frequency_penalty", 0.5, "not supported"),
-    ("presence_penalty", -1, "not supported"),
-    ("presence_penalty", False, "not supported"),
-    ("min_p", 0.1, "not supported"),
-    ("logit_bias", {"5": 1}, "not supported"),
+    ("frequency_penalty", 2.5, "from -2 to 2"),
+    ("presence_penalty", -3, "from -2 to 2"),
+    ("presence_penalty", False, "a number"),
+    ("repetition_penalty", 0, "from 0.01 to 10"),
+    ("min_p", 1.1, "from 0 to 1"),
+    ("logit_bias", [5], "an object of at most"),
+    ("logit_bias", {"five": 1}, "an object of at most"),
+    ("logit_bias", {"-5": 1}, "an object of at most"),
+    ("logit_bias", {"\u0665": 1}, "an object of at most"),
+    ("logit_bias", {str(token): 1 for token in range(2000)}, "at most 1024"),
+    ("logit_bias", {"5": None}, "an object of at most"),
     ("user", 5, "a text"),
     ("user", "x" * 600, "at most 512 characters"),
     ("service_tier", "gold", "one of auto"),
@@ -78,8 +84,11 @@ CHAT_ONLY = [
     ("tool_choice", "required", "not supported"),
     ("functions", [{}], "not supported"),
     ("modalities", ["audio"], "not supported"),
-    ("logprobs", True, "not supported"),
-    ("logprobs", "yes", "not supported"),
+    ("logprobs", 3, "true or false"),
+    ("top_logprobs", 3, "logprobs to be true"),
+    ("top_logprobs", 21, "from 0 to 20"),
+    ("logit_bias.5", {"5": 101}, "from -100 to 100"),
+    ("logit_bias.5", {"5": "1"}, "a number"),
 ]
 PLAIN_ONLY = [
     ("prompt", 5, "a text, a list"),
@@ -94,8 +103,10 @@ PLAIN_ONLY = [
     ("prompt[0][1]", [[1, 2.5]], "a token id"),
     ("echo", True, "not supported"),
     ("suffix", "end", "not supported"),
-    ("logprobs", 3, "not supported"),
-    ("best_of", 4, "not supported"),
+    ("logprobs", 6, "from 0 to 5"),
+    ("logprobs", True, "a whole number"),
+    ("best_of", 0, "from 1 to 8"),
+    ("best_of", 9, "from 1 to 8"),
 ]
 
 
@@ -119,7 +130,7 @@ def test_a_wrong_common_field_is_named_in_both_endpoints(field, value, words) ->
 
 @pytest.mark.parametrize(("param", "value", "words"), CHAT_ONLY)
 def test_a_wrong_chat_field_is_named(param, value, words) -> None:
-    field = param.partition("[")[0]
+    field = param.partition("[")[0].partition(".")[0]
     if param == "messages[0]":
         value = [value]
     _assert_refused(parse_chat, CHAT | {field: value}, param, words)
@@ -199,6 +210,33 @@ def test_fields_that_change_nothing_are_accepted(extra) -> None:
 def test_fields_of_plain_completions_that_change_nothing_are_accepted() -> None:
     extra = HARMLESS | {"echo": False, "suffix": None, "best_of": 1}
     assert parse_completion(PLAIN | extra, CONFIG) == parse_completion(PLAIN, CONFIG)
+
+
+def test_weights_and_likelihoods_are_read() -> None:
+    weights = {
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": -1,
+        "frequency_penalty": 0.5,
+        "logit_bias": {"7": -100, "5": 1.5},
+    }
+    options = parse_chat(CHAT | weights | {"logprobs": True, "top_logprobs": 20}, CONFIG).options
+    assert (options.min_p, options.repetition_penalty) == (0.1, 1.2)
+    assert (options.presence_penalty, options.frequency_penalty) == (-1.0, 0.5)
+    assert options.logit_bias == ((5, 1.5), (7, -100.0))
+    assert options.logprobs == 20
+    assert parse_chat(CHAT | {"logprobs": True}, CONFIG).options.logprobs == 0
+    assert parse_chat(CHAT | {"logprobs": False}, CONFIG).options.logprobs is None
+    assert parse_completion(PLAIN | {"logprobs": 0}, CONFIG).options.logprobs == 0
+    assert parse_completion(PLAIN | {"n": 2, "best_of": 5}, CONFIG).options.best_of == 5
+    assert parse_completion(PLAIN | {"n": 3}, CONFIG).options.best_of == 3
+
+
+def test_more_answers_than_are_shown_cannot_be_streamed_nor_fewer_tried() -> None:
+    for extra, words in (({"stream": True}, "streamed"), ({"n": 4}, "from 4 to 8")):
+        with pytest.raises(ApiProblem, match=words) as caught:
+            parse_completion(PLAIN | {"best_of": 3} | extra, CONFIG)
+        assert caught.value.param == "best_of"
 
 
 def test_messages_are_brought_into_the_form_templates_expect() -> None:

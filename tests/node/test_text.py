@@ -90,3 +90,13 @@ def test_nothing_is_taken_after_the_end(byte_tokenizer) -> None:
     stream.push(TokenEvent(EOS, 0, None, "stop"))
     with pytest.raises(ValueError, match="already ended"):
         stream.push(TokenEvent(97, 1, None, None))
+
+
+def test_tokens_are_told_with_their_text_and_those_of_a_stop_string_never(byte_tokenizer) -> None:
+    pieces = play(TextStream(byte_tokenizer, ("stop",), 100), [*"xést stop".encode()], "length")
+    told = [bytes(event.token for event in piece.events).decode() for piece in pieces]
+    assert told == [piece.text for piece in pieces]
+    assert "".join(told) == "xést "
+    stream = TextStream(byte_tokenizer, (), 2)
+    pieces = [stream.push(TokenEvent(97, at, -0.25, None)) for at in range(2)]
+    assert stream.logprob == -0.5

@@ -5,6 +5,7 @@ Knows torch and file formats; knows no network, no mesh and no clock. See `engin
 of the numbers.
 """
 
+from model_shards.adapters import AdapterIndex, is_adapter
 from model_shards.batcher import Batcher, BatchLimits, Resume, Room, Run
 from model_shards.bench import micro_benchmark
 from model_shards.bench_decode import bench_decode, random_checkpoint
@@ -29,6 +30,7 @@ from model_shards.errors import (
 )
 from model_shards.grammar import Grammar, Grammars, check_form
 from model_shards.kv import BLOCK_TOKENS
+from model_shards.lowrank import Adapter
 from model_shards.parking import ParkingLot
 from model_shards.safetensors_header import TensorInfo, header_range
 from model_shards.sampler import Sampling
@@ -38,6 +40,8 @@ from model_shards.weight_cache import WeightCache
 
 __all__ = [
     "BLOCK_TOKENS",
+    "Adapter",
+    "AdapterIndex",
     "BatchLimits",
     "Batcher",
     "CheckpointError",
@@ -74,6 +78,7 @@ __all__ = [
     "bench_decode",
     "check_form",
     "header_range",
+    "is_adapter",
     "load_span",
     "micro_benchmark",
     "random_checkpoint",

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from model_shards.config import ModelConfig
 from model_shards.kv import SessionKv
 from model_shards.linear import AnyLinear, HeadNorms
+from model_shards.lowrank import Tuned
 
 SCORES_MAX = 1 << 24  # scores held at once, over all heads
 
@@ -34,10 +35,15 @@ class Rows:
 @dataclass(slots=True)
 class Batch:
     """The sessions of one pass, and for each of the model's ropes the rows (cos, sin), each [N, 1, dim], of
-    their positions."""
+    their positions; ``tuned`` where any row has an adapter."""
 
     rows: list[Rows]
     rotary: list[tuple[torch.Tensor, torch.Tensor]]
+    tuned: Tuned | None = None
+
+    def tuned_at(self, layer: int) -> Tuned | None:
+        """What adapters add to the parts of ``layer``."""
+        return None if self.tuned is None else self.tuned.at(layer)
 
 
 def mask_of(rows: Rows, first: int, window: int | None) -> torch.Tensor:
@@ -120,7 +126,9 @@ class Attention:
     def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[N, hidden] -> [N, hidden]; appends the rows' keys and values to each session's cache."""
         count = x.shape[0]
-        fused = self.qkv(x)
+        fused, tuned = self.qkv(x), batch.tuned_at(self.layer)
+        if tuned is not None:
+            tuned.add("qkv", x, fused)
         qk = fused[:, : self._qk_width].view(count, self.heads + self.kv_heads, self.head_dim)
         v = fused[:, self._qk_width :].view(count, self.kv_heads, self.head_dim)
         if self.norms is not None:
@@ -128,7 +136,11 @@ class Attention:
         if self.rope is not None:
             qk = self._rotate(qk, *batch.rotary[self.rope])
         q, k = qk[:, : self.heads], qk[:, self.heads :]
-        return self.out(per_session(batch, self._attend, q, k, v))
+        mixed = per_session(batch, self._attend, q, k, v)
+        given = self.out(mixed)
+        if tuned is not None:
+            tuned.add("out", mixed, given)
+        return given
 
     def linears(self) -> tuple[AnyLinear, ...]:
         return self.qkv, self.out

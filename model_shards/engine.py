@@ -17,6 +17,7 @@ from model_shards.errors import ContextOverflow, LocalFault, StepError
 from model_shards.exact import RowsExact
 from model_shards.exchange import StateExchange
 from model_shards.kv import BLOCK_TOKENS, KvCache, KvPool, SessionKv
+from model_shards.lowrank import Adapter, Tuned
 from model_shards.parking import ParkingLot
 from model_shards.pooling import POOLS, Pooled
 from model_shards.rope import LENGTH_DEPENDENT, RotaryTable
@@ -63,8 +64,8 @@ class StepResult:
     embedding: torch.Tensor | None = None
 
 
-def _scope(scope: str, start: int, end: int) -> str:
-    return f"{start}:{end}:{scope}"
+def _scope(scope: str, start: int, end: int, adapter: str) -> str:
+    return f"{start}:{end}:{len(adapter)}:{adapter}:{scope}"
 
 
 def _never() -> None:
@@ -80,7 +81,8 @@ class Engine(StateExchange):
     engine or in four gives the same bits. Every step is computed in its own shape; single-position steps of
     several sessions share one pass only in group sizes for which this machine's kernels were found to give
     each row the very bits it has alone (see `exact.py`). A prompt given in other pieces may differ in the
-    last bits, as matrix kernels differ by shape.
+    last bits, as matrix kernels differ by shape. Adapters change neither the bits of sessions without one nor
+    one another's.
 
     ``identity`` names the model's weights: only engines of one identity exchange session state.
     """
@@ -98,6 +100,8 @@ class Engine(StateExchange):
         self._sessions: dict[str, SessionKv] = {}
         self._said: dict[str, Said] = {}
         self._pooled: dict[str, Pooled] = {}
+        self._adapters: dict[str, Adapter] = {}
+        self._tuned: dict[str, Adapter] = {}
         self._exact = RowsExact(span)
         # Such a scaling rotates a key by the length its sequence had then: no other session may take it over.
         self._sharing = not any(rope.kind in LENGTH_DEPENDENT for rope in config.ropes)
@@ -106,6 +110,32 @@ class Engine(StateExchange):
     def shares_prefixes(self) -> bool:
         """Whether a session may take over what others of its scope computed."""
         return self._sharing
+
+    @property
+    def adapters(self) -> dict[str, int]:
+        """Adapters that sessions may be opened with, by name, and how many open sessions have each."""
+        names = [adapter.name for adapter in self._tuned.values()]
+        return {name: names.count(name) for name in self._adapters}
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapters held, those that are removed but still in use included."""
+        held = {id(adapter): adapter for adapter in (*self._adapters.values(), *self._tuned.values())}
+        return sum(adapter.nbytes for adapter in held.values())
+
+    def add_adapter(self, adapter: Adapter) -> None:
+        """From now on sessions may be opened with ``adapter``. Raises LocalFault for one of other layers or dtype."""
+        span = self.span
+        if adapter.start > span.start or adapter.end < span.end or adapter.dtype != span.dtype:
+            found = f"[{adapter.start}, {adapter.end}) in {adapter.dtype}"
+            raise LocalFault(
+                f"adapter {adapter.name}: {found}, the span is [{span.start}, {span.end}) in {span.dtype}"
+            )
+        self._adapters[adapter.name] = adapter
+
+    def remove_adapter(self, name: str) -> None:
+        """No session may be opened with it any more; those that have it go on. An unknown one is no error."""
+        self._adapters.pop(name, None)
 
     def open(
         self,
@@ -117,25 +147,30 @@ class Engine(StateExchange):
         prompt: Sequence[int] = (),
         reuse: int = 0,
         scope: str = "",
+        adapter: str = "",
     ) -> None:
         """Admits ``session`` for layers [start, end) of the span and reserves KV for ``tokens_max``
         positions.
 
         ``prompt`` (optional) lets its positions be shared with sessions of the same ``scope`` that begin
         alike; ``reuse`` positions of it (see `cached`) are taken from the cache, and the first step starts
-        there. Every stage of a request must reuse equally many. Raises NoRoom where it does not fit now,
-        ContextOverflow beyond the model's context, StepError for an open session or a reuse that is not
-        cached, LocalFault for layers outside the span.
+        there. Every stage of a request must reuse equally many. ``adapter`` (see `add_adapter`) changes the
+        model for this session; what it computes is shared only with sessions of the same. Raises NoRoom where
+        it does not fit now, ContextOverflow beyond the model's context, StepError for an open session, an
+        unknown adapter or a reuse that is not cached, LocalFault for layers outside the span.
         """
         if session in self._sessions:
             raise StepError(session, "is open already")
+        if adapter and adapter not in self._adapters:
+            raise StepError(session, f"asks for adapter {adapter!r:.80}, which is not loaded")
         self._check_layers(start, end)
         if tokens_max < max(1, len(prompt)):
             raise StepError(session, f"tokens_max is {tokens_max}, expected at least {max(1, len(prompt))}")
         if tokens_max > self.span.config.context_tokens:
             raise ContextOverflow(self.span.config.context_tokens, tokens_max)
         self._check_tokens(session, prompt, 0)
-        pages = self._cache.pages.match(_scope(scope, start, end), prompt) if reuse else []
+        salted = _scope(scope, start, end, adapter)
+        pages = self._cache.pages.match(salted, prompt) if reuse else []
         if reuse % BLOCK_TOKENS or not 0 <= reuse <= len(pages) * BLOCK_TOKENS:
             held = len(pages) * BLOCK_TOKENS
             raise StepError(
@@ -146,18 +181,22 @@ class Engine(StateExchange):
             start,
             end,
             tokens_max,
-            scope=_scope(scope, start, end),
+            scope=salted,
             prompt=prompt if self._sharing else (),
             reuse=pages[: reuse // BLOCK_TOKENS],
             sharing=self._sharing,
         )
         self._said[session] = Said(list(prompt), len(prompt))
+        if adapter:
+            self._tuned[session] = self._adapters[adapter]
 
-    def cached(self, start: int, end: int, prompt: Sequence[int], *, scope: str = "") -> int:
+    def cached(
+        self, start: int, end: int, prompt: Sequence[int], *, scope: str = "", adapter: str = ""
+    ) -> int:
         """How many first positions of ``prompt`` are in the cache for layers [start, end): whole blocks, and
         never the last position. It holds until the next open()."""
         self._check_layers(start, end)
-        return len(self._cache.pages.match(_scope(scope, start, end), prompt)) * BLOCK_TOKENS
+        return len(self._cache.pages.match(_scope(scope, start, end, adapter), prompt)) * BLOCK_TOKENS
 
     def close(self, session: str, tokens: Sequence[int] = ()) -> None:
         """Ends ``session`` and frees its KV; closing an unknown or closed one does nothing. ``tokens``, all
@@ -167,6 +206,7 @@ class Engine(StateExchange):
         self._said.pop(session, None)
         self._pooled.pop(session, None)
         self._arrivals.pop(session, None)
+        self._tuned.pop(session, None)
         if kv is not None:
             if tokens and self._sharing and not kv.parked:
                 kv.learn(tokens)
@@ -181,11 +221,12 @@ class Engine(StateExchange):
         prompt: Sequence[int] = (),
         reuse: int = 0,
         scope: str = "",
+        adapter: str = "",
     ) -> int:
         """How many free KV blocks an open() with these arguments would take now."""
         self._check_layers(start, end)
         pages = (
-            self._cache.pages.match(_scope(scope, start, end), prompt)[: reuse // BLOCK_TOKENS]
+            self._cache.pages.match(_scope(scope, start, end, adapter), prompt)[: reuse // BLOCK_TOKENS]
             if reuse
             else []
         )
@@ -318,7 +359,10 @@ class Engine(StateExchange):
         """Like run(), but gives each step's logits [n, vocab] float32. Only for sessions that end with the
         model."""
         self._check_all(steps)
-        found = [self.span.logits(self._forward([step], _never)) for step in steps]
+        found = [
+            self.span.logits(self._forward([step], _never), self._tuned_rows([step], whole=step.count > 1))
+            for step in steps
+        ]
         for step in steps:
             self._sessions[step.session].advance(step.count, step.tokens)
         return found
@@ -406,13 +450,21 @@ class Engine(StateExchange):
         for step in steps:
             rows.append(Rows(self._sessions[step.session], step.position, step.count, offset))
             offset += step.count
-        batch = Batch(rows, [self._turns(table, rows) for table in self._rotary])
+        tuned = self._tuned_rows(steps, whole=len(steps) == 1 and steps[0].count > 1)
+        batch = Batch(rows, [self._turns(table, rows) for table in self._rotary], tuned)
         hidden = self._enter(steps)
         kv = rows[0].kv
         for layer in self.span.layers[kv.start - self.span.start : kv.end - self.span.start]:
             check_cancelled()
             hidden = layer(hidden, batch)
         return hidden
+
+    def _tuned_rows(self, steps: list[Step], *, whole: bool) -> Tuned | None:
+        """The adapters of the steps' rows, None where there are none."""
+        if not any(step.session in self._tuned for step in steps):
+            return None
+        found = [self._tuned.get(step.session) for step in steps for _ in range(step.count)]
+        return Tuned(found, whole)
 
     @staticmethod
     def _turns(table: RotaryTable, rows: list[Rows]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -435,7 +487,10 @@ class Engine(StateExchange):
             ends.append(row)
         if all(step.sample is None for step in steps):
             return [StepResult(step.session) for step in steps]
-        logits = self.span.logits(hidden[ends] if len(ends) < hidden.shape[0] else hidden)
+        tuned = None
+        if any(step.session in self._tuned for step in steps):
+            tuned = Tuned([self._tuned.get(step.session) for step in steps], whole=False)
+        logits = self.span.logits(hidden[ends] if len(ends) < hidden.shape[0] else hidden, tuned)
         results = []
         for step, scores in zip(steps, logits, strict=True):
             if step.sample is None:

@@ -2,7 +2,7 @@
 
 ModelError
 ├── RemoteFault            what was handed in is wrong: a model directory, a request, a neighbour's activations
-│   ├── ConfigError            config.json: .field .value .expected
+│   ├── ConfigError            config.json, adapter_config.json: .field .value .expected
 │   ├── CheckpointError        a weight file or its index: .file .tensor .detail
 │   ├── TokenizerError         tokenizer files or a chat template: .file .detail
 │   ├── ContextOverflow        more tokens than the model's context: .limit .got
@@ -29,10 +29,11 @@ class RemoteFault(ModelError):
 
 
 class ConfigError(RemoteFault):
-    """A field of config.json that cannot be used: names it, its value and what would be right."""
+    """A field of config.json (or of another ``file``) that cannot be used: names it, its value and what would be
+    right."""
 
-    def __init__(self, field: str, value: object, expected: str) -> None:
-        super().__init__(f"config.json: {field} is {_short(value)}, expected {expected}")
+    def __init__(self, field: str, value: object, expected: str, file: str = "config.json") -> None:
+        super().__init__(f"{file}: {field} is {_short(value)}, expected {expected}")
         self.field = field
         self.value = value
         self.expected = expected

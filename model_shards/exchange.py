@@ -12,6 +12,7 @@ import torch
 
 from model_shards.errors import LocalFault, StateError, StepError
 from model_shards.kv import SessionKv
+from model_shards.lowrank import Adapter
 from model_shards.pooling import Pooled
 from model_shards.sampler import Said
 from model_shards.span import Span
@@ -24,12 +25,13 @@ class StateExchange:
     span: Span
     _said: dict[str, Said]
     _pooled: dict[str, Pooled]
+    _tuned: dict[str, Adapter]
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._arrivals: dict[str, Arrivals] = {}
 
-    def open(self, session: str, start: int, end: int, tokens_max: int) -> None:
+    def open(self, session: str, start: int, end: int, tokens_max: int, *, adapter: str = "") -> None:
         """The engine's."""
         raise LocalFault("only an engine opens sessions")
 
@@ -76,15 +78,27 @@ class StateExchange:
                     Said(list(said.tokens), said.prompt_tokens),
                     self._pooled.get(session),
                 )
+            part.adapter = self._adapter_of(session)
             yield encode_part(self._layout, part, kv)
 
+    def _adapter_of(self, session: str) -> str:
+        adapter = self._tuned.get(session)
+        return "" if adapter is None else adapter.name
+
     def import_session(
-        self, session: str, start: int, end: int, tokens_max: int, parts: Iterable[bytes | memoryview]
+        self,
+        session: str,
+        start: int,
+        end: int,
+        tokens_max: int,
+        parts: Iterable[bytes | memoryview],
+        *,
+        adapter: str = "",
     ) -> int:
         """Opens ``session`` (see `Engine.open`) and takes over the state that ``parts`` of one or several engines
         hold; returns its position. What follows has the very bits it would have had there. Raises StateError and
         what open() raises, with nothing left open."""
-        self.open(session, start, end, tokens_max)
+        self.open(session, start, end, tokens_max, adapter=adapter)
         try:
             for part in parts:
                 self.import_part(session, part)
@@ -114,6 +128,8 @@ class StateExchange:
         start, end = kv.start if start is None else start, kv.end if end is None else end
         if found.start < start or found.end > end:
             raise StateError("layers", (found.start, found.end), f"within {(start, end)}")
+        if found.adapter != self._adapter_of(session):
+            raise StateError("adapter", found.adapter, repr(self._adapter_of(session)))
         arrivals = self._arrivals.get(session) or Arrivals.of(kv)
         arrivals.check(found, kv.tokens_max)
         remembers = found.end == self.span.config.layers

@@ -13,12 +13,13 @@ import torch
 
 from model_shards.families.base import Routing
 from model_shards.linear import AnyLinear, Linear
+from model_shards.lowrank import Tuned
 
 
 class FeedForward(Protocol):
     """[n, hidden] -> [n, hidden]."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, tuned: Tuned | None = None) -> torch.Tensor: ...
 
     def linears(self) -> tuple[AnyLinear, ...]: ...
 
@@ -82,14 +83,17 @@ class Experts:
         self.experts = experts
         self.shared = shared
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, tuned: Tuned | None = None) -> torch.Tensor:
         weights, chosen = self.router(x)
         weights = weights.to(x.dtype)
         mixed = torch.zeros_like(x)
         for expert in sorted(set(chosen.flatten().tolist())):
             rows, place = torch.where(chosen == expert)
-            mixed.index_add_(0, rows, self.experts[expert](x[rows]) * weights[rows, place, None])
-        return mixed if self.shared is None else mixed + self.shared(x)
+            own = None if tuned is None else tuned.of(rows.tolist()).under(f"experts.{expert}.")
+            mixed.index_add_(0, rows, self.experts[expert](x[rows], own) * weights[rows, place, None])
+        if self.shared is None:
+            return mixed
+        return mixed + self.shared(x, None if tuned is None else tuned.under("shared."))
 
     def linears(self) -> tuple[AnyLinear, ...]:
         shared = self.shared.linears() if self.shared is not None else ()

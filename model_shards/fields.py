@@ -38,9 +38,10 @@ def read_json_object(path: Path, bytes_max: int = JSON_BYTES_MAX) -> dict[str, A
 class Fields:
     """Reads named values out of one JSON object. ``None`` counts as absent, as in Hugging Face configs."""
 
-    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(self, values: Mapping[str, Any], prefix: str = "", file: str = "config.json") -> None:
         self._values = values
         self._prefix = prefix
+        self._file = file
 
     def has(self, name: str) -> bool:
         """Whether there is a value other than null."""
@@ -60,7 +61,7 @@ class Fields:
 
     def bad(self, name: str, expected: str) -> ConfigError:
         """The error that refuses this field's value."""
-        return ConfigError(self._prefix + name, self._values.get(name), expected)
+        return ConfigError(self._prefix + name, self._values.get(name), expected, self._file)
 
     def integer(self, name: str, low: int, high: int, default: int = _MISSING) -> int:
         """An integer in [low, high]."""
@@ -128,4 +129,4 @@ class Fields:
             return None
         if not isinstance(value, dict):
             raise self.bad(name, "a JSON object")
-        return Fields(value, f"{self._prefix}{name}.")
+        return Fields(value, f"{self._prefix}{name}.", self._file)

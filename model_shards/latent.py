@@ -47,17 +47,26 @@ class LatentAttention:
 
     def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[N, hidden] -> [N, hidden]; appends the rows' latents and rotated keys to each session's cache."""
-        shape, below = self.shape, self.down(x)
+        shape, below, tuned = self.shape, self.down(x), batch.tuned_at(self.layer)
+        if tuned is not None:
+            tuned.add("latent", x, below)
         latent, key = below[:, -shape.kv_rank - shape.rope_dim : -shape.rope_dim], below[:, -shape.rope_dim :]
         source = x if self.q_norm is None else self.q_norm(below[:, : shape.q_rank])
-        queries = self.q(source).view(x.shape[0], self.heads, -1)
+        flat = self.q(source)
+        if tuned is not None:
+            tuned.add("q", source, flat)
+        queries = flat.view(x.shape[0], self.heads, -1)
         still, turned = queries[..., : shape.nope_dim], queries[..., shape.nope_dim :]
         key = key.unsqueeze(1)
         if self.rope is not None:
             cos, sin = batch.rotary[self.rope]
             turned, key = rotate(self._halves(turned), cos, sin), rotate(self._halves(key), cos, sin)
         latent = self.kv_norm(latent).unsqueeze(1)
-        return self.out(per_session(batch, self._attend, still, turned, latent, key))
+        mixed = per_session(batch, self._attend, still, turned, latent, key)
+        given = self.out(mixed)
+        if tuned is not None:
+            tuned.add("out", mixed, given)
+        return given
 
     def linears(self) -> tuple[AnyLinear, ...]:
         return self.down, self.q, self.kv_b, self.out

@@ -52,12 +52,13 @@ class DecoderLayer:
         self.post_norms = post_norms
 
     def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        tuned = batch.tuned_at(self.attention.layer)
         if self.post_norms is not None:
             after_attention, after_mlp = self.post_norms
             x = x + after_attention(self.attention(self.attn_norm(x), batch))
-            return x + after_mlp(self.mlp(self.mlp_norm(x)))
+            return x + after_mlp(self.mlp(self.mlp_norm(x), tuned))
         x = x + self.attention(self.attn_norm(x), batch)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), tuned)
 
     def linears(self) -> tuple[AnyLinear, ...]:
         return *self.attention.linears(), *self.mlp.linears()

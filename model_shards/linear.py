@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from model_shards.config import ModelConfig
 from model_shards.errors import LocalFault
+from model_shards.lowrank import Tuned
 from model_shards.packed import PackedStack, PackedWeight
 from model_shards.quant import QuantWeight
 from model_shards.weights import Part
@@ -164,9 +165,15 @@ class Mlp:
         self.width = gate_up.shape[0] // 2
         self.activation = ACTIVATIONS[activation]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, tuned: Tuned | None = None) -> torch.Tensor:
         both = self.gate_up(x)
-        return self.down(self.activation(both[:, : self.width]).mul_(both[:, self.width :]))
+        if tuned is not None:
+            tuned.add("gate_up", x, both)
+        inner = self.activation(both[:, : self.width]).mul_(both[:, self.width :])
+        given = self.down(inner)
+        if tuned is not None:
+            tuned.add("down", inner, given)
+        return given
 
     def linears(self) -> tuple[AnyLinear, ...]:
         return self.gate_up, self.down
@@ -174,7 +181,7 @@ class Mlp:
 
 class ClampedMlp:
     """GPT-OSS's feed-forward: ``gate_up`` holds gate and up in turn, both clamped; down((up + 1) * gate *
-    sigmoid(alpha * gate))."""
+    sigmoid(alpha * gate)). Its matrices are stored in one tensor for all experts, which no adapter is for."""
 
     def __init__(self, gate_up: AnyLinear, down: AnyLinear, limit: float, alpha: float) -> None:
         self.gate_up = gate_up
@@ -182,7 +189,7 @@ class ClampedMlp:
         self.limit = limit
         self.alpha = alpha
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, tuned: Tuned | None = None) -> torch.Tensor:
         both = self.gate_up(x)
         gate = both[:, 0::2].clamp(max=self.limit)
         up = both[:, 1::2].clamp(-self.limit, self.limit)

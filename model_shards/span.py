@@ -21,6 +21,7 @@ from model_shards.errors import LocalFault
 from model_shards.families import TensorSpec, embed_tensors, head_tensors, layer_tensors
 from model_shards.layers import DecoderLayer, build_layer
 from model_shards.linear import AnyLinear, PackedLinear, RmsNorm, linear_over
+from model_shards.lowrank import Tuned
 from model_shards.mapped import mapped_table
 from model_shards.packed import PackedWeight, packs
 from model_shards.quant import QUANTS, Int8Weight
@@ -89,12 +90,15 @@ class Span:
             raise LocalFault(f"span [{self.start}, {self.end}) holds no final norm")
         return self.norm(hidden)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The last layer's output [n, hidden] -> [n, vocab] float32. Only where the span ends with the
-        model."""
+    def logits(self, hidden: torch.Tensor, tuned: Tuned | None = None) -> torch.Tensor:
+        """The last layer's output [n, hidden] -> [n, vocab] float32, with what adapters add to the head. Only where
+        the span ends with the model."""
         if self.head is None:
             raise LocalFault(f"span [{self.start}, {self.end}) holds no head")
-        scores = self.head(self.normed(hidden))
+        rows = self.normed(hidden)
+        scores = self.head(rows)
+        if tuned is not None:
+            tuned.at(self.config.layers).add("head", rows, scores)
         if self.config.logit_cap is not None:
             scores = torch.tanh(scores / self.config.logit_cap) * self.config.logit_cap
         return scores.float()

@@ -68,7 +68,7 @@ def layout_of(config: ModelConfig, dtype: torch.dtype, identity: str) -> Layout:
 @dataclass(slots=True)
 class Part:
     """Rows of layers [start, end) and positions [first, last): ``rows`` has each layer's keys and values, on the CPU.
-    ``said`` and ``pooled`` come with the last layer's last positions."""
+    ``said`` and ``pooled`` come with the last layer's last positions; ``adapter`` names what the session had."""
 
     start: int
     end: int
@@ -77,6 +77,7 @@ class Part:
     rows: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     said: Said | None = None
     pooled: Pooled | None = None
+    adapter: str = ""
 
     def check_said(self, most: int, vocab: int) -> None:
         """Raises StateError for remembered tokens that cannot be: more than ``most``, or outside the vocabulary."""
@@ -112,6 +113,8 @@ def encode_part(layout: Layout, part: Part, kv: SessionKv) -> memoryview:
         header["said"] = len(tokens), part.said.prompt_tokens
     if part.pooled is not None:
         header["pooled"] = part.pooled.count
+    if part.adapter:
+        header["adapter"] = part.adapter
     text = json.dumps(header, separators=(",", ":")).encode()
     at = -(-(_START.size + len(text)) // _ALIGN) * _ALIGN
     rows_bytes = (part.end - part.start) * (part.last - part.first) * layout.row_bytes
@@ -160,7 +163,10 @@ def decode_part(layout: Layout, data: bytes | bytearray | memoryview) -> Part:
     pooled = header.get("pooled")
     if pooled is not None and not _is_count(pooled, CONTEXT_MAX):
         raise StateError("pooled", pooled, f"a whole number up to {CONTEXT_MAX}")
-    part = Part(start, end, first, last)
+    adapter = header.get("adapter", "")
+    if not isinstance(adapter, str):
+        raise StateError("adapter", adapter, "a name")
+    part = Part(start, end, first, last, adapter=adapter)
     wanted = (end - start) * (last - first) * layout.row_bytes
     tail_bytes = 4 * tokens + (8 * layout.hidden if pooled is not None else 0)
     if len(view) - at != wanted + tail_bytes:

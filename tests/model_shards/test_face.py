@@ -11,6 +11,8 @@ from model_shards import errors, micro_benchmark
 def test_the_face_is_pinned():
     assert model_shards.__all__ == [
         "BLOCK_TOKENS",
+        "Adapter",
+        "AdapterIndex",
         "BatchLimits",
         "Batcher",
         "CheckpointError",
@@ -47,6 +49,7 @@ def test_the_face_is_pinned():
         "bench_decode",
         "check_form",
         "header_range",
+        "is_adapter",
         "load_span",
         "micro_benchmark",
         "random_checkpoint",

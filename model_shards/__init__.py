@@ -11,8 +11,9 @@ from model_shards.bench import micro_benchmark
 from model_shards.bench_decode import bench_decode, random_checkpoint
 from model_shards.checkpoint import CheckpointIndex
 from model_shards.config import ModelConfig, supported_families
+from model_shards.draft import Draft
 from model_shards.dtypes import tensor_from_bytes, tensor_to_bytes
-from model_shards.engine import Engine, Step, StepResult
+from model_shards.engine import Engine
 from model_shards.errors import (
     CheckpointError,
     ConfigError,
@@ -35,11 +36,15 @@ from model_shards.parking import ParkingLot
 from model_shards.safetensors_header import TensorInfo, header_range
 from model_shards.sampler import Sampling
 from model_shards.span import Span, load_span, shape_of
+from model_shards.speculate import Guesser, Pace, PromptLookup, Speculation
+from model_shards.steps import Step, StepResult
 from model_shards.tokens import IncrementalDecoder, StopMatcher, Tokenizer
 from model_shards.weight_cache import WeightCache
+from model_shards.windows import WINDOW_ROWS_MAX, Verdict, Window
 
 __all__ = [
     "BLOCK_TOKENS",
+    "WINDOW_ROWS_MAX",
     "Adapter",
     "AdapterIndex",
     "BatchLimits",
@@ -48,16 +53,20 @@ __all__ = [
     "CheckpointIndex",
     "ConfigError",
     "ContextOverflow",
+    "Draft",
     "Engine",
     "Grammar",
     "GrammarError",
     "Grammars",
+    "Guesser",
     "IncrementalDecoder",
     "LocalFault",
     "ModelConfig",
     "ModelError",
     "NoRoom",
+    "Pace",
     "ParkingLot",
+    "PromptLookup",
     "RemoteFault",
     "ResourceLimit",
     "Resume",
@@ -66,6 +75,7 @@ __all__ = [
     "Sampling",
     "SamplingError",
     "Span",
+    "Speculation",
     "StateError",
     "Step",
     "StepError",
@@ -74,7 +84,9 @@ __all__ = [
     "TensorInfo",
     "Tokenizer",
     "TokenizerError",
+    "Verdict",
     "WeightCache",
+    "Window",
     "bench_decode",
     "check_form",
     "header_range",

@@ -7,7 +7,7 @@ files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,13 +23,19 @@ SCORES_MAX = 1 << 24  # scores held at once, over all heads
 
 @dataclass(slots=True)
 class Rows:
-    """``count`` consecutive positions of one session, at rows [offset, offset + count) of the batch."""
+    """``count`` consecutive positions of one session, at rows [offset, offset + count) of the batch.
+
+    Where there are ``branches``, they are rows of a window whose first one stands at ``base``, and each is computed
+    as a step of its own. Their keys and values go to the cache's rows from ``position`` on, and row i sees what is
+    before ``base`` and the rows ``base + row`` of ``branches[i]``, which ends with itself."""
 
     kv: SessionKv
     position: int
     count: int
     offset: int
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    base: int = 0
+    branches: Sequence[Sequence[int]] = ()
 
 
 @dataclass(slots=True)
@@ -59,6 +65,37 @@ def mask_of(rows: Rows, first: int, window: int | None) -> torch.Tensor:
             mask &= keys > queries - window
         rows.masks[window] = mask
     return mask
+
+
+def seen_in_turn(rows: Rows, layer: int, window: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values [T, kv_heads, width] that each row of a window sees, in the order and number that a step of its
+    own would find in the cache: the same kernel then gives the same bits."""
+
+    def least(position: int) -> int:
+        return 0 if window is None else max(0, position + 1 - window)
+
+    first, base = least(rows.base), rows.base
+    whole = rows.kv.read(layer, first, rows.position + rows.count)
+    for branch in rows.branches:
+        start, straight = least(base + len(branch) - 1), _straight(branch)
+        end = base + straight
+        if straight == len(branch):
+            keys, values = (part[start - first : end - first] for part in whole)
+        else:
+            rest = branch[max(straight, start - base) :]
+            beside = torch.tensor([base + row - first for row in rest], device=rows.kv.device)
+            keys, values = (
+                torch.cat((part[start - first : max(start, end) - first], part.index_select(0, beside)))
+                for part in whole
+            )
+        yield keys, values
+
+
+def _straight(branch: Sequence[int]) -> int:
+    """How many of its rows, from row 0 on, lie one behind another."""
+    if isinstance(branch, range):
+        return len(branch)
+    return next((at for at, row in enumerate(branch) if row != at), len(branch))
 
 
 def query_blocks(count: int, scores_a_query: int) -> Iterator[slice]:
@@ -154,16 +191,17 @@ class Attention:
     def _attend(self, rows: Rows, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [n, heads, head_dim], k and v [n, kv_heads, head_dim] -> [n, heads * head_dim]."""
         rows.kv.write(self.layer, rows.position, k, v)
+        if rows.branches:
+            seen = enumerate(seen_in_turn(rows, self.layer, self.window))
+            return torch.cat([self._attend_one(q[at : at + 1], *pair) for at, pair in seen])
         end = rows.position + rows.count
         first = 0 if self.window is None else max(0, rows.position + 1 - self.window)
         keys, values = rows.kv.read(self.layer, first, end)
+        if rows.count == 1:
+            return self._attend_one(q, keys, values)
         keys, values = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
         if self.cap is not None or self.sinks is not None:
             return self._attend_plainly(q, keys[0], values[0], mask_of(rows, first, self.window))
-        if rows.count == 1:
-            # One position: the heads of a group stand in for a sequence, so keys are read once and no mask is made.
-            grouped = q.view(1, self.kv_heads, self.group, self.head_dim)
-            return F.scaled_dot_product_attention(grouped, keys, values, scale=self.scale).reshape(1, -1)
         heads = q.transpose(0, 1).unsqueeze(0)
         causal = rows.position == 0 and (self.window is None or rows.count <= self.window)
         mask = None if causal else mask_of(rows, first, self.window)
@@ -171,6 +209,16 @@ class Attention:
             heads, keys, values, mask, is_causal=causal, scale=self.scale, enable_gqa=self.group > 1
         )
         return mixed.squeeze(0).transpose(0, 1).reshape(rows.count, -1)
+
+    def _attend_one(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """One position that sees all of ``keys`` and ``values`` [T, kv_heads, head_dim] -> [1, heads * head_dim]."""
+        keys, values = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
+        if self.cap is not None or self.sinks is not None:
+            every = torch.ones(1, keys.shape[2], dtype=torch.bool, device=keys.device)
+            return self._attend_plainly(q, keys[0], values[0], every)
+        # The heads of a group stand in for a sequence, so keys are read once and no mask is made.
+        grouped = q.reshape(1, self.kv_heads, self.group, self.head_dim)
+        return F.scaled_dot_product_attention(grouped, keys, values, scale=self.scale).reshape(1, -1)
 
     def _attend_plainly(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor

@@ -19,12 +19,13 @@ from model_shards.bench import micro_benchmark
 from model_shards.checkpoint import CheckpointIndex
 from model_shards.config import ModelConfig
 from model_shards.dtypes import tensor_to_bytes
-from model_shards.engine import Engine, Step
+from model_shards.engine import Engine
 from model_shards.errors import ConfigError
 from model_shards.families import TensorSpec, embed_tensors, head_tensors, layer_tensors
 from model_shards.fields import read_json_object
 from model_shards.sampler import Sampling
 from model_shards.span import load_span
+from model_shards.steps import Step
 
 CHUNK_TOKENS = 128
 READ_BYTES = 512 << 20

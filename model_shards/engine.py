@@ -21,46 +21,19 @@ from model_shards.lowrank import Adapter, Tuned
 from model_shards.parking import ParkingLot
 from model_shards.pooling import POOLS, Pooled
 from model_shards.rope import LENGTH_DEPENDENT, RotaryTable
-from model_shards.sampler import Said, Sampling, pick
+from model_shards.sampler import Pick, Said, pick
 from model_shards.span import Span
 from model_shards.state import layout_of
-
-GROUP_ROWS_MAX = 32
-
-
-@dataclass(slots=True)
-class Step:
-    """``n`` consecutive positions of one session, from ``position`` on. Exactly one of ``tokens`` (where the
-    session starts at layer 0) and ``hidden`` ([n, hidden], compute dtype) is given. ``sample`` asks the last
-    stage for the token that follows the step's last position. ``pool`` asks it for the embedding of the text up
-    to there: "last_hidden" (of the last position) or "mean" (of all, so every step of the session must ask)."""
-
-    session: str
-    position: int
-    tokens: tuple[int, ...] | None = None
-    hidden: torch.Tensor | None = None
-    sample: Sampling | None = None
-    pool: str | None = None
-
-    @property
-    def count(self) -> int:
-        """How many positions the step holds."""
-        if self.tokens is not None:
-            return len(self.tokens)
-        return self.hidden.shape[0] if self.hidden is not None else 0
+from model_shards.steps import Part, Step, StepResult, passes
+from model_shards.windows import judge
 
 
 @dataclass(slots=True)
-class StepResult:
-    """``hidden`` [n, hidden] in the compute dtype where layers remain; at the last stage ``token`` and its
-    ``logprob`` (natural, the model's own) where the step asked to sample, ``embedding`` [hidden] float32 on the
-    CPU (after the final norm, not scaled to unit length) where it asked to pool."""
+class _Rows:
+    """What became of a part's rows: ``hidden`` where layers remain, else ``logits`` of those that were asked for."""
 
-    session: str
     hidden: torch.Tensor | None = None
-    token: int | None = None
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    logits: torch.Tensor | None = None
     embedding: torch.Tensor | None = None
 
 
@@ -99,6 +72,7 @@ class Engine(StateExchange):
         self._rotary = [RotaryTable(rope, span.dtype, span.device) for rope in config.ropes]
         self._sessions: dict[str, SessionKv] = {}
         self._said: dict[str, Said] = {}
+        self._guessed: dict[str, tuple[int, ...]] = {}
         self._pooled: dict[str, Pooled] = {}
         self._adapters: dict[str, Adapter] = {}
         self._tuned: dict[str, Adapter] = {}
@@ -205,6 +179,7 @@ class Engine(StateExchange):
         kv = self._sessions.pop(session, None)
         self._said.pop(session, None)
         self._pooled.pop(session, None)
+        self._guessed.pop(session, None)
         self._arrivals.pop(session, None)
         self._tuned.pop(session, None)
         if kv is not None:
@@ -270,7 +245,8 @@ class Engine(StateExchange):
         self._said[session] = Said(list(tokens), prompt_tokens)
 
     def position(self, session: str) -> int:
-        """How many positions the session holds, which is where its next step must start. Raises StepError."""
+        """How many positions the session holds, which is where its next step must start: so many further on as that
+        keeps rows of a window. Raises StepError."""
         return self._kv(session).length
 
     def check(self, step: Step) -> None:
@@ -283,13 +259,15 @@ class Engine(StateExchange):
             raise StepError(step.session, "holds no positions")
         if step.session in self._arrivals:
             raise StepError(step.session, "has layers whose rows have still to come")
-        if step.position != kv.length:
-            raise StepError(step.session, f"step at position {step.position}, expected {kv.length}")
+        last = kv.end == config.layers
+        problem = step.kept_problem(kv.length, kv.loose) or step.window_problem(last=last)
+        if problem:
+            raise StepError(step.session, problem)
         if step.position + count > kv.tokens_max:
             raise ContextOverflow(kv.tokens_max, step.position + count)
         if step.sample is not None and any(token >= config.vocab for token, _ in step.sample.logit_bias):
             raise StepError(step.session, f"biases a token outside the vocabulary of {config.vocab}")
-        if step.sample is not None and kv.end != config.layers:
+        if step.sample is not None and not last:
             raise StepError(
                 step.session, f"asks to sample, but its layers end at {kv.end} of {config.layers}"
             )
@@ -302,6 +280,7 @@ class Engine(StateExchange):
                 )
             self._check_tokens(step.session, step.tokens, 0)
         elif step.hidden is not None:
+            self._check_tokens(step.session, step.window.tokens if step.window is not None else (), 0)
             self._check_hidden(step.session, kv, step.hidden)
 
     def _check_pool(self, step: Step, kv: SessionKv) -> None:
@@ -338,31 +317,32 @@ class Engine(StateExchange):
         """Advances each step's session; results in the order of ``steps``. At most one step a session.
 
         ``check_cancelled`` is called before every layer; what it raises ends the call. Whatever is raised
-        (StepError, ContextOverflow, or that), no session has moved: the same steps may be run again.
+        (StepError, ContextOverflow, or that), no session has moved but for what it kept of a window: the same
+        steps may be run again.
         """
         self._check_all(steps)
-        results: list[StepResult | None] = [None] * len(steps)
-        sums: dict[str, Pooled] = {}
-        for group in self._groups(steps):
-            chosen = [steps[at] for at in group]
-            for at, result in zip(group, self._run_group(chosen, check_cancelled, sums), strict=True):
-                results[at] = result
         for step in steps:
-            self._sessions[step.session].advance(step.count, step.tokens)
+            self._adopt(step)
+        sums: dict[str, Pooled] = {}
+        found: list[list[_Rows]] = [[] for _ in steps]
+        for parts in passes(steps, self._layers_of, lambda rows: self._exact.largest(rows)):
+            for part, rows in zip(parts, self._run_pass(parts, check_cancelled, sums), strict=True):
+                found[part.at].append(rows)
+        results = [self._result(step, rows) for step, rows in zip(steps, found, strict=True)]
         self._pooled.update(sums)
-        for step, done in zip(steps, results, strict=True):
-            self._remember(step, done.token if done is not None else None)
-        return [result for result in results if result is not None]
+        for step, result in zip(steps, results, strict=True):
+            self._advance(step, result)
+        return results
 
     @torch.inference_mode()
     def logits(self, steps: Sequence[Step]) -> list[torch.Tensor]:
         """Like run(), but gives each step's logits [n, vocab] float32. Only for sessions that end with the
         model."""
         self._check_all(steps)
-        found = [
-            self.span.logits(self._forward([step], _never), self._tuned_rows([step], whole=step.count > 1))
-            for step in steps
-        ]
+        found = []
+        for step in steps:
+            part = Part(0, step, 0, step.count)
+            found.append(self.span.logits(self._forward([part], _never), self._tuned_rows([part])))
         for step in steps:
             self._sessions[step.session].advance(step.count, step.tokens)
         return found
@@ -411,98 +391,121 @@ class Engine(StateExchange):
             seen.add(step.session)
             self.check(step)
 
-    def _groups(self, steps: Sequence[Step]) -> list[list[int]]:
-        """Indices of steps that share a pass: prompts alone, single positions of equal layers together."""
-        groups: list[list[int]] = []
-        singles: dict[tuple[int, int], list[int]] = {}
-        for at, step in enumerate(steps):
-            kv = self._sessions[step.session]
-            if step.count == 1:
-                singles.setdefault((kv.start, kv.end), []).append(at)
-            else:
-                groups.append([at])
-        for together in singles.values():
-            while together:
-                size = self._exact.largest(min(len(together), GROUP_ROWS_MAX))
-                groups.append(together[:size])
-                together = together[size:]
-        return groups
+    def _layers_of(self, step: Step) -> tuple[int, int]:
+        kv = self._sessions[step.session]
+        return kv.start, kv.end
 
-    def _run_group(
-        self, steps: list[Step], check_cancelled: Callable[[], None], sums: dict[str, Pooled]
-    ) -> list[StepResult]:
-        """Results of ``steps``; sums for later means go into ``sums``, to count once all is done."""
-        hidden = self._forward(steps, check_cancelled)
-        if self._sessions[steps[0].session].end == self.span.config.layers:
-            results, row = self._sample(steps, hidden), 0
-            for step, result in zip(steps, results, strict=True):
-                if step.pool is not None:
-                    result.embedding = self._pool(step, hidden[row : row + step.count], sums)
-                row += step.count
-            return results
-        if len(steps) == 1:
-            return [StepResult(steps[0].session, hidden)]
-        return [StepResult(step.session, hidden[at : at + 1]) for at, step in enumerate(steps)]
+    def _adopt(self, step: Step) -> None:
+        """What the step keeps of its session's last window becomes positions."""
+        kv = self._sessions[step.session]
+        if not kv.loose:
+            return
+        guessed = self._guessed.pop(step.session, None)
+        tokens = [guessed[row - 1] for row in step.kept] if guessed is not None else None
+        if tokens is not None:
+            self._said[step.session].tokens[kv.length :] = tokens
+        kv.adopt(step.kept, tokens)
 
-    def _forward(self, steps: list[Step], check_cancelled: Callable[[], None]) -> torch.Tensor:
-        """The rows [N, hidden] of ``steps`` (all over the same layers) after their last layer."""
+    def _run_pass(
+        self, parts: list[Part], check_cancelled: Callable[[], None], sums: dict[str, Pooled]
+    ) -> list[_Rows]:
+        """What became of each part's rows; sums for later means go into ``sums``, to count once all is done."""
+        hidden = self._forward(parts, check_cancelled)
+        cut = torch.split(hidden, [part.count for part in parts])
+        if self._sessions[parts[0].step.session].end < self.span.config.layers:
+            return [_Rows(hidden=rows) for rows in cut]
+        found = [
+            _Rows(embedding=self._pool(part.step, rows, sums) if part.step.pool is not None else None)
+            for part, rows in zip(parts, cut, strict=True)
+        ]
+        asked = [part.sampled() for part in parts]
+        wanted = [rows[one.start : one.stop] for rows, one in zip(cut, asked, strict=True)]
+        if any(asked):
+            tuned = self._tuned_rows(parts, sampled=True)
+            whole = all(len(one) == part.count for one, part in zip(asked, parts, strict=True))
+            logits = self.span.logits(hidden if whole else torch.cat(wanted), tuned)
+            for rows, scores in zip(found, torch.split(logits, [len(one) for one in asked]), strict=True):
+                rows.logits = scores
+        return found
+
+    def _forward(self, parts: list[Part], check_cancelled: Callable[[], None]) -> torch.Tensor:
+        """The rows [N, hidden] of ``parts`` (all over the same layers) after their last layer."""
         rows, offset = [], 0
-        for step in steps:
-            rows.append(Rows(self._sessions[step.session], step.position, step.count, offset))
-            offset += step.count
-        tuned = self._tuned_rows(steps, whole=len(steps) == 1 and steps[0].count > 1)
-        batch = Batch(rows, [self._turns(table, rows) for table in self._rotary], tuned)
-        hidden = self._enter(steps)
+        for part in parts:
+            kv, base = self._sessions[part.step.session], part.step.position
+            rows.append(Rows(kv, base + part.first, part.count, offset, base=base, branches=part.branches))
+            offset += part.count
+        places = [place for part in parts for place in part.places()]
+        batch = Batch(rows, [self._turns(table, places) for table in self._rotary], self._tuned_rows(parts))
+        hidden = self._enter(parts)
         kv = rows[0].kv
         for layer in self.span.layers[kv.start - self.span.start : kv.end - self.span.start]:
             check_cancelled()
             hidden = layer(hidden, batch)
         return hidden
 
-    def _tuned_rows(self, steps: list[Step], *, whole: bool) -> Tuned | None:
-        """The adapters of the steps' rows, None where there are none."""
-        if not any(step.session in self._tuned for step in steps):
+    def _tuned_rows(self, parts: list[Part], *, sampled: bool = False) -> Tuned | None:
+        """The adapters of the parts' rows, or of those that are sampled; None where there are none."""
+        if not any(part.step.session in self._tuned for part in parts):
             return None
-        found = [self._tuned.get(step.session) for step in steps for _ in range(step.count)]
-        return Tuned(found, whole)
+        counts = [len(part.sampled()) if sampled else part.count for part in parts]
+        found = [
+            self._tuned.get(part.step.session)
+            for part, count in zip(parts, counts, strict=True)
+            for _ in range(count)
+        ]
+        return Tuned(found, whole=not sampled and any(part.piece for part in parts))
 
     @staticmethod
-    def _turns(table: RotaryTable, rows: list[Rows]) -> tuple[torch.Tensor, torch.Tensor]:
-        if len(rows) == 1:
-            return table.rows(rows[0].position, rows[0].count)
-        found = [table.rows(part.position, part.count) for part in rows]
+    def _turns(table: RotaryTable, places: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(places) == 1:
+            return table.rows(*places[0])
+        found = [table.rows(*place) for place in places]
         return torch.cat([cos for cos, _ in found]), torch.cat([sin for _, sin in found])
 
-    def _enter(self, steps: list[Step]) -> torch.Tensor:
-        if steps[0].tokens is not None:
-            tokens = [token for step in steps for token in step.tokens or ()]
+    def _enter(self, parts: list[Part]) -> torch.Tensor:
+        if parts[0].step.tokens is not None:
+            tokens = [
+                token
+                for part in parts
+                for token in (part.step.tokens or ())[part.first : part.first + part.count]
+            ]
             return self.span.embed(torch.tensor(tokens, device=self.span.device))
-        given = [step.hidden.to(self.span.device) for step in steps if step.hidden is not None]
+        given = [
+            part.step.hidden[part.first : part.first + part.count].to(self.span.device)
+            for part in parts
+            if part.step.hidden is not None
+        ]
         return given[0] if len(given) == 1 else torch.cat(given)
 
-    def _sample(self, steps: list[Step], hidden: torch.Tensor) -> list[StepResult]:
-        ends, row = [], -1
-        for step in steps:
-            row += step.count
-            ends.append(row)
-        if all(step.sample is None for step in steps):
-            return [StepResult(step.session) for step in steps]
-        tuned = None
-        if any(step.session in self._tuned for step in steps):
-            tuned = Tuned([self._tuned.get(step.session) for step in steps], whole=False)
-        logits = self.span.logits(hidden[ends] if len(ends) < hidden.shape[0] else hidden, tuned)
-        results = []
-        for step, scores in zip(steps, logits, strict=True):
-            if step.sample is None:
-                results.append(StepResult(step.session))
-                continue
-            if not is_finite(scores):
-                raise StepError(step.session, "its logits are not finite")
-            where = step.position + step.count
-            said = self._before(step) if step.sample.wants_history else None
-            found = pick(scores, step.sample, where, said)
-            results.append(StepResult(step.session, None, found.token, found.logprob, found.top))
-        return results
+    def _result(self, step: Step, parts: list[_Rows]) -> StepResult:
+        """The result of a step from what became of its rows, part by part."""
+        hidden = [part.hidden for part in parts if part.hidden is not None]
+        if hidden:
+            return StepResult(step.session, hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+        result = StepResult(step.session, embedding=parts[-1].embedding)
+        if step.sample is None:
+            return result
+        logits = [scores for part in parts if part.logits is not None for scores in part.logits]
+        if step.window is None:
+            found = self._choose(step, logits[0], step.position + step.count, ())
+        else:
+            verdict = judge(
+                step.window,
+                lambda row, before: self._choose(step, logits[row], step.position + 1 + len(before), before),
+            )
+            result.verdict, found = verdict, verdict.picks[-1]
+        result.token, result.logprob, result.top_logprobs = found.token, found.logprob, found.top
+        return result
+
+    def _choose(self, step: Step, logits: torch.Tensor, position: int, before: Sequence[int]) -> Pick:
+        """The token that stands at ``position``, after the step's certain positions and the tokens ``before``."""
+        if not is_finite(logits):
+            raise StepError(step.session, "its logits are not finite")
+        if step.sample is None:
+            raise LocalFault("only a step that samples has a token chosen")
+        said = self._before(step, before) if step.sample.wants_history else None
+        return pick(logits, step.sample, position, said)
 
     def _pool(self, step: Step, hidden: torch.Tensor, sums: dict[str, Pooled]) -> torch.Tensor:
         if step.pool == "last_hidden":
@@ -517,20 +520,31 @@ class Engine(StateExchange):
             raise StepError(step.session, "its embedding is not finite")
         return mean
 
-    def _before(self, step: Step) -> Said:
-        """What the session has said up to and including ``step``'s positions."""
-        said, end = self._said[step.session], step.position + step.count
+    def _before(self, step: Step, picked: Sequence[int]) -> Said:
+        """What the session has said up to and including ``step``'s certain positions, and ``picked`` after them."""
+        said, end = self._said[step.session], step.position + step.certain
         tokens = said.tokens[:end]
         if step.tokens is not None:
-            tokens[step.position :] = step.tokens
+            tokens[step.position :] = step.tokens[: step.certain]
         # A stage that was never told the prompt takes what came before its first token for it.
-        return Said(tokens, said.prompt_tokens or end)
+        return Said([*tokens, *picked], said.prompt_tokens or end)
 
-    def _remember(self, step: Step, sampled: int | None) -> None:
-        said, end = self._said[step.session], step.position + step.count
+    def _advance(self, step: Step, result: StepResult) -> None:
+        """The step is done: its positions count, and what is known of a window's guesses."""
+        kv, verdict = self._sessions[step.session], result.verdict
+        kv.advance(step.certain, step.tokens[: step.certain] if step.tokens is not None else None)
+        sampled = [] if result.token is None else [result.token]
+        if step.window is not None:
+            kv.loose = step.count - 1
+        if verdict is not None:
+            sampled = [pick.token for pick in verdict.picks]
+            kv.adopt(verdict.path, sampled[:-1] if step.tokens is not None else None)
+        elif step.window is not None and step.tokens is not None:
+            self._guessed[step.session] = step.tokens[1:]
+        said, end = self._said[step.session], step.position + step.certain
         if step.tokens is not None:
-            said.tokens[step.position : end] = step.tokens
-        if sampled is not None:
+            said.tokens[step.position : end] = step.tokens[: step.certain]
+        if sampled:
             said.tokens.extend([-1] * (end - len(said.tokens)))
             said.prompt_tokens = said.prompt_tokens or end
-            said.tokens[end:] = [sampled]
+            said.tokens[end:] = sampled

@@ -112,7 +112,8 @@ class KvCache:
 
 
 class SessionKv:
-    """One session's rows for layers [start, end). ``length`` is how many positions are filled in every layer.
+    """One session's rows for layers [start, end). ``length`` is how many positions are filled in every layer;
+    ``loose`` more rows after them belong to a window's guesses until `adopt` says which of them are right.
 
     Its blocks are those of the ``pages`` it holds, from position 0 on, then its own. Positions whose tokens
     are known become pages as soon as a block of them is full, and are never written again while anyone holds
@@ -135,6 +136,7 @@ class SessionKv:
         self.end = end
         self.tokens_max = tokens_max
         self.length = len(reuse) * BLOCK_TOKENS
+        self.loose = 0
         self.device = cache.pool.k.device
         self._cache = cache
         self._scope = scope
@@ -186,6 +188,18 @@ class SessionKv:
         self.length += count
         self._share()
 
+    def adopt(self, path: Sequence[int], tokens: Sequence[int] | None) -> None:
+        """The loose rows of ``path`` (ascending, 1 for the first loose one) are the next positions, of ``tokens`` where
+        those are seen here; the other loose rows are forgotten."""
+        for at, row in enumerate(path, self.length):
+            source = self.length - 1 + row
+            if source != at:
+                for layer in range(self.start, self.end):
+                    keys, values = self.read(layer, source, source + 1)
+                    self.write(layer, at, keys, values)
+        self.loose = 0
+        self.advance(len(path), tokens)
+
     def learn(self, tokens: Sequence[int]) -> None:
         """All tokens of the session, told to a stage that saw activations only. Ignored where they
         contradict."""
@@ -209,7 +223,7 @@ class SessionKv:
         self._cache.pages.release([self._held[at] for at in shared])
         del self._held[kept:]
         del self._known[position:]
-        self.length = position
+        self.length, self.loose = position, 0
         if shared:
             self._map_layers()
 
@@ -225,7 +239,8 @@ class SessionKv:
 
     def park(self, lot: ParkingLot) -> None:
         """Moves its rows into ``lot`` and frees its blocks. Raises NoRoom with nothing changed."""
-        filled = [rows for layer in range(self.start, self.end) for rows in self.read(layer, 0, self.length)]
+        count = self.length + self.loose
+        filled = [rows for layer in range(self.start, self.end) for rows in self.read(layer, 0, count)]
         self._parked = lot.put(filled)
         self.release()
 

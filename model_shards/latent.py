@@ -10,7 +10,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from model_shards.attention import Batch, Rows, mask_of, per_session, query_blocks, rotate, weigh
+from model_shards.attention import (
+    Batch,
+    Rows,
+    mask_of,
+    per_session,
+    query_blocks,
+    rotate,
+    seen_in_turn,
+    weigh,
+)
 from model_shards.config import ModelConfig
 from model_shards.errors import LocalFault
 from model_shards.families.base import LatentShape
@@ -88,15 +97,32 @@ class LatentAttention:
         """still [n, heads, nope_dim], turned [n, heads, rope_dim], latent [n, 1, kv_rank], key [n, 1,
         rope_dim] -> [n, heads * v_dim]."""
         rows.kv.write(self.layer, rows.position, latent, key)
+        if rows.branches:
+            parts = []
+            for at, (latents, keys) in enumerate(seen_in_turn(rows, self.layer, None)):
+                every = torch.ones(1, latents.shape[0], dtype=torch.bool, device=latents.device)
+                parts.append(self._attend_to(still[at : at + 1], turned[at : at + 1], latents, keys, every))
+            return torch.cat(parts)
         latents, keys = rows.kv.read(self.layer, 0, rows.position + rows.count)
+        return self._attend_to(still, turned, latents, keys, mask_of(rows, 0, None))
+
+    def _attend_to(
+        self,
+        still: torch.Tensor,
+        turned: torch.Tensor,
+        latents: torch.Tensor,
+        keys: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same over ``latents`` [T, 1, kv_rank] and ``keys`` [T, 1, rope_dim] where ``mask`` [n, T] allows."""
         latents, keys = latents.squeeze(1), keys.squeeze(1)
-        mask, found = mask_of(rows, 0, None), []
-        expand = self._expanding_pays(rows.count)
+        count, found = still.shape[0], []
+        expand = self._expanding_pays(count)
         ups = values = latents.new_empty(0)
         if expand:
             both = F.linear(latents, self.kv_b.weight).view(latents.shape[0], self.heads, -1).transpose(0, 1)
             ups, values = both[..., : self.shape.nope_dim], both[..., self.shape.nope_dim :]
-        for part in query_blocks(rows.count, self.heads * latents.shape[0]):
+        for part in query_blocks(count, self.heads * latents.shape[0]):
             query = still[part].transpose(0, 1)
             if expand:
                 scores = torch.matmul(query, ups.mT)

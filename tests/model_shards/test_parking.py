@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from model_shards import NoRoom, ParkingLot, StepError
-from model_shards.engine import Engine, Step
+from model_shards import NoRoom, ParkingLot, Step, StepError
+from model_shards.engine import Engine
 
 
 @pytest.fixture

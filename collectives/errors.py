@@ -34,7 +34,13 @@ class RoundFailed(CollectiveError):
 
 
 class NoQuorum(RoundFailed):
-    """Too few members of the last committed epoch are reachable."""
+    """Too few members of the last committed epoch are reachable. `missing`: without whom nothing can be decided here,
+    as far as is known. Either enough of them come back, or, where they are gone for good, the run ends here: a new one
+    has to be opened from the newest state that is left, by those who are left."""
+
+    def __init__(self, message: str, epoch: int = 0, missing: tuple[str, ...] = ()) -> None:
+        super().__init__(message, epoch)
+        self.missing = missing
 
 
 class RoundExpired(RoundFailed):
@@ -50,11 +56,14 @@ class Excluded(RoundFailed):
 
 
 class Behind(RoundFailed):
-    """The others have committed epoch `committed`, which this member does not hold."""
+    """The others have committed epoch `committed`, which this member does not hold. `counted`: whether values of this
+    member, of this attempt or of an earlier one, are in the epoch that was attempted, so that to give them again would
+    count them twice; None where that is not known."""
 
-    def __init__(self, message: str, epoch: int = 0, committed: int = 0) -> None:
+    def __init__(self, message: str, epoch: int = 0, committed: int = 0, counted: bool | None = None) -> None:
         super().__init__(message, epoch)
         self.committed = committed
+        self.counted = counted
 
 
 class Diverged(RoundFailed):

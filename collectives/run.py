@@ -135,7 +135,9 @@ class Run:
         shell = self._tag(tag)
         began_s = trio.current_time()
         if shell.missed and shell.missed[0].epoch == shell.caller_epoch + 1:
-            raise Behind("a result that was missed is here: catch_up first", 0, shell.missed[-1].epoch)
+            first, last = shell.missed[0], shell.missed[-1].epoch
+            counted = first.value.declaration.member(self.me) is not None
+            raise Behind("a result that was missed is here: catch_up first", first.epoch, last, counted)
         given = input_of(new_nonce(), tensors, weight, out, feedback)
         # Before anybody hears of it: what cannot be averaged is nobody else's trouble.
         norm = await aside(

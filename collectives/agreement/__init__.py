@@ -29,7 +29,9 @@ PROTOCOL. Paxos for each epoch, where what is proposed is first reduced.
            fetched, or, several epochs behind, the state is transferred (Lagging). A zombie hears the same. Who was
            a member, was late or asked, and is no member, is told decisions unasked, and Commit passes its name on: all
            that it knows of may have left. Whoever was overtaken while it transferred is waited for within the grace, or
-           rounds that follow at once would leave it behind for ever (Coming).
+           rounds that follow at once would leave it behind for ever (Coming). Commit carries a few decisions before it
+           (not to voters, who know them), so that whoever was counted in one of them and holds its bytes still gets its
+           result. Bytes of an epoch whose state the caller has from elsewhere are not fetched, nor missed.
  leaving   A resignation freezes an acceptor: its last promise and vote travel with it.
 
 STATES of an acceptor: (epoch decided, promised ballot, last vote), saved before anybody hears of a change. Of a member:
@@ -50,11 +52,15 @@ WHY IT CANNOT FORK.
     journal must be started as a joiner.)
 INVARIANTS checked in simulation after every step: one value an epoch; one state an epoch; every result is the exact
 weighted mean over the attempts its declaration names, all on the state of the epoch before; what is said is on disk;
-votes are for bytes held; each epoch is delivered once, in order; every round ends by its deadline; after healing, the
-next epochs are decided. docs/round.pml is a model of the commit for spin.
+votes are for bytes held; each epoch is delivered once, in order; every round ends by its deadline; nobody that was
+counted is told Behind while it holds the result and was told that it is decided, nor when it knows that and could have
+had the bytes from somebody reachable for a second; after healing, the next epochs are decided. docs/round.pml is a
+model of the commit for spin.
 What nobody can mend is named, and stops the chain rather than forking it: a quorum of seats gone for good without
 resigning (of two, the best-ranked); more than half of a voted-for membership likewise, where one of its tellers is gone
-too and may have decided it; all bytes and states of a decided epoch lost.
+too and may have decided it; all bytes and states of a decided epoch lost. Nobody can do better: whoever is not heard of
+may be deciding on the other side of a partition, or have decided before it died. Rounds then fail with a NoQuorum that
+names who is missing; where they are gone for good, a new run from the newest state is the way on.
 
 HOW A SHELL DRIVES `Chain` (one for each run and tag):
 - One thread of control: `for one in chain.handle(event, now_s): do(one)`, instructions strictly in order. `now_s` is
@@ -67,7 +73,8 @@ HOW A SHELL DRIVES `Chain` (one for each run and tag):
 - `Reduce(declaration)` while another is under way means rebase. Tag frames with `declaration.key`; a contribution
   belongs to (peer, nonce). Answer with Reduced or Stuck, also late: the chain ignores what is old. Stuck may be
   repeated.
-- Every whole result reported by Reduced or Held stays servable to peers (by digest) until its `Release`.
+- Every whole result reported by Reduced or Held stays servable to peers (by digest) until its `Release`, or, to make
+  room, until the `Reduce` of a later epoch: whoever has not fetched it by then transfers the state.
 - `Committed` of an epoch that the caller's state already holds (it was transferred meanwhile) is to be ignored.
 - `Offer.nonce` must be new for each Enter, also across restarts (random or nanoseconds).
 - `incarnation` must be new (random or nanoseconds) whenever there is no `saved`, or saved.left is set; founders

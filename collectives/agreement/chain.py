@@ -39,7 +39,7 @@ from collectives.agreement.messages import (
     Voted,
 )
 from collectives.agreement.types import Config, Offer, Saved, Settings
-from collectives.errors import NoQuorum, RoundFailed, Superseded
+from collectives.errors import RoundFailed, Superseded
 
 
 class Chain(Leading):
@@ -165,7 +165,7 @@ class Chain(Leading):
         self.open_round(event)
         if offer.epoch < self.epoch:
             self._miss_nothing(offer)
-            self.fail(self._behind())
+            self.fail(self._behind(offer))
         else:
             self._begin(now_s)
 
@@ -175,11 +175,10 @@ class Chain(Leading):
         if self.awaiting is not None or decided is None or offer.epoch != self.epoch - 1:
             return
         if decided.value is not None and decided.certificate is not None:
-            self.awaiting = decided
             if decided.value.digest in self.ledger.held:
                 self.deliver(decided)
             else:
-                self.fetch(decided.value, decided.certificate.voters)
+                self.fetch_decided(decided)
 
     def _begin(self, now_s: float) -> None:
         attempt = self.round
@@ -208,13 +207,13 @@ class Chain(Leading):
         if decided is not None:
             self.part((sender, *self.former), decided.config)
             if epoch < self.epoch:
-                self.tell_decided(sender, decided)
+                self.tell_decided(sender, decided, epoch)
 
     def _on_alive(self, peer: str) -> None:
         """Whoever is no member may have missed why."""
         self.suspected.discard(peer)
         if self.ledger.decided is not None and peer in self.former:
-            self.tell_decided(peer, self.ledger.decided)
+            self.tell_decided(peer, self.ledger.decided, -1)
 
     def _on_resign(self, sender: str, message: Resign, now_s: float) -> None:
         if self.ledger.decided is None or not self.ledger.note(message.resignation):
@@ -248,11 +247,12 @@ class Chain(Leading):
     def _in_round(self, now_s: float) -> None:
         if self.gather is not None and self.me not in self.gather.offers:
             self._begin(now_s)
-        if self.is_lonely():
+        missing = self.stopped_without()
+        if missing is not None:
             self.lonely_at = now_s if self.lonely_at is None else self.lonely_at
             self.ask(now_s)  # it may be long decided that others hold the seats
             if now_s >= self.lonely_at + self.settings.no_quorum_s:
-                self.fail(NoQuorum(f"too few of epoch {self.epoch}'s members are here", self.epoch + 1))
+                self.fail(self.no_quorum(missing))
                 return
         else:
             self.lonely_at = None

@@ -24,7 +24,16 @@ from collectives.agreement.events import (
 from collectives.agreement.gather import Gather, Grace
 from collectives.agreement.lead import Lead
 from collectives.agreement.ledger import Ledger
-from collectives.agreement.messages import FORMER_MAX, Accept, Ask, Commit, Decline, Gone, Message
+from collectives.agreement.messages import (
+    EARLIER_MAX,
+    FORMER_MAX,
+    Accept,
+    Ask,
+    Commit,
+    Decline,
+    Gone,
+    Message,
+)
 from collectives.agreement.types import (
     NO_BALLOT,
     Ballot,
@@ -37,6 +46,8 @@ from collectives.agreement.types import (
     Value,
 )
 from collectives.errors import Behind, Excluded, NoQuorum, RoundExpired, RoundFailed
+
+NAMED_MAX = 3  # of those who are missed, in a message for people
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +79,7 @@ class Core:
         self.out: list[Instruction] = []
         self.round: Round | None = None
         self.awaiting: Decided | None = None  # the last decision, while its bytes are not here
+        self.earlier: tuple[Decided, ...] = ()  # those before it that were heard of here, one after another
         self.suspected: set[str] = set()
         self.contacts: tuple[str, ...] = ()
         self.former: tuple[str, ...] = ()  # belonged to the run, or wanted to, and are no members now
@@ -93,6 +105,7 @@ class Core:
         self.stuck = False
         self.pending: Accept | None = None  # to be voted for once its bytes are here
         self.fetching: Value | None = None
+        self.holders: tuple[str, ...] = ()  # of what is being fetched
         self.passed: set[str] = set()  # would-be coordinators that do not answer, or declined
         self.hint: str | None = None  # who should coordinate, says one that declined
         self.following: str | None = None
@@ -101,7 +114,7 @@ class Core:
         self.retry_at = 0.0
         self.pushed = 0
         self.declined = False
-        self.unheld = False
+        self.unheld: tuple[str, ...] = ()  # who could tell whether that is decided whose bytes nobody has
         self.incarnations: dict[str, int] = {}  # as peers said in this epoch
         self.top = NO_BALLOT  # the highest ballot heard of
         self.gather: Gather | None = None
@@ -159,7 +172,7 @@ class Core:
         if self.ledger.decided is not None and epoch == self.epoch + 1:
             return True
         if self.ledger.decided is not None and epoch <= self.epoch:
-            self.tell_decided(sender, self.ledger.decided)
+            self.tell_decided(sender, self.ledger.decided, epoch - 1)
         else:
             self.send(sender, Ask(self.epoch))
         return False
@@ -189,18 +202,35 @@ class Core:
             self.ask_at = now_s + self.settings.resend_s
             self.send_all(self.contacts, Ask(self.epoch))
 
-    def tell_decided(self, peer: str, decided: Decided) -> None:
-        self.send(peer, Commit(decided, tuple(sorted(self.waiting)), self.former))
+    def tell_decided(self, peer: str, decided: Decided, known: int) -> None:
+        """`known`: the last epoch that `peer` knows of; it may hold what was decided since, and wait for that word."""
+        earlier = tuple([one for one in self.earlier if one.config.epoch > known])
+        self.send(peer, Commit(decided, tuple(sorted(self.waiting)), self.former, earlier))
 
     # Bytes.
 
     def fetch(self, value: Value, holders: Iterable[str]) -> None:
-        others = tuple([peer for peer in holders if peer != self.me])
         if self.fetching is not None and self.fetching.digest != value.digest:
             self.out.append(Release(self.fetching.declaration.epoch, self.fetching.digest))
         self.fetching = value
-        if others:
-            self.out.append(Fetch(value, others))
+        self.holders = tuple([peer for peer in dict.fromkeys(holders) if peer != self.me])
+        self._order_fetch(value)
+
+    def _order_fetch(self, value: Value) -> None:
+        """From those who seem to be alive first: a dead one may not say that it gives nothing."""
+        if self.holders:
+            self.out.append(Fetch(value, tuple(sorted(self.holders, key=self.suspected.__contains__))))
+
+    def fetch_decided(self, decided: Decided) -> None:
+        """Whoever voted held the bytes, and any other member may have them by now."""
+        self.awaiting = decided
+        if decided.value is not None and decided.certificate is not None:
+            self.fetch(decided.value, (*decided.certificate.voters, *decided.value.declaration.peers))
+
+    def fetch_elsewhere(self, peer: str) -> None:
+        """`peer` is suspected just now."""
+        if self.fetching is not None and peer in self.holders and not self.suspected.issuperset(self.holders):
+            self._order_fetch(self.fetching)
 
     def stop_reducing(self) -> None:
         if self.declaration is not None and self.done is None:
@@ -213,22 +243,27 @@ class Core:
 
     def learn(self, message: Commit, now_s: float) -> None:
         """Somebody says what is decided; the form was checked on arrival."""
-        decided, value = message.decided, message.decided.value
-        if decided.config.epoch <= self.epoch:
-            return
+        for one in message.earlier:
+            if self.epoch >= 0 and one.config.epoch == self.epoch + 1 and self._may_be(one):
+                self.settle(one, now_s, ())
+        decided = message.decided
+        if decided.config.epoch > self.epoch and self._may_be(decided):
+            self.former = (*self.former, *message.former)
+            self.settle(decided, now_s, message.waiting)
+
+    def _may_be(self, decided: Decided) -> bool:
+        """Whether it is of this chain, and, as far as can be told from here, certified."""
+        value = decided.value
         if value is not None and (value.declaration.run, value.declaration.tag) != (self.run, self.tag):
-            return
-        if decided.config.epoch == self.epoch + 1 and self.epoch >= 0 and not self.ledger.certifies(decided):
-            return
-        self.former = (*self.former, *message.former)
-        self.settle(decided, now_s, message.waiting)
+            return False
+        return decided.config.epoch != self.epoch + 1 or self.epoch < 0 or self.ledger.certifies(decided)
 
     def settle(
         self, decided: Decided, now_s: float, waiting: Iterable[str], told: Iterable[str] = ()
     ) -> None:
         """`decided` is true: move on, and tell these."""
         before, epoch = self.epoch, decided.config.epoch
-        value = decided.value
+        value, last = decided.value, self.ledger.decided
         missed = self.awaiting
         if self.declaration is not None and (value is None or self.declaration.key != value.declaration.key):
             self.stop_reducing()
@@ -239,6 +274,8 @@ class Core:
         leavers = {*self.ledger.resigned, *self.ledger.departed}
         offered = self.gather.offers if self.gather is not None else ()
         gone = self.ledger.decide(decided)
+        if last is not None and last.value is not None:
+            self.earlier = (*self.earlier, last)[-EARLIER_MAX:]
         left = value.declaration.left_out if value is not None else ()
         late = [one.peer for one in left if one.why in ("late", "silent")]
         self.waiting = frozenset(
@@ -246,8 +283,9 @@ class Core:
         )
         self.coming = ()
         self.persist()
+        voters = decided.certificate.voters if decided.certificate is not None else ()
         for peer in dict.fromkeys(told):
-            self.tell_decided(peer, decided)
+            self.tell_decided(peer, decided, before if peer in voters else before - 1)
         if fetching is not None and (value is None or fetching.digest != value.digest):
             gone.add(fetching.digest)
         if missed is not None and missed.value is not None:
@@ -262,10 +300,19 @@ class Core:
         former = (*sorted(self.waiting), *offered, *known, *self.former)
         self.part([peer for peer in former if peer not in leavers], decided.config)
         self.word_at = now_s
-        if value is not None and epoch == before + 1 and missed is None and before >= 0:
+        if (
+            value is not None
+            and epoch == before + 1
+            and before >= 0
+            and (missed is None or self._stands_on(before))
+        ):
             self._settle_next(decided, value)
         else:
             self._jump(decided)
+
+    def _stands_on(self, epoch: int) -> bool:
+        """The caller has the state of `epoch` from elsewhere: what was missed of it is not missed any more."""
+        return self.round is not None and self.round.offer.epoch >= epoch
 
     def _settle_next(self, decided: Decided, value: Value) -> None:
         attempt = self.round
@@ -276,17 +323,15 @@ class Core:
                 why = next((one.why for one in value.declaration.left_out if one.peer == self.me), "late")
                 self.fail(Excluded(f"epoch {self.epoch} went on without us: {why}", self.epoch, why))
             else:
-                self.fail(self._behind())
+                self.fail(self._behind(attempt.offer))
         if value.digest in self.ledger.held:
             self.deliver(decided)
-        else:
-            self.awaiting = decided
-            holders = decided.certificate.voters if decided.certificate is not None else ()
-            self.fetch(value, holders)
+        elif not self._stands_on(self.epoch):
+            self.fetch_decided(decided)
 
     def _jump(self, decided: Decided) -> None:
         if self.round is not None and self.round.offer.epoch < self.epoch:
-            self.fail(self._behind())
+            self.fail(self._behind(self.round.offer))
         if self.round is None or self.round.offer.epoch != self.epoch:
             peers = tuple([peer for peer in decided.config.peers if peer != self.me])
             self.out.append(Lagging(self.epoch, peers))
@@ -307,8 +352,13 @@ class Core:
 
     # How a round ends.
 
-    def _behind(self) -> Behind:
-        return Behind(f"epoch {self.epoch} is committed already", self.epoch, self.epoch)
+    def _behind(self, offer: Offer) -> Behind:
+        known = [one for one in (*self.earlier, self.ledger.decided) if one is not None]
+        counted = None
+        for one in known:
+            if one.value is not None and one.config.epoch == offer.epoch + 1:
+                counted = one.value.declaration.member(self.me) is not None
+        return Behind(f"epoch {self.epoch} is committed already", offer.epoch + 1, self.epoch, counted)
 
     def fail(self, error: RoundFailed) -> None:
         """Ends the open round. What was voted for stays, and so do its bytes."""
@@ -363,6 +413,31 @@ class Core:
         alive = [peer for peer in config.peers if peer == self.me or peer not in self.suspected]
         return not config.is_quorum(alive, self.ledger.resigned)
 
+    def stopped_without(self) -> tuple[str, ...] | None:
+        """Whose return is waited for, as long as nothing can be decided without them; None while it can."""
+        if not self.is_lonely():
+            return self.barred_without() or None
+        away = self.suspected - self.ledger.resigned.keys()
+        return tuple([peer for peer in self.ledger.config.peers if peer in away])
+
+    def barred_without(self) -> tuple[str, ...]:
+        """Leading's matter."""
+        return ()
+
+    def no_quorum(self, missing: tuple[str, ...]) -> NoQuorum:
+        """With the next step."""
+        epoch = self.epoch + 1
+        if self.is_lonely():
+            why = f"too few of epoch {epoch - 1}'s members are here to decide epoch {epoch}"
+        elif self.unheld:
+            why = f"epoch {epoch} may be decided, and nobody here holds its bytes"
+        else:
+            why = f"epoch {epoch} may be decided, and too few of its members are here to tell"
+        names = ", ".join(missing[:NAMED_MAX]) + (" and others" if len(missing) > NAMED_MAX else "")
+        then = f"wait for {names}" if missing else "wait for them"
+        then += ", or, where they are gone for good, open a new run from the newest state that is left"
+        return NoQuorum(f"{why}; {then}", epoch, missing)
+
     def open_round(self, event: Enter) -> None:
         self.round = Round(event.offer, event.deadline_s)
 
@@ -377,14 +452,12 @@ class Core:
         epoch = self.epoch + 1
         if self.round is not None and self.round.offer.epoch > self.epoch >= 0:
             self.fail(NoQuorum(f"nobody told us how epoch {self.round.offer.epoch} was decided", epoch))
-        elif self.awaiting is not None:
-            self.fail(self._behind())
+        elif self.awaiting is not None and self.round is not None:
+            self.fail(self._behind(self.round.offer))
         elif self.ledger.decided is None:
             self.fail(NoQuorum("nobody told us who belongs to the run", 0))
-        elif self.unheld:
-            self.fail(NoQuorum(f"epoch {epoch} may be decided, and nobody here holds its bytes", epoch))
-        elif self.is_lonely():
-            self.fail(NoQuorum(f"too few of epoch {epoch - 1}'s members are here", epoch))
+        elif (missing := self.stopped_without()) is not None or self.unheld:
+            self.fail(self.no_quorum(missing or self.unheld))
         elif self.lead is not None and self.lead.declaration is None and self.lead.value is None:
             self.fail(NoQuorum(f"too few of epoch {epoch - 1}'s members are ready", epoch))
         else:

@@ -20,7 +20,7 @@ Lost = Callable[[Seat], bool]  # dead, as far as can be told, or not the one any
 
 class Finding(NamedTuple):
     """`free`: anything may be proposed. Otherwise `value` (held by `holders`) must be, or, where it is None, it is not
-    known yet what: promises are missing, or the bytes of what was voted for (`unheld`)."""
+    known yet what: promises are missing, or the bytes of what was voted for (`unheld`: `tellers` have not answered)."""
 
     free: bool
     value: Value | None = None
@@ -83,7 +83,7 @@ class Lead:
             return FREE
         if holders and self.is_any_lost(asked, ledger, lost):
             return Finding(False, vote.value, holders, vote.tellers)
-        return WAIT if holders else Finding(False, unheld=True)
+        return WAIT if holders else Finding(False, tellers=tuple(asked), unheld=True)
 
     def is_any_lost(self, peers: Iterable[str], ledger: Ledger, lost: Lost) -> bool:
         """Somebody among these will not answer as the acceptor that it was."""

@@ -155,6 +155,7 @@ class Leading(Following):
 
     def on_suspected(self, peer: str, now_s: float) -> None:
         self.suspected.add(peer)
+        self.fetch_elsewhere(peer)
         lead = self.lead
         if lead is not None and lead.declaration is not None and lead.declaration.member(peer) is not None:
             self._redo_by(now_s)
@@ -201,7 +202,7 @@ class Leading(Following):
         if lead.needs_promises and now_s >= lead.resend_at:
             self._ask_again(lead, now_s)
         finding = lead.finding(self.ledger, self._is_lost)
-        self.unheld = finding.unheld
+        self.unheld = finding.tellers if finding.unheld else ()
         lead.free = finding.free
         if finding.value is not None:
             self._propose(lead, finding, now_s)
@@ -447,6 +448,21 @@ class Leading(Following):
             and lead.is_stranded(lead.members, self.ledger, self._is_lost)
             and not lead.is_any_lost(lead.tellers, self.ledger, self._is_lost)
         )
+
+    def barred_without(self) -> tuple[str, ...]:
+        """A value that is found can neither be decided, for too few of its members are left, nor passed over, for one
+        who may have decided it is gone too; or nobody has its bytes, and who could tell is gone."""
+        lead, config = self.lead, self.ledger.config
+        if lead is None:
+            return ()
+        if lead.value is None or lead.members is None:
+            told = [seat for peer in self.unheld if (seat := config.seat(peer)) is not None]
+            return tuple([seat.peer for seat in told if self._is_lost(seat)])
+        if not lead.is_stranded(lead.members, self.ledger, self._is_lost):
+            return ()
+        if not lead.is_any_lost(lead.tellers, self.ledger, self._is_lost):
+            return ()
+        return tuple([seat.peer for seat in lead.members.seats if self._is_lost(seat)])
 
     def _is_lost(self, seat: Seat) -> bool:
         if seat.peer == self.me:

@@ -28,6 +28,7 @@ EPOCH_MAX = 1 << 53
 NUMBER_MAX = 1 << 31
 HELD_MAX = 16
 FORMER_MAX = 64
+EARLIER_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +136,13 @@ class Voted:
 class Commit:
     """What the last epoch decided; also the answer to whatever belongs to an earlier one. `waiting`: who wanted to take
     part and came too late, so that the next coordinator waits for them a little. `former`: who is no member and is to
-    be told nevertheless."""
+    be told nevertheless. `earlier`: what the epochs just before decided, oldest first, for whoever may not have heard
+    of it, and may have been counted in it."""
 
     decided: Decided
     waiting: tuple[str, ...] = ()
     former: tuple[str, ...] = ()
+    earlier: tuple[Decided, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +253,11 @@ def check(message: Message, members_max: int) -> None:
             _epoch(epoch)
             _ballot(ballot)
             _hash(digest)
-        case Commit(decided, waiting, former):
+        case Commit(decided, waiting, former, earlier):
             _decided(decided, members_max)
+            _count(len(earlier), EARLIER_MAX)
+            for one in earlier:
+                _decided(one, members_max)
             _names(waiting, members_max)
             _names(former, FORMER_MAX)
         case Resign(resignation, decided):

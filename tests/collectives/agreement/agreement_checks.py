@@ -4,6 +4,9 @@ import hashlib
 from fractions import Fraction
 
 from collectives.agreement import messages as ms
+from collectives.errors import Behind, Diverged, Excluded
+
+FOUND_WITHIN_S = 1.0  # whoever looks for bytes, and knows who may hold them, finds them
 
 
 class Violation(AssertionError):
@@ -48,6 +51,7 @@ class Checks:
             return
         self.stats["commits"] += 1
         self.decided[epoch] = (key, decided.config)
+        self.values[epoch] = value
         self.check_value(epoch, value)
 
     def check_value(self, epoch, value):
@@ -61,10 +65,55 @@ class Checks:
                 raise Violation(f"seed {self.seed}: {member.peer} took part in {epoch} on another state")
             if offer[4]:
                 raise Violation(f"seed {self.seed}: epoch {epoch} holds a contribution that is not finite")
+            if isinstance(self.told.get((member.peer, member.nonce)), Excluded | Diverged):
+                self.stats["wrongly_excluded"] = self.stats.get("wrongly_excluded", 0) + 1
             total += offer[1] * offer[2]
             weights += offer[2]
         if value.digest != digest_of(total / weights):
             raise Violation(f"seed {self.seed}: epoch {epoch} is not the mean over its members")
+
+    def note_heard(self, node, message):
+        if type(message) is ms.Commit:
+            node.heard |= {one.config.epoch for one in (message.decided, *getattr(message, "earlier", ()))}
+        elif type(message) is ms.Resign:
+            node.heard.add(message.decided.config.epoch)
+
+    def check_told(self, node, one):
+        """A member that was counted is never told Behind while it holds the result and was told that it is decided, nor
+        once it knows that and could have had the bytes from somebody for a while."""
+        self.told[node.name, one.nonce] = one.error
+        epoch = self.offers[node.name, one.nonce][0] + 1
+        value = self.values.get(epoch)
+        member = value and value.declaration.member(node.name)
+        if not member or member.nonce != one.nonce:
+            return
+        if isinstance(one.error, Excluded | Diverged):
+            self.stats["wrongly_excluded"] = self.stats.get("wrongly_excluded", 0) + 1
+        if not isinstance(one.error, Behind):
+            return
+        self.stats["counted_behind"] += 1
+        if epoch not in node.heard and epoch not in node.known_at:
+            self.stats["counted_unheard"] += 1
+        elif value.digest in node.results:
+            raise Violation(
+                f"seed {self.seed}: {node.name} holds epoch {epoch}, counts in it, and is told Behind"
+            )
+        elif epoch in node.known_at and (holder := self.holder_for(node, epoch, value.digest)):
+            raise Violation(
+                f"seed {self.seed}: {node.name} counts in {epoch}, {holder} has it, and it is told Behind"
+            )
+
+    def holder_for(self, node, epoch, digest):
+        """Who holds these bytes and could be asked by `node`, for long enough."""
+        for other in self.nodes.values():
+            if other is node or other.gone or other.paused_until > self.now or digest not in other.results:
+                continue
+            if not self.reach(node.name, other.name) or (other.name, node.name) in self.blocked:
+                continue
+            since = (node.known_at[epoch], other.held_at[digest], node.changed_at, other.changed_at)
+            if self.now - max(since) > FOUND_WITHIN_S:
+                return other.name
+        return None
 
     def excuse(self):
         """What nobody could mend: too many seats without their journal, or all bytes of an epoch lost."""

@@ -8,6 +8,7 @@ from collectives.agreement.gather import Gather
 from collectives.agreement.lead import FREE, Lead
 from collectives.agreement.leading import Leading
 from collectives.agreement.ledger import Ledger
+from collectives.agreement.messages import Commit
 from collectives.agreement.types import NO_BALLOT
 
 
@@ -176,6 +177,33 @@ def decisions_come_twice(patch):
     patch(Core, "deliver", deliver)
 
 
+def what_was_missed_is_missed_for_ever(patch):
+    patch(Core, "_stands_on", lambda self, epoch: False)
+
+
+def only_the_last_decision_is_told(patch):
+    def tell(self, peer, decided, known):
+        self.send(peer, Commit(decided, tuple(sorted(self.waiting)), self.former))
+
+    patch(Core, "tell_decided", tell)
+
+
+def voters_alone_are_asked_for_bytes(patch):
+    def fetch(self, decided):
+        self.awaiting = decided
+        self.fetch(decided.value, decided.certificate.voters)
+
+    patch(Core, "fetch_decided", fetch)
+
+
+def the_dead_are_asked_first(patch):
+    patch(Core, "fetch_elsewhere", lambda self, peer: None)
+
+
+def whoever_cannot_go_on_waits_for_its_deadline(patch):
+    patch(Leading, "barred_without", lambda self: ())
+
+
 MUTATIONS = [
     half_is_a_quorum,
     one_vote_decides,
@@ -198,4 +226,9 @@ MUTATIONS = [
     nobody_takes_over,
     nothing_is_asked_again,
     decisions_come_twice,
+    what_was_missed_is_missed_for_ever,
+    only_the_last_decision_is_told,
+    voters_alone_are_asked_for_bytes,
+    the_dead_are_asked_first,
+    whoever_cannot_go_on_waits_for_its_deadline,
 ]

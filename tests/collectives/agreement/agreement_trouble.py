@@ -26,6 +26,7 @@ class Plan:
     slow: float  # share of messages that take up to seconds
     delay_s: float
     reduce_s: float
+    fetch_s: float
     faults_until_s: float
     faults: int
     wrong: int  # suspicions of nobody in particular
@@ -43,6 +44,7 @@ def plan_of(rng):
         slow=rng.choice((0.02, 0.1, 0.3) if duels else (0.0, 0.02, 0.08)),
         delay_s=rng.choice((0.01, 0.05, 0.2) if duels else (0.002, 0.01, 0.05)),
         reduce_s=rng.choice((0.01, 0.05) if duels else (0.02, 0.2, 0.6)),
+        fetch_s=rng.choice((0.01, 0.1, 0.6)),
         faults_until_s=rng.choice((3.0, 6.0)),
         faults=rng.randint(1, 8),
         wrong=rng.randint(5, 40) if duels else 0,

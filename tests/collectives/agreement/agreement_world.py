@@ -50,6 +50,10 @@ class Node:
     since: float = 0.0
     told_down: set = field(default_factory=set)  # whom its failure detector suspects
     last_committed: int = 0
+    heard: set = field(default_factory=set)  # epochs that it was told the decision of
+    known_at: dict = field(default_factory=dict)  # epoch -> when it took the decision for true
+    held_at: dict = field(default_factory=dict)  # digest -> since when its bytes are here
+    changed_at: float = 0.0  # when its links, or itself, last came, went, stopped or woke
     wake_at: float | None = None
     lagging: bool = False
     odd: bool = False  # offers on a state that nobody else has
@@ -75,8 +79,17 @@ class World(Trouble, Checks):
         self.healed = False
         self.offers = {}  # (peer, nonce) -> (epoch, value, weight, state, bad)
         self.decided = {0: (None, self.config0)}
+        self.values = {}  # by epoch
+        self.told = {}  # (peer, nonce) -> the error that ended it
         self.states = {0: b"0"}
-        self.stats = {"commits": 0, "failed": 0, "handled": 0}
+        self.stats = {
+            "commits": 0,
+            "failed": 0,
+            "handled": 0,
+            "counted": 0,
+            "counted_behind": 0,
+            "counted_unheard": 0,
+        }
         self.trap = None  # (type, how many, before)
         self.excused = None
         self.trace = None
@@ -134,6 +147,8 @@ class World(Trouble, Checks):
         node.got = {}
         node.nonce = None
         node.wanted = {}
+        node.heard, node.known_at = set(), {}
+        node.held_at = dict.fromkeys(node.results, self.now)
         node.told_down = set()
         node.wake_at = None
         node.lagging = False
@@ -165,6 +180,8 @@ class World(Trouble, Checks):
             node.inbox.append(event)
             return
         self.stats["handled"] += 1
+        if type(event) is ev.Received:
+            self.note_heard(node, event.message)
         out = node.chain.handle(event, self.now)
         node.chain.validate()
         if self.trace is not None:
@@ -231,6 +248,7 @@ class World(Trouble, Checks):
                 raise Violation(f"seed {self.seed}: {node.name} votes for bytes it does not hold")
         if saved.decided is not None and (node.disk is None or node.disk.decided != saved.decided):
             self.check_decided(saved.decided)
+            node.known_at[saved.decided.config.epoch] = self.now
         node.disk = saved
 
     # The network.
@@ -258,6 +276,7 @@ class World(Trouble, Checks):
 
     def changed(self, name):
         """Failure detectors notice in a while."""
+        self.nodes[name].changed_at = self.now
         for other in self.nodes:
             if other != name:
                 self.at(self.rng.uniform(0.1, 1.0), "detect", other, name)
@@ -295,6 +314,8 @@ class World(Trouble, Checks):
             self.at(0.3, "enter", name, boot)
             return
         rng = self.rng
+        if rng.random() < 0.2:  # it may get a state that its chain has not heard of
+            self.catch_up(node)
         self.nonces += 1
         nonce = self.nonces
         node.nonce = nonce
@@ -353,7 +374,7 @@ class World(Trouble, Checks):
                 self.tell(other, ev.Coming(node.name, self.rng.choice((0.05, 0.5, 10.0))))
         for other in self.nodes.values():
             there = not other.gone and self.reach(node.name, other.name) and other.paused_until <= self.now
-            if there and other is not node and other.state_epoch >= node.chain.epoch:
+            if there and other is not node and other.state_epoch >= max(node.chain.epoch, node.state_epoch):
                 node.state_epoch, node.state = other.state_epoch, other.state
                 node.lagging = False
                 return
@@ -369,6 +390,7 @@ class World(Trouble, Checks):
         if one.nonce is not None:
             if one.nonce != node.nonce:
                 raise Violation(f"seed {self.seed}: {node.name} is told of a round that is not open")
+            self.stats["counted"] += 1
             node.nonce = None
             self.at(self.rng.random() * 0.1, "enter", node.name, node.boot)
         if node.state_epoch == one.epoch - 1:
@@ -386,6 +408,7 @@ class World(Trouble, Checks):
         self.stats["failed"] += 1
         if one.nonce != node.nonce:
             raise Violation(f"seed {self.seed}: {node.name} hears twice of one round")
+        self.check_told(node, one)
         node.nonce = None
         self.log(node.name, "failed", repr(one.error))
         self.at(0.1 + self.rng.random() * 0.3, "enter", node.name, node.boot)
@@ -401,6 +424,8 @@ class World(Trouble, Checks):
     def on_reduce(self, node, one):
         node.active = one.declaration
         node.since = self.now
+        for digest in [one for one, epoch in node.results.items() if epoch < node.active.epoch]:
+            del node.results[digest]  # whoever missed it transfers the state
         self.at(self.plan.reduce_s * (0.2 + self.rng.random()), "work", node.name, node.boot, one.declaration)
 
     def on_abandon(self, node, one):
@@ -444,6 +469,7 @@ class World(Trouble, Checks):
             mean = sum((value * weight for value, weight in parts), Fraction(0)) / sum(w for _, w in parts)
             digest = digest_of(mean)
             node.results[digest] = declaration.epoch
+            node.held_at[digest] = self.now
             self.tell(node, ev.Reduced(declaration.ballot, digest))
             return
         self.at(self.plan.reduce_s * (0.3 + self.rng.random()), "work", name, boot, declaration)
@@ -453,7 +479,7 @@ class World(Trouble, Checks):
         known = digest in node.wanted
         node.wanted[digest] = (one.value.declaration.epoch, one.holders)
         if not known:
-            self.at(self.plan.delay_s * 2, "fetch", node.name, node.boot, digest)
+            self.at(self.plan.fetch_s * (0.5 + self.rng.random()), "fetch", node.name, node.boot, digest)
 
     def on_release(self, node, one):
         node.wanted.pop(one.digest, None)
@@ -472,6 +498,7 @@ class World(Trouble, Checks):
                 if self.reach(name, holder) and (holder, name) not in self.blocked:
                     del node.wanted[digest]
                     node.results[digest] = epoch
+                    node.held_at[digest] = self.now
                     self.tell(node, ev.Held(epoch, digest))
                     return
         self.at(0.3 + self.rng.random() * 0.1, "fetch", name, boot, digest)

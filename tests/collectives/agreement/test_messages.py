@@ -46,7 +46,7 @@ EXAMPLES = [
     ms.Trouble(1, BALLOT, ("b",), "silent"),
     ms.Accept(1, BALLOT, VALUE, ("a",), ("a",)),
     ms.Voted(1, BALLOT, 0, b"digest"),
-    ms.Commit(DECIDED, ("c",), ("d",)),
+    ms.Commit(DECIDED, ("c",), ("d",), (Decided(CONFIG),)),
     ms.Ask(-1),
     ms.Refused(1, 5, "diverged"),
     ms.Resign(GONE, Decided(CONFIG)),
@@ -87,10 +87,10 @@ GOLDEN = {
     ),
     "Voted": "0a94019202a16100c406646967657374",
     "Commit": (
-        "0b939392019292a1620492a16100919299a372756ea56f75746572019202a1619299a1610005cb4008000000000000cb"
+        "0b949392019292a1620492a16100919299a372756ea56f75746572019202a1619299a1610005cb4008000000000000cb"
         "412e848000000000a36c616ec3cb4004000000000000c4016399a1620406cb3ff0000000000000cb0000000000000000"
         "a0c3cb0000000000000000c400a4696e7438c4016cc404736565649192a163a46c617465c40664696765737491939202"
-        "a16192a161a16291a16391a16391a164"
+        "a16192a161a16291a16391a16391a164919392009292a1620092a161009090"
     ),
     "Ask": "0c91ff",
     "Refused": "0d930105a86469766572676564",
@@ -157,6 +157,8 @@ def test_altered_bytes_are_a_message_or_a_violation(message, data):
         ms.Declare(Declaration("run", "outer", 1, BALLOT, (MEMBERS[0], MEMBERS[0]), "fp32", b"", b"")),
         ms.Commit(Decided(CONFIG, VALUE, Certificate(BALLOT, ()))),
         ms.Commit(DECIDED, (), tuple(f"n{k}" for k in range(65))),
+        ms.Commit(DECIDED, earlier=(DECIDED,) * 5),
+        ms.Commit(DECIDED, earlier=(Decided(DECLARATION.config(), None),)),
         ms.Commit(Decided(DECLARATION.config(), None)),
     ],
 )
@@ -203,7 +205,7 @@ messages = st.one_of(
     st.builds(ms.Trouble, epochs, ballots, holders, st.sampled_from(["silent", "norm", "mismatch"])),
     st.builds(ms.Accept, epochs, ballots, values, holders, holders),
     st.builds(ms.Voted, epochs, ballots, st.integers(0, 1), st.sampled_from([b"x", b"y"])),
-    st.builds(ms.Commit, decisions, holders, holders),
+    st.builds(ms.Commit, decisions, holders, holders, st.lists(decisions, max_size=2).map(tuple)),
     st.builds(ms.Ask, st.integers(-1, 3)),
     st.builds(ms.Refused, epochs, st.integers(0, 4), st.sampled_from(["diverged", "full", "late"])),
     st.builds(ms.Resign, gone, decisions),

@@ -65,7 +65,7 @@ class GenerateRequest:
     begin to answer within `first_token_s`. Background work runs where nobody else wants anything. `likely_tokens` of
     `max_tokens` are probably made (0: all). `form` and `form_text` keep the answer to a JSON schema, any
     object or a regular expression. The rest is as in model_shards.Sampling; `top_logprobs` asks each event for that
-    many likeliest tokens.
+    many likeliest tokens. With a `pool` the one event is the prompt's embedding.
     """
 
     request_id: str
@@ -90,18 +90,21 @@ class GenerateRequest:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int = 0
+    pool: Literal["", "last_hidden", "mean"] = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """The token at `index` (0 is the first new one). An eos token has finish "stop" and is not shown. `logprob` is the
-    model's own (natural), `top` the (token, logprob) pairs asked for, likeliest first."""
+    model's own (natural), `top` the (token, logprob) pairs asked for, likeliest first. `embedding` [hidden] is there
+    where the request pools; it is not scaled."""
 
     token: int
     index: int
     logprob: float | None
     finish: Literal["stop", "length"] | None
     top: tuple[tuple[int, float], ...] = ()
+    embedding: tuple[float, ...] | None = None
 
 
 class Gateway(Protocol):

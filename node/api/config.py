@@ -22,6 +22,7 @@ class ApiConfig:
     json_depth_max: int = 32
     messages_max: int = 4096
     choices_max: int = 8
+    inputs_max: int = 2048
     prompts_max: int = 16
     stops_max: int = 16
     stop_chars_max: int = 1024

@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from model_shards import ModelError
 from node.api.answers import DONE, KEEPALIVE, Answer, Told, Usage, dump, sse
 from node.api.config import ApiConfig
+from node.api.embeddings import EmbeddingRequest, embed
 from node.api.fanout import Choice, Fanout, open_fanout
 from node.api.fields import parse_json
 from node.api.likelihoods import Likelihoods
@@ -111,15 +112,28 @@ class Generation:
         parsed = parse_completion(body, self._config)
         info, tokenizer = await self._model(parsed.options.model)
         terms = self._terms(request, parsed.options)
-        prompts = []
-        for given in parsed.prompts:
-            if isinstance(given, str):
-                prompts.append(await self._tokenized(partial(tokenizer.encode, given), len(given)))
-            else:
-                _known_tokens("prompt", given, tokenizer.vocab_size)
-                prompts.append(given)
+        prompts = [await self._ids(tokenizer, "prompt", given) for given in parsed.prompts]
         prepared = self._prepare("completion", info, tokenizer, parsed.options, prompts, terms)
         return await self._respond(prepared)
+
+    async def embeddings(self, request: Request) -> Response:
+        """POST /v1/embeddings."""
+        body = parse_json(await request.body(), self._config.json_depth_max)
+        asked = EmbeddingRequest(body, self._config)
+        info, tokenizer = await self._model(asked.options.model)
+        terms = self._terms(request, asked.options)
+        prompts = [await self._ids(tokenizer, "input", given) for given in asked.inputs]
+        for prompt in prompts:
+            _room(info, len(prompt), 1, "input")
+        rows = await embed(self._gateway, self._metrics, self._stopping, asked, prompts, terms)
+        document = asked.document(info.name, rows, sum(map(len, prompts)))
+        return Response(dump(document), media_type="application/json")
+
+    async def _ids(self, tokenizer: Tokenizer, param: str, given: str | tuple[int, ...]) -> tuple[int, ...]:
+        if isinstance(given, str):
+            return await self._tokenized(partial(tokenizer.encode, given), len(given))
+        _known_tokens(param, given, tokenizer.vocab_size)
+        return given
 
     def _terms(self, request: Request, options: Options) -> Terms:
         address = request.client.host if request.client else ""

@@ -98,7 +98,9 @@ def parse_completion(body: dict[str, Any], config: ApiConfig) -> CompletionReque
     best_of = best_of or options.choices
     if options.stream and best_of > options.choices:
         raise invalid("best_of", best_of, "the value of n where the answer is streamed")
-    return CompletionRequest(replace(options, best_of=best_of), _prompts(fields, config))
+    return CompletionRequest(
+        replace(options, best_of=best_of), prompts_of(fields, "prompt", config.prompts_max)
+    )
 
 
 def _options(fields: Fields, config: ApiConfig, logprobs: int | None) -> Options:
@@ -121,7 +123,7 @@ def _options(fields: Fields, config: ApiConfig, logprobs: int | None) -> Options
         ignore_eos=ignore_eos,
         stream=stream,
         include_usage=_include_usage(fields, stream),
-        user=_user(fields),
+        user=user_of(fields),
         service_tier=fields.choice("service_tier", "", SERVICE_TIERS) or None,
         form=form,
         form_text=form_text,
@@ -220,7 +222,8 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     return wanted
 
 
-def _user(fields: Fields) -> str | None:
+def user_of(fields: Fields) -> str | None:
+    """Whom the client names as its user."""
     for name in ("user", "safety_identifier"):
         if fields.raw(name) is not None:
             return fields.text(name, chars_max=USER_CHARS_MAX) or None
@@ -268,20 +271,21 @@ def _joined(fields: Fields, parts: list[Any]) -> str:
     return "".join(texts)
 
 
-def _prompts(fields: Fields, config: ApiConfig) -> tuple[str | tuple[int, ...], ...]:
-    expected = f"a text, a list of token ids, or a list of at most {config.prompts_max} of either"
-    value = fields.require("prompt", expected)
+def prompts_of(fields: Fields, field: str, count_max: int) -> tuple[str | tuple[int, ...], ...]:
+    """The texts, or tuples of token ids, of a field which must be there: one or a list of them."""
+    expected = f"a text, a list of token ids, or a list of at most {count_max} of either"
+    value = fields.require(field, expected)
     if isinstance(value, str):
-        return (fields.text("prompt", value),)
+        return (fields.text(field, value),)
     if not isinstance(value, list) or not value:
-        raise invalid("prompt", value, expected)
+        raise invalid(field, value, expected)
     if _is_token(value[0]):
-        return (_tokens("prompt", value),)
-    if len(value) > config.prompts_max:
-        raise invalid("prompt", value, expected)
+        return (_tokens(field, value),)
+    if len(value) > count_max:
+        raise invalid(field, value, expected)
     prompts: list[str | tuple[int, ...]] = []
     for index, item in enumerate(value):
-        name = f"prompt[{index}]"
+        name = f"{field}[{index}]"
         if isinstance(item, list) and item:
             prompts.append(_tokens(name, item))
         elif isinstance(item, str):

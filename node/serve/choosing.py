@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from model_shards import ModelError, Sampling
+import torch
+
+from model_shards import ModelError, Sampling, tensor_from_bytes
+from node.errors import StageLost
 from node.gateway import GenerateRequest
 from node.serve.compute import Compute
-from node.serve.protocol import SamplingSpec
+from node.serve.protocol import SamplingSpec, TokenOut
 
 
 def sampling_asked(request: GenerateRequest, made: tuple[int, ...]) -> SamplingSpec:
@@ -62,3 +65,14 @@ def known_tokens(tokens: tuple[int, ...], compute: Compute) -> tuple[int, ...]:
         if not 0 <= token < vocab:
             raise ModelError(f"token {token} is outside the vocabulary of {vocab}")
     return tokens
+
+
+def embedding_of(token: TokenOut, peer: str) -> tuple[float, ...]:
+    """The finite numbers that came in a token's place. Raises StageLost, which names the last stage's `peer`."""
+    given = token.embedding
+    if given is None or given.dtype != "float32" or len(given.shape) != 1 or given.shape[0] < 1:
+        raise StageLost(peer, f"{peer} was asked for an embedding and gave none")
+    rows = tensor_from_bytes(given.dtype, given.shape, given.data)
+    if not bool(torch.isfinite(rows).all()):
+        raise StageLost(peer, f"the embedding of {peer} is not finite")
+    return tuple(rows.tolist())

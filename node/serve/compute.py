@@ -390,7 +390,7 @@ def warm_up_prompt(engine: Engine, times: int = 2) -> float:
 
 def _pieces(step: Step) -> list[Step]:
     """The step cut where pieces of a prompt end, whatever came as one message: what is computed together must depend on
-    positions alone. Only the last part samples."""
+    positions alone. Only the last part samples, and pools what is no sum."""
     if step.position % PIECE_TOKENS + step.count <= PIECE_TOKENS:
         return [step]
     found, first = [], 0
@@ -405,7 +405,7 @@ def _pieces(step: Step) -> list[Step]:
                 step.tokens[first:end] if step.tokens is not None else None,
                 step.hidden[first:end] if step.hidden is not None else None,
                 step.sample if last else None,
-                step.pool,
+                step.pool if last or step.pool == "mean" else None,
             )
         )
         first = end

@@ -34,7 +34,7 @@ from node.errors import (
 from node.gateway import GenerateRequest, ModelInfo, TokenEvent
 from node.metrics import Metrics
 from node.serve.booking import booked
-from node.serve.choosing import sampling_asked
+from node.serve.choosing import embedding_of, sampling_asked
 from node.serve.faults import raise_single
 from node.serve.forecast import Pace, seats
 from node.serve.intake import Intake, Place
@@ -379,7 +379,10 @@ class MeshGateway:
                     pace.worked(len(prompt), trio.current_time())
                     self._selector.finder.sent(choice.reading.stages, marks_of(prompt))
                 live.tokens = index + 1
-                await send.send(TokenEvent(token.token, index, token.logprob, token.finish, token.top))
+                embedding = embedding_of(token, choice.stages[-1].peer) if request.pool else None
+                await send.send(
+                    TokenEvent(token.token, index, token.logprob, token.finish, token.top, embedding)
+                )
                 work.made.append(token.token)
                 ended = token.finish is not None
                 pace.worked(request.max_tokens - index if ended else 1, trio.current_time())
@@ -389,7 +392,8 @@ class MeshGateway:
     async def _choose(self, work: _Work) -> Choice:
         """Phase 2. Right after a loss the view may lag, so an uncovered model is asked about again for a moment; for
         room one waits as long as the request may."""
-        marks = marks_of(work.prompt)
+        # A mean needs every row: nothing may come from a cache.
+        marks = () if work.request.pool == "mean" else marks_of(work.prompt)
         began_s = trio.current_time()
         while True:
             now_s, atlas = trio.current_time(), self._atlas()
@@ -448,9 +452,10 @@ class MeshGateway:
             new_tokens_max=work.tokens_left,
             ignore_eos=request.ignore_eos,
             sampling=sampling_asked(request, tuple(work.made)),
-            marks=marks_of(prompt),
+            marks=() if request.pool == "mean" else marks_of(prompt),
             reuse=choice.reading.reuse,
             priority=work.priority,
+            pool=request.pool,
         )
 
         def heard(stage: int, queues_s: tuple[float, ...]) -> None:

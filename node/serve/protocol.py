@@ -33,6 +33,7 @@ PAYLOAD_BYTES_MAX = 64 << 20
 SESSION_S_MAX = 6 * 3600.0
 HANDOVER_S_MAX = 600.0
 HANDOVER_BYTES_MAX = 8 << 20
+EMBEDDING_BYTES_MAX = 1 << 20
 """One part of a cache on its way; all but rare ones are a good deal smaller."""
 
 
@@ -81,6 +82,8 @@ class SessionOpen:
     as its `heirs` and makes one token. The other one names it as `source` and its stages as `sources`: these hand the
     prompt's cache over, and have `handover_s` for what is left of that once the prompt is read. The gateway sends only
     the first token.
+
+    With a `pool` (see model_shards.Step) the session reads its prompt for an embedding, which comes instead of a token.
     """
 
     session: str
@@ -99,6 +102,7 @@ class SessionOpen:
     source: str = ""
     sources: tuple[StageRef, ...] = ()
     handover_s: float = 0.0
+    pool: Literal["", "last_hidden", "mean"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +158,14 @@ class ReturnOpen:
 @dataclass(frozen=True, slots=True)
 class TokenOut:
     """The `index`-th new token of a session; `finish` is set on the last one. `top` are the (token, log-probability)
-    pairs asked for, likeliest first."""
+    pairs asked for, likeliest first. Where the session pools, `embedding` (float32, [hidden]) stands for the token."""
 
     index: int
     token: int
     logprob: float | None = None
     finish: Finish | None = None
     top: tuple[tuple[int, float], ...] = ()
+    embedding: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +206,7 @@ RETURN = Method(
     reply=ReturnDone,
     upstream=TokenOut,
     body_bytes_max=4096,
+    payload_bytes_max=EMBEDDING_BYTES_MAX,
     deadline_s=SESSION_S_MAX,
 )
 HANDOVER = Method(

@@ -311,6 +311,11 @@ class _Tail(_Onward):
     async def put(self, position: int, result: StepResult, sample: bool, tell: bool) -> None:
         if not sample:
             return
+        if result.embedding is not None:
+            embedding = Tensor(*tensor_to_bytes(result.embedding))
+            for out in self._outs:
+                await out.send(TokenOut(0, 0, finish="stop", embedding=embedding))
+            return
         if result.token is None:
             raise RpcRefusal("internal", "the engine gave no token at the last stage")
         finish: Finish | None = None
@@ -411,10 +416,12 @@ class _Stage:
         *,
         tell: bool,
     ) -> None:
-        sampling = self._sampling if sample and self._last else None
-        step = Step(
-            session=self._request.session, position=position, tokens=tokens, hidden=hidden, sample=sampling
-        )
+        name, pool = self._request.session, self._request.pool
+        if self._last and pool:
+            # A mean is the sum of every piece's rows.
+            step = Step(name, position, tokens, hidden, pool=pool if sample or pool == "mean" else None)
+        else:
+            step = Step(name, position, tokens, hidden, self._sampling if sample and self._last else None)
         if self._taking is not None:
             await self._taking.wait()
         result = await self._compute.step(step)
@@ -456,12 +463,21 @@ def _check(request: SessionOpen, me: str, caller: str) -> StageRef:
         if stages and stages[-1].end != request.stages[-1].end:
             raise RpcRefusal("invalid", f"stages end at {stages[-1].end} and {request.stages[-1].end}")
     _check_handover(request)
+    if request.pool:
+        _check_pool(request)
     stage = request.stages[request.index]
     if stage.peer != me:
         raise RpcRefusal("invalid", f"stage {request.index} is not on this node")
     if request.index and request.stages[request.index - 1].peer != caller:
         raise RpcRefusal("denied", f"{caller} is not the stage before this one")
     return stage
+
+
+def _check_pool(request: SessionOpen) -> None:
+    if request.new_tokens_max != 1 or request.heirs or request.sources:
+        raise RpcRefusal("invalid", "a session that pools makes one embedding on one chain")
+    if request.reuse and request.pool == "mean":
+        raise RpcRefusal("invalid", "a mean needs every position: none can be reused")
 
 
 def _check_handover(request: SessionOpen) -> None:

@@ -112,6 +112,13 @@ class FakeGateway:
             self.left.set()
 
     async def _play(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        if request.pool:
+            await trio.lowlevel.checkpoint()
+            row = (3.0, float(len(request.prompt)))
+            if isinstance(self.script, Exception):
+                raise self.script
+            yield TokenEvent(0, 0, None, "stop", (), row)
+            return
         index = 0
         for item in self.script(request) if callable(self.script) else self.script:
             await trio.lowlevel.checkpoint()

@@ -238,6 +238,14 @@ async def to_the_end(channel):
         {"sampling": SamplingSpec(-1.0, 7.0, -3, 0)},
         {"sampling": SamplingSpec(0.0, 1.0, 0, 0, "yaml", "a: b")},
         {"sampling": SamplingSpec(0.0, 1.0, 0, 0, "regex", "a(")},
+        {"pool": "mean"},
+        {
+            "pool": "mean",
+            "new_tokens_max": 1,
+            "prompt_tokens": 300,
+            "marks": (b"m" * 8, b"m" * 8),
+            "reuse": 128,
+        },
     ],
 )
 async def test_a_session_no_honest_gateway_opens_is_refused_and_leaves_nothing(model, ring_refusals, changes):

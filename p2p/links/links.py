@@ -228,17 +228,18 @@ class Links:
                 raise ResourceLimit(f"{peer} has no room for a link", refused.retry_after_s or 1.0) from None
             raise Unreachable({str(peer): f"{refused.code}: {refused.message}"}) from None
         record_bytes = min(config.record_bytes, reply.record_bytes)
-        send_window_bytes = min(reply.window_bytes, window_bytes)
-        check_terms(reply.key, record_bytes, min(window_bytes, send_window_bytes))
+        # One window for both ways: who tells what it took in shares of a larger one than the sender keeps, stops it.
+        window_bytes = min(reply.window_bytes, window_bytes)
+        check_terms(reply.key, record_bytes, window_bytes)
         context = context_of(session, service, self.host.peer_id, peer, (exchange.public, reply.key))
         keys = LinkKeys(exchange.finish(reply.key, context), opener=True)
-        terms = Terms(session, service, record_bytes, send_window_bytes, window_bytes, True)
+        terms = Terms(session, service, record_bytes, window_bytes, window_bytes, True)
         meter = self._meter(peer)
         link = Link(peer, terms, keys, config, meter)
         direct = config.direct and peer != self.host.peer_id
         offered = worth_dialling(reply.addrs, config.dial_addrs_max) if direct else []
         keeper = Keeper(link, offered, partial(self._stream_to, peer), partial(self.rpc.rtt_s, peer), meter)
-        self._add(_Entry(link, send_window_bytes + window_bytes, keeper.run))
+        self._add(_Entry(link, 2 * window_bytes, keeper.run))
         return link
 
     async def _stream_to(self, peer: PeerId) -> ByteStream:
@@ -301,21 +302,20 @@ class Links:
         if self._nursery is None:
             raise RpcRefusal("unavailable", "links are not running here")
         self._check_room(call.peer)
-        window_bytes = self._grant(self.config.window_bytes)
-        send_window_bytes = min(wish.window_bytes, self.config.window_bytes)
-        least_bytes = min(window_bytes, send_window_bytes)
+        check_terms(wish.key, RECORD_BYTES_MIN, wish.window_bytes)
+        window_bytes = self._grant(wish.window_bytes)
         record_bytes = min(
-            self.config.record_bytes, wish.record_bytes, least_bytes // _RECORDS_PER_WINDOW_MIN
+            self.config.record_bytes, wish.record_bytes, window_bytes // _RECORDS_PER_WINDOW_MIN
         )
-        check_terms(wish.key, record_bytes, least_bytes)
+        check_terms(wish.key, record_bytes, window_bytes)
         exchange = Exchange()
         context = context_of(
             wish.session, wish.service, call.peer, self.host.peer_id, (wish.key, exchange.public)
         )
         keys = LinkKeys(exchange.finish(wish.key, context), opener=False)
-        terms = Terms(wish.session, wish.service, record_bytes, send_window_bytes, window_bytes, False)
+        terms = Terms(wish.session, wish.service, record_bytes, window_bytes, window_bytes, False)
         link = Link(call.peer, terms, keys, self.config, self._meter(call.peer))
-        entry = _Entry(link, send_window_bytes + window_bytes, partial(self._await_path, link))
+        entry = _Entry(link, 2 * window_bytes, partial(self._await_path, link))
         self._door.seats[wish.session] = Seat(link, partial(self._seated, entry, handler))
         self._add(entry)
         addrs = tuple(self._listener.addrs())[:_OFFERED_MAX] if self.config.direct else ()

@@ -184,8 +184,23 @@ async def test_who_opens_a_link_may_want_less_to_be_held(memory_nodes, echo, ral
     async with one.links.open(other.peer_id, "echo", window_bytes=64 << 10) as link:
         await rally(link)
         (far,) = other.links._entries
-        assert link.terms.receive_window_bytes == link.terms.send_window_bytes == 64 << 10
-        assert far.link.terms.send_window_bytes == 64 << 10
+        for terms in (link.terms, far.link.terms):
+            assert terms.receive_window_bytes == terms.send_window_bytes == 64 << 10
+
+
+@pytest.mark.parametrize("larger", [0, 1])
+async def test_both_ends_count_with_the_smaller_window(memory_nodes, echo, rally, larger):
+    """Who tells what it took in quarters of its own, larger window lets the other one wait for seconds."""
+    configs = [LinksConfig(window_bytes=64 << 10, record_bytes=16 << 10)] * 2
+    configs[larger] = LinksConfig(window_bytes=16 << 20)
+    one, other = await memory_nodes(2, *configs)
+    other.links.serve("echo", echo)
+    async with one.links.open(other.peer_id, "echo") as link:
+        with trio.fail_after(5):
+            await rally(link)
+        (far,) = other.links._entries
+        for terms in (link.terms, far.link.terms):
+            assert terms.receive_window_bytes == terms.send_window_bytes == 64 << 10
 
 
 async def test_a_node_may_open_a_link_to_itself(nodes, echo, rally):

@@ -5,7 +5,7 @@ Knows torch and file formats; knows no network, no mesh and no clock. See `engin
 of the numbers.
 """
 
-from model_shards.adapters import AdapterIndex, is_adapter
+from model_shards.adapters import AdapterConfig, AdapterIndex, is_adapter
 from model_shards.batcher import Batcher, BatchLimits, Resume, Room, Run
 from model_shards.bench import micro_benchmark
 from model_shards.bench_decode import bench_decode, random_checkpoint
@@ -46,6 +46,7 @@ __all__ = [
     "BLOCK_TOKENS",
     "WINDOW_ROWS_MAX",
     "Adapter",
+    "AdapterConfig",
     "AdapterIndex",
     "BatchLimits",
     "Batcher",

@@ -1,6 +1,7 @@
 """What a node says about itself and its models in the mesh: the values inside dht's signed records.
 
-`node` (one a node): what it is and where. `model` (one a model and host): shape and manifest. `host` (one a model and
+`node` (one a node): what it is and where. `model` (one a model and host): shape and manifest. `adapter` (one an adapter
+and host): manifest and base. `host` (one a model and
 device): which span it holds and how busy it is. `plan` (one a model and planner): who shall hold what. `links`: round
 trips and rates as measured. Bytes from a peer become a frozen dataclass whose every figure is within bounds that an
 honest node keeps, or nothing; texts lose what a terminal would act on. Nothing here decides anything.
@@ -19,7 +20,7 @@ from scheduler import Assignment, ModelShape, Plan, Policy, device_id
 
 T = TypeVar("T")
 
-NODE, MODEL, HOST, PLAN, LINKS = "node", "model", "host", "plan", "links"
+NODE, MODEL, ADAPTER, HOST, PLAN, LINKS = "node", "model", "adapter", "host", "plan", "links"
 SpanState = Literal["fetching", "loading", "ready", "failed"]
 LAYERS_MAX = 1024
 CONTEXT_TOKENS_MAX = 1 << 24
@@ -132,6 +133,22 @@ class ModelAdvert:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterAdvert:
+    """A LoRA adapter over the model whose manifest is `base`: the hosts of that serve it, too. `size_bytes` is its
+    file's."""
+
+    name: str
+    manifest_id: str
+    created_s: int
+    base: str
+    size_bytes: int = 0
+
+
+Offer = ModelAdvert | AdapterAdvert
+"""What members offer by name, and whoever added it may drop."""
+
+
+@dataclass(frozen=True, slots=True)
 class HostAdvert:
     """A span [start, end) of one model on one device of a node, and how it fares.
 
@@ -222,6 +239,16 @@ def read(kind: type[T], value: bytes) -> T | None:
     return cleaned
 
 
+def read_offer(kind: str, value: bytes) -> Offer | None:
+    """The model or adapter in the value of a record of that kind, or None."""
+    return read(AdapterAdvert, value) if kind == ADAPTER else read(ModelAdvert, value)
+
+
+def offer_kind(offer: Offer) -> str:
+    """The kind of records that tell of it."""
+    return ADAPTER if isinstance(offer, AdapterAdvert) else MODEL
+
+
 def write(advert: object) -> bytes:
     """An advert as a record's value."""
     return pack_value(advert)
@@ -302,6 +329,13 @@ def _clean_model(advert: ModelAdvert) -> ModelAdvert | None:
     return advert if sane and _tags(advert.require, advert.ends_require, advert.avoid) else None
 
 
+def _clean_adapter(advert: AdapterAdvert) -> AdapterAdvert | None:
+    named = NAME_PATTERN.fullmatch(advert.name) and MANIFEST_ID.fullmatch(advert.manifest_id)
+    if not named or not MANIFEST_ID.fullmatch(advert.base) or advert.base == advert.manifest_id:
+        return None
+    return advert if _all_within(((advert.created_s, 0, 1 << 40), (advert.size_bytes, 0, 1 << 50))) else None
+
+
 def _clean_host(advert: HostAdvert) -> HostAdvert | None:
     counts = (
         advert.bytes_fetched,
@@ -352,6 +386,7 @@ def _clean_links(advert: LinksAdvert) -> LinksAdvert | None:
 _CLEANERS: dict[Any, Callable[[Any], Any]] = {
     NodeAdvert: _clean_node,
     ModelAdvert: _clean_model,
+    AdapterAdvert: _clean_adapter,
     HostAdvert: _clean_host,
     PlanAdvert: _clean_plan,
     LinksAdvert: _clean_links,

@@ -13,16 +13,28 @@ from typing import TypeVar
 
 from dht import Record, View
 from node import adverts
-from node.adverts import HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert, PlanAdvert, host_of
+from node.adverts import (
+    AdapterAdvert,
+    HostAdvert,
+    LinksAdvert,
+    ModelAdvert,
+    NodeAdvert,
+    Offer,
+    PlanAdvert,
+    host_of,
+)
 from scheduler import Hosted, Link, Links, NodeShape, device_id, node_of, slowdown
 
 T = TypeVar("T")
+O = TypeVar("O", ModelAdvert, AdapterAdvert)
 LINK_DEFAULT_S = 0.005
 LINK_DEFAULT_BYTES_PER_S = 12.5e6
 S_PER_LAYER_DEFAULT = 1e-3
 S_PER_LAYER_LEAST = 1e-7
 MODELS_PER_SIGNER_MAX = 16
 MODELS_MAX = 64
+ADAPTERS_PER_SIGNER_MAX = 64
+ADAPTERS_MAX = 256
 EPOCH_AHEAD_MS = 60_000
 """No plan's epoch is above the mesh's clock in milliseconds (and a minute for clocks that differ), so that whatever a
 member claims there is always a greater one left for the next planner."""
@@ -42,6 +54,8 @@ class Atlas:
     """How many members offer each model of `models`, by manifest id."""
     bytes_per_s: dict[tuple[str, str], float] = field(default_factory=dict)
     """Measured in large transfers, by (from, to)."""
+    adapters: dict[str, AdapterAdvert] = field(default_factory=dict)
+    """By name; none has a model's name."""
 
     @property
     def nodes(self) -> dict[str, NodeAdvert]:
@@ -51,6 +65,20 @@ class Atlas:
     def model_named(self, name: str) -> ModelAdvert | None:
         """The model of that name, or whose manifest id it is."""
         return self.models.get(name) or next((m for m in self.models.values() if m.manifest_id == name), None)
+
+    def served_as(self, name: str) -> tuple[ModelAdvert, AdapterAdvert | None] | None:
+        """What a request for `name` gets: a model, or an adapter (`adapter` or `model:adapter`) and its base."""
+        model = self.model_named(name)
+        if model is not None:
+            return model, None
+        bases = {model.manifest_id: model for model in self.models.values()}
+        for adapter in self.adapters.values():
+            base = bases.get(adapter.base)
+            if base is None:
+                continue
+            if name in (adapter.name, adapter.manifest_id, f"{base.name}:{adapter.name}"):
+                return base, adapter
+        return None
 
     def live_hosts(self, manifest_id: str) -> dict[str, HostAdvert]:
         """Hosts of a model that are neither gone nor suspect, by device."""
@@ -165,35 +193,44 @@ def _typed(view: View, now_s: float, kind: str, cls: type[T]) -> list[tuple[Reco
     return [(record, advert) for record, advert in pairs if advert is not None]
 
 
-def _models(
-    pairs: Iterable[tuple[Record, ModelAdvert]], dropped: Callable[[ModelAdvert], bool]
-) -> tuple[dict[str, ModelAdvert], dict[str, int]]:
-    """Models by name, and how many offer each. Whoever hosts a model offers it, so that of several claims to a name the
-    one that most members stand behind holds; ties go to the older one, then by manifest id."""
-    voters: dict[ModelAdvert, int] = {}
+def _offered(
+    pairs: Iterable[tuple[Record, O]],
+    dropped: Callable[[Offer], bool],
+    per_signer_max: int,
+    count_max: int,
+    taken: Collection[str] = (),
+) -> tuple[dict[str, O], dict[str, int]]:
+    """Models (or adapters) by name, and how many offer each; none whose name is `taken`. Whoever hosts one offers it,
+    so that of several claims to a name the one that most members stand behind holds; ties go to the older one, then by
+    manifest id."""
+    voters: dict[O, int] = {}
     said: dict[str, int] = {}
-    for record, model in pairs:
+    for record, offer in pairs:
         said[record.signer] = said.get(record.signer, 0) + 1
-        counts = record.name == model.name and said[record.signer] <= MODELS_PER_SIGNER_MAX
-        if counts and not dropped(model):
-            voters[model] = voters.get(model, 0) + 1
-    models: dict[str, ModelAdvert] = {}
+        counts = record.name == offer.name and said[record.signer] <= per_signer_max
+        if counts and offer.name not in taken and not dropped(offer):
+            voters[offer] = voters.get(offer, 0) + 1
+    found: dict[str, O] = {}
     ids: set[str] = set()
-    for model in sorted(voters, key=lambda m: (-voters[m], m.created_s, m.manifest_id, repr(m))):
-        if model.name not in models and model.manifest_id not in ids and len(ids) < MODELS_MAX:
-            models[model.name] = model
-            ids.add(model.manifest_id)
-    return models, {model.manifest_id: voters[model] for model in models.values()}
+    for offer in sorted(voters, key=lambda o: (-voters[o], o.created_s, o.manifest_id, repr(o))):
+        if offer.name not in found and offer.manifest_id not in ids and len(ids) < count_max:
+            found[offer.name] = offer
+            ids.add(offer.manifest_id)
+    return found, {offer.manifest_id: voters[offer] for offer in found.values()}
 
 
 def read_atlas(
     view: View,
     now_s: float,
     suspects: Collection[str] = (),
-    dropped: Callable[[ModelAdvert], bool] = lambda _: False,
+    dropped: Callable[[Offer], bool] = lambda _: False,
 ) -> Atlas:
     """Read the whole view once, without offers that are `dropped`. `now_s` is the mesh's time, not this computer's."""
-    models, offers = _models(_typed(view, now_s, adverts.MODEL, ModelAdvert), dropped)
+    models, offers = _offered(
+        _typed(view, now_s, adverts.MODEL, ModelAdvert), dropped, MODELS_PER_SIGNER_MAX, MODELS_MAX
+    )
+    told = _typed(view, now_s, adverts.ADAPTER, AdapterAdvert)
+    adapters, _ = _offered(told, dropped, ADAPTERS_PER_SIGNER_MAX, ADAPTERS_MAX, taken=models)
     plans: dict[str, list[tuple[str, PlanAdvert]]] = {}
     for record, plan in _typed(view, now_s, adverts.PLAN, PlanAdvert):
         if plan.epoch <= now_s * 1000 + EPOCH_AHEAD_MS:
@@ -217,4 +254,4 @@ def read_atlas(
         named = host_of(record.name, record.signer)
         if named is not None and (card is None or card.life == host.life):
             hosts.setdefault(named[0], {})[named[1]] = host
-    return Atlas(nodes, frozenset(suspects), models, hosts, plans, rtts, offers, rates)
+    return Atlas(nodes, frozenset(suspects), models, hosts, plans, rtts, offers, rates, adapters)

@@ -32,6 +32,7 @@ from node.hardware import Hardware, default_threads, measure
 from node.mesh import MeshNode, open_mesh
 from node.metrics import Metrics
 from node.serve.faults import leaves
+from node.sharing import Asked
 from p2p import Identity, Invite, InviteError, P2pError
 
 log = logging.getLogger("shoal.daemon")
@@ -133,8 +134,10 @@ class Daemon:
         copies: int,
         require: Collection[str] = (),
         ends_require: Collection[str] = (),
+        base: str = "",
     ) -> AsyncIterator[dict[str, Any]]:
-        """Publish a model directory; yields hashing progress, then how far it is served, then its end."""
+        """Publish a directory of a model, or of an adapter of `base`; yields hashing progress, then how far it is
+        served, then its end."""
         node = self._living()
         progress = {"done": 0, "total": 0}
 
@@ -142,14 +145,12 @@ class Daemon:
             progress.update(done=done, total=total)
 
         source = ModelSource(str(directory), name)
-        asked, ends_asked = _tags(require, "require"), _tags(ends_require, "ends_require")
+        asked = Asked(copies, _tags(require, "require"), _tags(ends_require, "ends_require"), base)
         box: dict[str, Any] = {}
 
         async def publish() -> None:
             try:
-                box["model"] = await node.publish(
-                    model_directory(source), name, copies, report, require=asked, ends_require=ends_asked
-                )
+                box["model"] = await node.sharing.add(model_directory(source), name, asked, report)
             except (ModelError, OSError, P2pError, NodeError) as problem:
                 box["problem"] = problem
 
@@ -162,7 +163,7 @@ class Daemon:
         manifest_id = box["model"].manifest_id
         yield {"state": "published", "model": name, "manifest": manifest_id}
         while True:
-            ready, detail = node.model_state(manifest_id)
+            ready, detail = node.sharing.state(manifest_id)
             yield {
                 "state": "ready" if ready else "placing",
                 "model": name,
@@ -175,7 +176,7 @@ class Daemon:
 
     async def drop(self, model: str) -> tuple[str, str]:
         """Take a model that this node added back from the mesh."""
-        dropped = await self._living().drop(model)
+        dropped = await self._living().sharing.drop(model)
         return dropped.name, dropped.manifest_id
 
     async def plan(self, model: str, copies: int | None) -> dict[str, Any]:
@@ -255,9 +256,7 @@ class Daemon:
             self.console.busy(label)
             report = partial(_report, self.console, label)
             try:
-                offered.append(
-                    await node.publish(model_directory(source), source.name, self.config.copies, report)
-                )
+                offered.append(await node.sharing.add(model_directory(source), source.name, Asked(), report))
             except (ModelError, OSError) as problem:
                 raise ControlProblem(f"{source.directory} cannot be shared: {problem}") from None
         with trio.move_on_after(SERVED_WAIT_S):
@@ -270,7 +269,7 @@ class Daemon:
 
     def _settled(self, node: MeshNode, manifest_id: str) -> bool:
         try:
-            ready, _ = node.model_state(manifest_id)
+            ready, _ = node.sharing.state(manifest_id)
         except ConfigProblem as problem:
             log.warning("a model of this node is not served: %s", problem)
             return True

@@ -1,4 +1,4 @@
-"""Orders to drop a model: signed by whoever added it, so that anybody may carry them on and nobody can make one up.
+"""Orders to drop a model or an adapter: signed by whoever added it; anybody may carry them on, nobody make one up.
 
 A model's manifest names its publisher, and whoever holds the manifest can check an order against it. An order counts
 for offers created up to its time, by the clock that both bear: the same model added again counts. Knows the bytes of
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from node.adverts import MANIFEST_ID, ModelAdvert
+from node.adverts import MANIFEST_ID, Offer
 from p2p import Identity, PeerId, RemoteFault, pack_value, unpack_value, verify
 
 DROPS = "drops"
@@ -75,10 +75,10 @@ class Drops:
         held = {kept.manifest_id: kept for kept in newest[-DROPS_MAX:]}
         return Drops(held) if drop.manifest_id in held else self
 
-    def counts(self, model: ModelAdvert) -> bool:
+    def counts(self, offer: Offer) -> bool:
         """Whether this offer is taken back."""
-        drop = self.held.get(model.manifest_id)
-        return drop is not None and model.created_s <= drop.until_s
+        drop = self.held.get(offer.manifest_id)
+        return drop is not None and offer.created_s <= drop.until_s
 
     def created_s(self, manifest_id: str, now_s: float) -> int:
         """When an offer made now was created: after whatever was taken back, also where clocks went back."""

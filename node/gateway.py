@@ -46,7 +46,8 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model of the mesh as a client sees it. `detail` says in plain words why it is not ready."""
+    """A model of the mesh as a client sees it. `detail` says in plain words why it is not ready. An adapter's `parent`
+    is its base; `aliases` are further names that requests may use."""
 
     name: str
     manifest_id: str
@@ -55,6 +56,8 @@ class ModelInfo:
     layers: int
     ready: bool
     detail: str
+    parent: str = ""
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +160,10 @@ class Control(Protocol):
         copies: int,
         require: Collection[str] = (),
         ends_require: Collection[str] = (),
+        base: str = "",
     ) -> AsyncIterator[dict[str, Any]]:
-        """Publish a model directory, for hosts with these tags; yields JSON-able progress."""
+        """Publish a model directory, for hosts with these tags, or that of an adapter of the model `base` ("": as its
+        configuration says); yields JSON-able progress."""
         ...
 
     async def drop(self, model: str) -> tuple[str, str]:

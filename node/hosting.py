@@ -17,11 +17,12 @@ from pathlib import Path
 import trio
 
 from model_shards import Grammars, ModelError, ParkingLot, WeightCache, load_span
-from node.adverts import HostAdvert, ModelAdvert, host_name
+from node.adverts import AdapterAdvert, HostAdvert, ModelAdvert, host_name
 from node.hardware import DeviceFigures
 from node.library import Library, ModelFiles
 from node.serve.compute import Compute, warm_up, warm_up_prompt
 from node.timed import TimedEngine, Took
+from node.tuning import Ahead, Tuning
 from p2p import P2pError, RpcRefusal
 from scheduler import Corrections, NodeShape, Observation, memory_needed
 
@@ -30,6 +31,7 @@ RETRY_S = 2.0
 PUBLISH_EVERY_S = 1.0
 DROP_AFTER_S = 5.0
 ROOM_WAIT_S = 3 * DROP_AFTER_S
+ROOM_LOOK_S = 0.5
 PARKING_SHARE = 2
 """Times the KV cache that parked sessions may take on the disk."""
 QUANTISED_BYTES_MAX = 32 << 30
@@ -48,6 +50,7 @@ class Hosting:
     end: int
     scope: trio.CancelScope
     looked_s: float
+    tuning: Tuning
     busy_s: float = 0.0
 
 
@@ -81,6 +84,8 @@ class Host:
         self._publish = publish
         self._clock = clock
         self._limiters = [trio.CapacityLimiter(1) for _ in devices]
+        self._tuning_turns = [trio.Lock() for _ in devices]
+        self._loading: dict[str, int] = {}
         self._wanted: dict[str, _Wish] = {}
         self._wake: dict[str, trio.Event] = {}
         self._dropped = trio.Event()
@@ -92,6 +97,7 @@ class Host:
         """Host until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            self._ahead = Ahead(nursery.start_soon)
             task_status.started()
             while True:
                 await trio.sleep(PUBLISH_EVERY_S)
@@ -117,6 +123,10 @@ class Host:
         for wish in list(self._wanted.values()):
             if wish.model.manifest_id not in known and wish.span is not None:
                 self.want(wish.model, wish.device, None, wish.epoch)
+
+    def tune(self, known: Collection[AdapterAdvert]) -> None:
+        """Have the adapters of the mesh whose bases are hosted here, and let go of others."""
+        self._ahead.look([hosting.tuning for hosting in self.hostings.values()], known)
 
     def hosts(self, manifest_id: str) -> bool:
         """Whether any device holds a span of the model."""
@@ -199,17 +209,26 @@ class Host:
         if not serving:
             self._say(name, advert)
         await self._others_gone(name, wish, span)
-        engine, s_per_layer, prefill_s = await self._load(wish, files, span)
+        self._loading[name] = memory_needed(model.shape(), *span)
+        try:
+            engine, s_per_layer, prefill_s = await self._load(wish, files, span)
+        finally:
+            del self._loading[name]
         self._drop(name)
+        tuning = Tuning(
+            self._library, model, engine,
+            partial(self._spare, wish.device), self._tuning_turns[wish.device],
+        )  # fmt: skip
         compute = Compute(
             engine,
             self._limiters[wish.device],
             s_per_layer=s_per_layer,
             grammars=partial(Grammars, files.tokenizer, files.config.vocab, files.config.eos_ids),
+            holding=tuning.holding,
         )
         compute.prefill_s_per_layer = prefill_s
         scope = trio.CancelScope()
-        self.hostings[name] = Hosting(model, compute, engine, *span, scope, self._clock())
+        self.hostings[name] = Hosting(model, compute, engine, *span, scope, self._clock(), tuning)
         self._nursery.start_soon(_run_in, scope, compute)
         engine.take()  # the first steps paid for the kernels' own set-up
         layers = span[1] - span[0]
@@ -246,22 +265,32 @@ class Host:
         return await trio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
 
     def _fits_beside(self, name: str, wish: _Wish, span: tuple[int, int]) -> bool:
-        """Whether the new span has room beside all that is loaded on the device."""
-        taken = sum(
-            _size(h) for other, h in self.hostings.items() if self._wanted[other].device == wish.device
-        )
+        """Whether the new span has room beside all that is loaded on the device; adapters that nobody uses give way."""
         needed = memory_needed(wish.model.shape(), *span)
-        return taken + needed <= self._devices[wish.device].memory_bytes
+        for hosting in self._on(wish.device):
+            hosting.tuning.shed(needed)
+        return needed <= self._spare(wish.device)
+
+    def _on(self, device: int) -> list[Hosting]:
+        return [h for name, h in self.hostings.items() if self._wanted[name].device == device]
+
+    def _spare(self, device: int) -> int:
+        """Bytes of the device's memory that no span, loaded or loading, and no adapter takes."""
+        taken = sum(_size(hosting) + hosting.engine.adapter_bytes for hosting in self._on(device))
+        coming = sum(size for name, size in self._loading.items() if self._wanted[name].device == device)
+        return self._devices[device].memory_bytes - taken - coming
 
     async def _others_gone(self, name: str, wish: _Wish, span: tuple[int, int]) -> None:
-        """Where the device is full of spans that are about to go, wait for them: never more than is lent is loaded."""
+        """Where the device is full of spans that are about to go, or of adapters in use, wait for them: never more than
+        is lent is loaded."""
         with trio.move_on_after(ROOM_WAIT_S):
             while not self._fits_beside(name, wish, span) and any(
-                self._wanted[other].device == wish.device and self._wanted[other].span != (h.start, h.end)
+                h.engine.adapter_bytes or self._wanted[other].span != (h.start, h.end)
                 for other, h in self.hostings.items()
-                if other != name
+                if other != name and self._wanted[other].device == wish.device
             ):
-                await self._dropped.wait()
+                with trio.move_on_after(ROOM_LOOK_S):
+                    await self._dropped.wait()
 
     def _drop(self, name: str) -> None:
         hosting = self.hostings.pop(name, None)

@@ -24,15 +24,15 @@ from dht import Directory, Gossip, GossipConfig, OwnRecordsFull, RecordInvalid, 
 from node import adverts
 from node.adverts import DeviceAdvert, HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert
 from node.atlas import Atlas, read_atlas
-from node.config import NAME_PATTERN, DaemonConfig
+from node.config import DaemonConfig
 from node.datadir import DataDir, Membership
-from node.errors import ConfigProblem, ControlProblem, DataDirProblem
+from node.errors import ConfigProblem, ControlProblem
 from node.hardware import Hardware
 from node.hosting import Host as Hosts
-from node.library import Library, Progress, read_directory
+from node.library import Library, read_directory
 from node.meshjson import mesh_document, model_detail
 from node.metrics import Metrics
-from node.offering import Offering, who_added
+from node.offering import Offering
 from node.offers import model_advert
 from node.planning import Planning
 from node.preview import preview_document
@@ -40,6 +40,7 @@ from node.probe import Probe
 from node.serve.gateway import MeshGateway, serve_config
 from node.serve.returns import Returns
 from node.serve.stage import StageService
+from node.sharing import Sharing
 from node.standing import Standing, open_roster
 from node.suspects import Suspects
 from p2p import (
@@ -115,6 +116,7 @@ class MeshNode:
             identity, membership.mesh_id, data, self._store, self.gossip,
             partial(self._say_value, ttl_s=config.model_ttl_s), self._wake,
         )  # fmt: skip
+        self.sharing = Sharing(self.me, config, self.library, self.offering, self.atlas, self._detail)
         self.tags = config.tags
         self.planning = Planning(
             self.me,
@@ -201,59 +203,6 @@ class MeshNode:
 
     # -- models ----------------------------------------------------------------------------------------------------
 
-    async def publish(
-        self,
-        directory: Path,
-        name: str,
-        copies: int,
-        progress: Progress | None = None,
-        *,
-        require: tuple[str, ...] = (),
-        ends_require: tuple[str, ...] = (),
-    ) -> ModelAdvert:
-        """Offer a model directory to the mesh; tags that its hosts must have, where others than those configured.
-
-        Raises ModelError, and ConfigProblem for a name that cannot be used."""
-        if not NAME_PATTERN.fullmatch(name):
-            raise ConfigProblem("name", name, "up to 128 letters, digits and . _ : / -, the first no sign")
-        files = await self.library.publish(directory, name, progress)
-        known = self.atlas().models.get(name)
-        if known is not None:
-            if known.manifest_id != files.manifest.id:
-                raise self._taken(name)
-            self.offering.offer(known)
-            return known
-        advert = model_advert(
-            files.config,
-            files.index,
-            replace(
-                self.config,
-                require=require or self.config.require,
-                ends_require=ends_require or self.config.ends_require,
-            ),
-            name=name,
-            manifest_id=files.manifest.id,
-            created_s=self.offering.created_s(files.manifest.id),
-            copies=copies,
-        )
-        self.offering.offer(advert)
-        return advert
-
-    async def drop(self, name: str) -> ModelAdvert:
-        """Take a model (its name or manifest id) that was added here back from the mesh. Raises ControlProblem."""
-        model = self.atlas().model_named(name)
-        if model is None:
-            raise ControlProblem(f"there is no model {name!r} in this mesh")
-        try:
-            publisher = await self.library.publisher(model.manifest_id)
-            if publisher != self.me:
-                added = who_added(self.atlas(), publisher)
-                raise ControlProblem(f"{model.name} can be dropped only on the node that added it: {added}")
-            self.offering.drop(model)
-        except (P2pError, DataDirProblem) as problem:
-            raise ControlProblem(f"{model.name} cannot be dropped now: {problem}") from None
-        return model
-
     async def preview(self, model: str, copies: int | None) -> dict[str, Any]:
         """Where a model would go: one that the mesh knows by its name, or a directory of this computer. Raises
         ConfigProblem, and ModelError for a directory that no node could host."""
@@ -279,9 +228,6 @@ class MeshNode:
         self.tags = tags
         self._publish_node()
         self._wake()
-
-    def _taken(self, name: str) -> ConfigProblem:
-        return ConfigProblem("name", name, "a name that no other model of this mesh has")
 
     # -- views -----------------------------------------------------------------------------------------------------
 
@@ -388,20 +334,6 @@ class MeshNode:
             )
         return found[0]
 
-    def model_state(self, manifest_id: str) -> tuple[bool, str]:
-        """(every layer has a ready host, what is missing in plain words). Raises ConfigProblem where another model
-        that was added at the same time has got the name, and where it is dropped."""
-        atlas = self.atlas()
-        model = next((m for m in atlas.models.values() if m.manifest_id == manifest_id), None)
-        if model is None:
-            own = self.offering.offered(manifest_id)
-            if own is None:
-                raise ConfigProblem("model", manifest_id[:12], "one that was not dropped meanwhile")
-            if own.name in atlas.models:
-                raise self._taken(own.name)
-            return False, "the model is not known yet"
-        return min(atlas.copies(model), default=0) >= 1, self._detail(model)
-
     def _detail(self, model: ModelAdvert) -> str:
         return model_detail(self.atlas(), self.planning, model)
 
@@ -410,8 +342,9 @@ class MeshNode:
         atlas = self.atlas()
         offering = {
             record.signer
-            for record in self.view.records(adverts.MODEL, self.gossip.now_s())
-            if (advert := adverts.read(ModelAdvert, record.value)) and advert.manifest_id == manifest_id
+            for kind in (adverts.MODEL, adverts.ADAPTER)
+            for record in self.view.records(kind, self.gossip.now_s())
+            if (advert := adverts.read_offer(kind, record.value)) and advert.manifest_id == manifest_id
         }
         likely = {node_of(host) for host in atlas.hosts.get(manifest_id, {})} | offering
         connected = [peer for peer in self.host.peers() if peer != self.me]
@@ -538,6 +471,10 @@ class MeshNode:
                 self.hosts.want(model, device, span, 0 if plan is None else plan.epoch)
             if self.hosts.hosts(model.manifest_id):
                 self.offering.keep(model)
+        self.hosts.tune(atlas.adapters.values())
+        for adapter in atlas.adapters.values():
+            if self.hosts.hosts(adapter.base):
+                self.offering.keep(adapter)
 
     def _note_renewals(self, now: float) -> None:
         """Records renewed since the last look, from whomever they came, tell that their signers live."""

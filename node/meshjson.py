@@ -61,7 +61,17 @@ def mesh_document(
         _model(atlas, planning, model) | _queue((queues or {}).get(model.manifest_id, (0, 0)))
         for model in sorted(atlas.models.values(), key=lambda m: m.name)
     ]
-    return {"mesh": mesh_id, "self": me, "nodes": nodes, "models": models, "requests": list(requests)}
+    return {
+        "mesh": mesh_id,
+        "self": me,
+        "nodes": nodes,
+        "models": models,
+        "adapters": [
+            {"name": a.name, "manifest": a.manifest_id, "base": names.get(a.base), "bytes": a.size_bytes}
+            for a in sorted(atlas.adapters.values(), key=lambda a: a.name)
+        ],
+        "requests": list(requests),
+    }
 
 
 def _health(standing: Standing | None) -> dict[str, Any] | None:

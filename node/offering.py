@@ -1,4 +1,4 @@
-"""The models that this node offers, and those it may offer no more: kept on disk, said, and taken back.
+"""The models and adapters that this node offers, and those it may offer no more: kept on disk, said, and taken back.
 
 Whoever hosts a model also offers it, so that it outlives its publisher; a signed order of the publisher (`node.drops`)
 ends that on every node. Who can check an order, because the model's manifest is on its disk, obeys it, keeps it and
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from dht import Gossip
 from node import adverts
-from node.adverts import ModelAdvert
+from node.adverts import Offer
 from node.atlas import Atlas
 from node.datadir import DataDir
 from node.drops import DROPS, Drop, Drops, read_drops, write_drops
@@ -44,7 +44,7 @@ class Offering:
         self._gossip = gossip
         self._say = say
         self._changed = changed
-        self._offers: dict[str, ModelAdvert] = {}
+        self._offers: dict[str, Offer] = {}
         self._read: dict[tuple[str, str, PeerId], tuple[bytes, tuple[Drop, ...]]] = {}
         self.drops = Drops()
         for drop in read_drops(data.drops(mesh_id)):
@@ -56,26 +56,27 @@ class Offering:
         self._tell()
         here = {manifest.id for manifest in self._store.manifests()}
         for value in self._data.offers(self._mesh_id):
-            advert = adverts.read(ModelAdvert, value)
+            # A model's advert has fields that an adapter's lacks, and the other way round.
+            advert = adverts.read_offer(adverts.MODEL, value) or adverts.read_offer(adverts.ADAPTER, value)
             if advert is not None and advert.manifest_id in here:
                 self.offer(advert)
 
-    def offer(self, advert: ModelAdvert) -> None:
-        """Offer a model, now and after a restart, unless it is dropped."""
+    def offer(self, advert: Offer) -> None:
+        """Offer a model or an adapter, now and after a restart, unless it is dropped."""
         if self.drops.counts(advert):
             return
-        self._say(adverts.MODEL, advert.name, adverts.write(advert))
+        self._say(adverts.offer_kind(advert), advert.name, adverts.write(advert))
         self._offers[advert.manifest_id] = advert
         self._remember()
         self._changed()
 
-    def keep(self, model: ModelAdvert) -> None:
-        """Offer a model that this node hosts."""
-        if self._own(model.name) != model:
+    def keep(self, model: Offer) -> None:
+        """Offer a model, or an adapter of a model, that this node hosts."""
+        if self._own(model) != model:
             self.offer(model)
 
-    def offered(self, manifest_id: str) -> ModelAdvert | None:
-        """What this node says of a model, whether or not the mesh goes by it."""
+    def offered(self, manifest_id: str) -> Offer | None:
+        """What this node says of a model or adapter, whether or not the mesh goes by it."""
         return self._offers.get(manifest_id)
 
     def created_s(self, manifest_id: str) -> int:
@@ -92,9 +93,9 @@ class Offering:
             for manifest in self._store.manifests()
         )
 
-    def drop(self, model: ModelAdvert) -> None:
-        """Order all to drop a model that this node added. Raises DataDirProblem and ControlProblem, and then nothing
-        is dropped."""
+    def drop(self, model: Offer) -> None:
+        """Order all to drop what this node added. Raises DataDirProblem and ControlProblem, and then nothing is
+        dropped."""
         until_s = max(self.created_s(model.manifest_id), model.created_s)
         order = Drop.sign(self._identity, self._mesh_id, model.manifest_id, until_s)
         fresh = self.drops.plus(order)
@@ -133,18 +134,22 @@ class Offering:
         gone = [advert for advert in self._offers.values() if drops.counts(advert)]
         for advert in gone:
             log.info("%s is dropped from the mesh by who added it", advert.name)
-            if self._own(advert.name) == advert:
-                self._gossip.withdraw(adverts.MODEL, advert.name)
-            self._gossip.withdraw(adverts.PLAN, advert.manifest_id)
+            kind = adverts.offer_kind(advert)
+            if self._own(advert) == advert:
+                self._gossip.withdraw(kind, advert.name)
+            if kind == adverts.MODEL:
+                self._gossip.withdraw(adverts.PLAN, advert.manifest_id)
             del self._offers[advert.manifest_id]
         if gone:
             self._remember()
         self._tell()
         self._changed()
 
-    def _own(self, name: str) -> ModelAdvert | None:
-        own = self._gossip.view.get(adverts.MODEL, name, self._me)
-        return None if own is None else adverts.read(ModelAdvert, own.value)
+    def _own(self, offer: Offer) -> Offer | None:
+        """What this node says under the offer's kind and name."""
+        kind = adverts.offer_kind(offer)
+        own = self._gossip.view.get(kind, offer.name, self._me)
+        return None if own is None else adverts.read_offer(kind, own.value)
 
     def _remember(self) -> None:
         self._data.remember_offers(self._mesh_id, map(adverts.write, self._offers.values()))

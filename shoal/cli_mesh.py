@@ -137,12 +137,19 @@ def _model_row(model: ModelView) -> tuple[str, ...]:
 def add(options: argparse.Namespace) -> int:
     """Publish a directory, wait until the mesh serves it, say where the layers went."""
     directory, name = model_source(options.directory, options.name)
+    tuned = directory != EMBEDDED and is_adapter(Path(directory))
+    if tuned and (options.copies != 1 or options.require or options.ends_require):
+        raise UsageProblem(
+            "an adapter goes where its base is: --copies, --require and --ends-require are not for it"
+        )
     client = connect(options.api, options.data_dir)
     with terminal.progress(quiet=options.json) as progress:
         publish(
-            client, directory, name, options.copies, progress,
+            client, directory, name, options.copies, progress, base=options.base or "",
             require=options.require, ends_require=options.ends_require,
         )  # fmt: skip
+        if tuned:
+            return _added_adapter(options, name)
         mesh = None
         if not options.no_wait:
             show = spreading(name, options.copies, progress)
@@ -164,6 +171,20 @@ def add(options: argparse.Namespace) -> int:
     return 0
 
 
+def _added_adapter(options: argparse.Namespace, name: str) -> int:
+    if options.json:
+        print(json.dumps({"model": name, "copies": 1, "spans": None}))
+    else:
+        print(f"{name} is served by whoever hosts its base")
+        terminal.note(f'ask it: {terminal.program()} run {name} "..."{terminal.aim(options)}')
+    return 0
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds a LoRA adapter and no model."""
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
 def model_source(directory: str, name: str | None) -> tuple[str, str]:
     """A model's directory, absolute, and its name, for the daemon. Raises CommandFailed, UsageProblem."""
     if directory == EMBEDDED:
@@ -171,7 +192,7 @@ def model_source(directory: str, name: str | None) -> tuple[str, str]:
     path = Path(directory).expanduser().resolve()
     if not path.is_dir():
         raise CommandFailed(f"{directory} is not a directory")
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() and not is_adapter(path):
         raise CommandFailed(f"{directory} holds no config.json, so it is not a Hugging Face model directory")
     if not (name or path.name):
         raise UsageProblem("give the model a name with --name")
@@ -184,10 +205,12 @@ def publish(
     name: str,
     copies: int,
     progress: terminal.Progress,
+    base: str = "",
     **tags: Sequence[str],
 ) -> None:
     """Have the daemon publish `directory`; returns once the mesh knows the model. Raises ShoalError."""
     body = {"directory": directory, "name": name, "copies": copies}
+    body |= {"base": base} if base else {}
     body |= {field: list(wanted) for field, wanted in tags.items() if wanted}
     label = f"reading {name}"
     progress(label, None)

@@ -269,14 +269,18 @@ def _model_commands(commands: Any) -> None:
         "add",
         "shoal.cli_mesh:add",
         "share a model directory with the mesh",
-        "Publish a Hugging Face model directory (config.json, *.safetensors, tokenizer.json) and\n"
-        "wait until the mesh serves it. The files stay where they are; others fetch only their layers.",
-        "  shoal add ~/models/Qwen3-4B --name qwen3-4b\n  shoal add embedded --copies 2",
+        "Publish a Hugging Face model directory (config.json, *.safetensors, tokenizer.json), or that of a\n"
+        "LoRA adapter (adapter_config.json), and wait until the mesh serves it. The files stay where they\n"
+        "are; others fetch only their layers.",
+        "  shoal add ~/models/Qwen3-4B --name qwen3-4b\n  shoal add ~/pirate-lora --base qwen3-4b",
     )
     add.add_argument(
         "directory", metavar="DIR", help="the model's directory; 'embedded' is the built-in model"
     )
     add.add_argument("--name", metavar="NAME", help="its name in the mesh (default: the directory's)")
+    add.add_argument(
+        "--base", metavar="MODEL", help="an adapter's base (default: what its configuration names)"
+    )
     add.add_argument(
         "--copies", metavar="K", type=count, default=1, help="copies of each layer wanted (default: 1)"
     )

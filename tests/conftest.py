@@ -1,9 +1,13 @@
 """Fixtures for all tests."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import trio
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers that several folders' tests share
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ class _Status:
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         for info in self._gateway.models():
-            if info.name == name:
+            if name == info.name or name in info.aliases:
                 return _json(model_document(info))
         raise UnknownModel(name)
 

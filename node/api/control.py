@@ -88,7 +88,7 @@ class ControlApi:
         return _json({"stopping": True})
 
     async def add(self, request: Request) -> Response:
-        """POST /shoal/models {"directory", "name", "copies", "require", "ends_require"} -> progress.
+        """POST /shoal/models {"directory", "name", "copies", "require", "ends_require", "base"} -> progress.
 
         One JSON object a line. The last one is `{"done": true}` or, where it fails after the first, `{"error": {...}}`.
         """
@@ -99,7 +99,8 @@ class ControlApi:
         name = fields.text("name", chars_max=NAME_CHARS_MAX)
         copies = fields.integer("copies", 1, 1, COPIES_MAX) or 1
         require, ends_require = _texts(fields, "require"), _texts(fields, "ends_require")
-        return _Progress(self._orders().add(directory, name, copies, require, ends_require))
+        base = "" if fields.raw("base") is None else fields.text("base", chars_max=NAME_CHARS_MAX)
+        return _Progress(self._orders().add(directory, name, copies, require, ends_require, base))
 
     async def drop(self, request: Request) -> Response:
         """POST /shoal/drop {"model": a name or a manifest's id} -> {"dropped": name, "manifest": id}."""

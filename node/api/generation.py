@@ -141,7 +141,7 @@ class Generation:
 
     async def _model(self, name: str) -> tuple[ModelInfo, Tokenizer]:
         for info in self._gateway.models():
-            if info.name == name:
+            if name == info.name or name in info.aliases:
                 break
         else:
             raise UnknownModel(name)
@@ -329,8 +329,9 @@ class _StreamedAnswer(Response):
 
 
 def model_document(info: ModelInfo) -> dict[str, Any]:
-    """A model as /v1/models shows it; what OpenAI has no name for stands in fields of our own."""
-    return {
+    """A model as /v1/models shows it; what OpenAI has no name for stands in fields of our own. An adapter has its base
+    as `parent`."""
+    document = {
         "id": info.name,
         "object": "model",
         "created": info.created_s,
@@ -339,3 +340,4 @@ def model_document(info: ModelInfo) -> dict[str, Any]:
         "detail": info.detail,
         "context_tokens": info.context_tokens,
     }
+    return document | {"parent": info.parent} if info.parent else document

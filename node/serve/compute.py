@@ -83,8 +83,10 @@ class Compute:
         *,
         s_per_layer: float = 0.0,
         grammars: Callable[[], Grammars] | None = None,
+        holding: Callable[[str], contextlib.AbstractAsyncContextManager[None]] | None = None,
     ) -> None:
         self.engine = engine
+        self._holding = holding
         self._grammars = grammars
         self._compiler: Grammars | None = None
         self._device = device
@@ -127,19 +129,24 @@ class Compute:
         prompt: Sequence[int] = (),
         reuse: int = 0,
         scope: str = "",
+        adapter: str = "",
     ) -> None:
         """Reserve room for a session over layers [start, end), of `prompt_tokens` and up to `tokens_max` in all. Where
         there is none, background sessions are parked for one that is not.
 
-        `prompt`, `reuse` and `scope` are the engine's. Raises model_shards.NoRoom, which says when to come again, and
-        Stale where less than `reuse` is cached.
+        `prompt`, `reuse`, `scope` and `adapter` are the engine's; the adapter is brought where it is missing. Raises
+        model_shards.NoRoom, which says when to come again, Stale where less than `reuse` is cached, and what bringing
+        an adapter raises.
         """
-        async with self._idle:
-            if reuse and (cached := self.engine.cached(start, end, prompt, scope=scope)) < reuse:
-                raise Stale(cached)
+        tuned = contextlib.nullcontext() if not adapter or self._holding is None else self._holding(adapter)
+        async with tuned, self._idle:
+            if reuse:
+                cached = self.engine.cached(start, end, prompt, scope=scope, adapter=adapter)
+                if cached < reuse:
+                    raise Stale(cached)
             while True:
                 blocks = self.engine.blocks_wanted(
-                    start, end, tokens_max, prompt=prompt, reuse=reuse, scope=scope
+                    start, end, tokens_max, prompt=prompt, reuse=reuse, scope=scope, adapter=adapter
                 )
                 # A model's context or a wrong layer is told before anybody is parked for it.
                 if blocks > self.engine.kv_blocks:
@@ -153,7 +160,9 @@ class Compute:
                 for guest in room.parked:
                     needed = await trio.to_thread.run_sync(self.engine.park, guest, limiter=self._device)
                     self._batcher.parked(guest, needed)
-            self.engine.open(session, start, end, tokens_max, prompt=prompt, reuse=reuse, scope=scope)
+            self.engine.open(
+                session, start, end, tokens_max, prompt=prompt, reuse=reuse, scope=scope, adapter=adapter
+            )
             now_s = trio.current_time()
             unread = max(0, prompt_tokens - reuse)
             self._batcher.opened(session, priority, blocks, unread, tokens_max - reuse, now_s)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from model_shards import Tokenizer
-from node.adverts import ModelAdvert
+from node.adverts import AdapterAdvert, ModelAdvert
 from node.atlas import Atlas
 from node.config import DaemonConfig
 from node.errors import (
@@ -144,6 +144,7 @@ class _Work:
     made: list[int] = field(default_factory=list)
     excluded: set[str] = field(default_factory=set)
     left: int = 0
+    adapter: str = ""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -196,13 +197,15 @@ class MeshGateway:
         self.live: dict[str, LiveRequest] = {}
 
     def models(self) -> list[ModelInfo]:
-        """Every model that the mesh knows, ready or not."""
+        """Every model and adapter that the mesh knows, ready or not."""
         atlas = self._atlas()
-        return [self._info(atlas, model) for model in sorted(atlas.models.values(), key=lambda m: m.name)]
+        bases = {model.manifest_id: self._info(atlas, model) for model in atlas.models.values()}
+        tuned = [_tuned(bases[a.base], a) for a in atlas.adapters.values() if a.base in bases]
+        return sorted([*bases.values(), *tuned], key=lambda info: info.name)
 
     async def tokenizer(self, model: str) -> Tokenizer:
         """The tokenizer, fetched from a peer the first time. Raises UnknownModel, ModelNotReady."""
-        advert = self._named(model)
+        advert, _ = self._named(model)
         known = self._library.tokenizer(advert.manifest_id)
         if known is not None:
             return known
@@ -230,7 +233,7 @@ class MeshGateway:
     @contextlib.asynccontextmanager
     async def generate(self, request: GenerateRequest) -> AsyncIterator[AsyncIterator[TokenEvent]]:
         """Run `request` when its turn comes; leaving the block cancels it on every stage."""
-        model = self._named(request.model)
+        model, adapter = self._named(request.model)
         needed = len(request.prompt) + request.max_tokens
         if needed > model.context_tokens:
             raise ContextTooLong(model.context_tokens, needed)
@@ -238,13 +241,13 @@ class MeshGateway:
         end_s = arrived_s + (float("inf") if request.deadline_s is None else request.deadline_s)
         async with contextlib.AsyncExitStack() as stack:
             with trio.move_on_at(end_s) as overall:
-                ticket = self._ticket(request, model)
+                ticket = self._ticket(request, model, adapter)
                 place = await stack.enter_async_context(self.intake.place(model.manifest_id, ticket))
             if overall.cancelled_caught:
                 raise DeadlinePassed(request.deadline_s or 0.0)
             patience_s = max(CHAIN_WAIT_S, arrived_s + (ticket.target_s or 0.0) - trio.current_time())
             give_up_s = trio.current_time() + patience_s
-            work = _Work(request, model, PRIORITIES[request.priority], give_up_s, arrived_s)
+            work = _Work(request, model, PRIORITIES[request.priority], give_up_s, arrived_s, adapter=adapter)
             send, receive = trio.open_memory_channel[TokenEvent](EVENTS_BUFFERED)
             outcome = _Outcome()
             try:
@@ -255,12 +258,12 @@ class MeshGateway:
             except BaseExceptionGroup as group:
                 raise_single(group)
 
-    def _ticket(self, request: GenerateRequest, model: ModelAdvert) -> Ticket:
+    def _ticket(self, request: GenerateRequest, model: ModelAdvert, adapter: str) -> Ticket:
         """What the intake must know. Raises Overloaded where even an idle queue would be too slow."""
         now_s, atlas = trio.current_time(), self._atlas()
         background = request.priority == "background"
         target_s = None if background else self._config.wait_s
-        marks = marks_of(request.prompt)
+        marks = marks_of(request.prompt, adapter)
         wish = self._wish(request, request.prompt, request.max_tokens, marks)
         cached = 0
         with contextlib.suppress(NoChain):
@@ -377,7 +380,7 @@ class MeshGateway:
                     if choice.prefill is not None:
                         self._metrics.count_split(request.model)
                     pace.worked(len(prompt), trio.current_time())
-                    self._selector.finder.sent(choice.reading.stages, marks_of(prompt))
+                    self._selector.finder.sent(choice.reading.stages, marks_of(prompt, work.adapter))
                 live.tokens = index + 1
                 embedding = embedding_of(token, choice.stages[-1].peer) if request.pool else None
                 await send.send(
@@ -393,7 +396,7 @@ class MeshGateway:
         """Phase 2. Right after a loss the view may lag, so an uncovered model is asked about again for a moment; for
         room one waits as long as the request may."""
         # A mean needs every row: nothing may come from a cache.
-        marks = () if work.request.pool == "mean" else marks_of(work.prompt)
+        marks = () if work.request.pool == "mean" else marks_of(work.prompt, work.adapter)
         began_s = trio.current_time()
         while True:
             now_s, atlas = trio.current_time(), self._atlas()
@@ -452,10 +455,11 @@ class MeshGateway:
             new_tokens_max=work.tokens_left,
             ignore_eos=request.ignore_eos,
             sampling=sampling_asked(request, tuple(work.made)),
-            marks=() if request.pool == "mean" else marks_of(prompt),
+            marks=() if request.pool == "mean" else marks_of(prompt, work.adapter),
             reuse=choice.reading.reuse,
             priority=work.priority,
             pool=request.pool,
+            adapter=work.adapter,
         )
 
         def heard(stage: int, queues_s: tuple[float, ...]) -> None:
@@ -503,7 +507,7 @@ class MeshGateway:
     def _think_again(self, session: str, work: _Work, choice: Choice) -> None:
         """Every stage has said how much work it had. Raises Elsewhere where another chain should be taken, Overloaded
         where none would keep what the client asked for."""
-        now_s, wish = trio.current_time(), self._wish_of(work, marks_of(work.prompt))
+        now_s, wish = trio.current_time(), self._wish_of(work, marks_of(work.prompt, work.adapter))
         try:
             better = self._selector.instead(
                 self._atlas(), work.model, wish, session, choice, now_s, work.left
@@ -514,11 +518,13 @@ class MeshGateway:
             log.info("request %s leaves a chain whose stages have much to do", work.request.request_id)
             raise Elsewhere(better)
 
-    def _named(self, name: str) -> ModelAdvert:
-        model = self._atlas().model_named(name)
-        if model is None:
+    def _named(self, name: str) -> tuple[ModelAdvert, str]:
+        """The model that a request is for, and the manifest id of the adapter it names, or none."""
+        found = self._atlas().served_as(name)
+        if found is None:
             raise UnknownModel(name)
-        return model
+        model, adapter = found
+        return model, "" if adapter is None else adapter.manifest_id
 
     def _info(self, atlas: Atlas, model: ModelAdvert) -> ModelInfo:
         ready = min(atlas.copies(model), default=0) > 0
@@ -531,6 +537,18 @@ class MeshGateway:
             ready=ready,
             detail="" if ready else self._detail(model),
         )
+
+
+def _tuned(base: ModelInfo, adapter: AdapterAdvert) -> ModelInfo:
+    """An adapter as clients see it: its base, under names of its own."""
+    return replace(
+        base,
+        name=adapter.name,
+        manifest_id=adapter.manifest_id,
+        created_s=adapter.created_s,
+        parent=base.name,
+        aliases=(f"{base.name}:{adapter.name}",),
+    )
 
 
 def _wait_that_helps(request: GenerateRequest, choice: Choice, wait_s: float | None) -> float | None:

@@ -21,16 +21,23 @@ LOOKS_MAX = 2000
 """Cache look-ups for one request, at most."""
 
 
-def marks_of(prompt: Sequence[int]) -> tuple[bytes, ...]:
+def marks_of(prompt: Sequence[int], adapter: str = "") -> tuple[bytes, ...]:
     """A mark for each whole piece of a prompt that another session may hold: all but the one with the last token."""
     marks: list[bytes] = []
+    mark = first_mark(adapter)
     for at in range(0, len(prompt) - PIECE_TOKENS, PIECE_TOKENS):
-        marks.append(next_mark(marks[-1] if marks else b"", prompt[at : at + PIECE_TOKENS]))
+        mark = next_mark(mark, prompt[at : at + PIECE_TOKENS])
+        marks.append(mark)
     return tuple(marks)
 
 
+def first_mark(adapter: str) -> bytes:
+    """What the first piece follows: what was computed under an adapter is nothing to sessions without it."""
+    return hashlib.blake2b(adapter.encode(), digest_size=MARK_BYTES).digest() if adapter else b""
+
+
 def next_mark(before: bytes, piece: Sequence[int]) -> bytes:
-    """The mark of a piece that follows the one marked `before` (b"" for none)."""
+    """The mark of a piece that follows the one marked `before` (see `first_mark`)."""
     text = ",".join(map(str, piece)).encode()
     return hashlib.blake2b(text, digest_size=MARK_BYTES, key=before).digest()
 

@@ -83,6 +83,8 @@ class SessionOpen:
     prompt's cache over, and have `handover_s` for what is left of that once the prompt is read. The gateway sends only
     the first token.
 
+    `adapter` is the manifest id of an adapter that every stage applies, or none.
+
     With a `pool` (see model_shards.Step) the session reads its prompt for an embedding, which comes instead of a token.
     """
 
@@ -103,6 +105,7 @@ class SessionOpen:
     sources: tuple[StageRef, ...] = ()
     handover_s: float = 0.0
     pool: Literal["", "last_hidden", "mean"] = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,20 @@ from typing import TypeAlias
 import torch
 import trio
 
-from model_shards import ModelError, NoRoom, Sampling, Step, StepResult, tensor_from_bytes, tensor_to_bytes
+from model_shards import (
+    ModelError,
+    NoRoom,
+    Sampling,
+    Step,
+    StepResult,
+    tensor_from_bytes,
+    tensor_to_bytes,
+)
 from node.serve.choosing import sampling_of
 from node.serve.compute import Abandoned, Compute, Stale
 from node.serve.faults import leaves
 from node.serve.handover import Giver, Handovers, Taking
-from node.serve.prefixes import next_mark, scope_of, stand_ins, told_mark
+from node.serve.prefixes import first_mark, next_mark, scope_of, stand_ins, told_mark
 from node.serve.protocol import (
     BACKGROUND,
     CHUNK_TOKENS_MAX,
@@ -128,6 +136,7 @@ class StageService:
                     prompt=prompt or plan.stand_ins,
                     reuse=request.reuse,
                     scope=plan.scope,
+                    adapter=request.adapter,
                 )
                 compute.held.use(plan.told[: request.reuse // PIECE_TOKENS])
                 if request.index == len(request.stages) - 1 and not prompt and not request.sources:
@@ -361,7 +370,7 @@ class _Stage:
     ) -> None:
         """The first stage: the prompt from the gateway, then each token as the last stage returns it."""
         request = self._request
-        position, mark = 0, b""
+        position, mark = 0, first_mark(request.adapter)
         if self._taking is not None:
             position = request.prompt_tokens
             first = await _piece(channel, position, position + 1, IDLE_S_MAX)
@@ -445,7 +454,7 @@ def _check(request: SessionOpen, me: str, caller: str) -> StageRef:
         request.source or request.session,
         *(stage.peer for stage in (*request.stages, *request.heirs, *request.sources)),
     )
-    if not all(0 < len(name) <= ID_CHARS_MAX for name in names):
+    if not all(0 < len(name) <= ID_CHARS_MAX for name in names) or len(request.adapter) > ID_CHARS_MAX:
         raise RpcRefusal("invalid", f"names have 1 to {ID_CHARS_MAX} characters")
     if request.prompt_tokens < 1 or request.new_tokens_max < 1:
         raise RpcRefusal("invalid", "a session needs at least one prompt token and one new token")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -253,8 +253,10 @@ def build_manifest(
     cuts: Mapping[str, Sequence[int]] | None = None,
     chunk_bytes_max: int = 1 << 20,
     progress: Progress | None = None,
+    only: Collection[str] | None = None,
 ) -> Manifest:
-    """Hash every file under `directory` (hidden ones left out) and sign the result. Blocking: run it in a thread.
+    """Hash every file under `directory` (hidden ones left out; only those named, where any are) and sign the result.
+    Blocking: run it in a thread.
 
     A chunk ends at every offset in `cuts[file]`, so that what belongs together is whole chunks, and after
     `chunk_bytes_max` at the latest. `progress(done_bytes, total_bytes)`. Raises StoreFault for a directory or a name
@@ -264,6 +266,7 @@ def build_manifest(
         raise LocalFault(f"chunk_bytes_max must be 1 to {CHUNK_BYTES_MAX}, got {chunk_bytes_max}")
     try:
         sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in _files_of(directory)}
+        sizes = {name: size for name, size in sizes.items() if only is None or name in only}
     except OSError as error:
         raise StoreFault(f"cannot read {directory}: {error.strerror or error}") from error
     problem = name_problem(name) or names_problem(sizes)

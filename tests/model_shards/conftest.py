@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 
 from model_shards import CheckpointIndex, Engine, ModelConfig, Sampling, Step, load_span
 
-sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
 TINY: dict[str, Any] = {

@@ -13,6 +13,7 @@ def test_the_face_is_pinned():
         "BLOCK_TOKENS",
         "WINDOW_ROWS_MAX",
         "Adapter",
+        "AdapterConfig",
         "AdapterIndex",
         "BatchLimits",
         "Batcher",

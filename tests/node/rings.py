@@ -52,6 +52,7 @@ class Ring:
         self.spans = spans
         self.suspects = set()
         self.rates = {}
+        self.adapters = {}
         self.metrics = Metrics()
         self.gateway = MeshGateway(
             gateway.rpc, gateway.me, gateway.returns, None, self.atlas, lambda model: "", dict, self.metrics
@@ -80,7 +81,15 @@ class Ring:
         advert = ModelAdvert(
             "toy", MANIFEST, 1, "bfloat16", "none", 1, 4, 1024, 8, 1, 1, 1, True, 1.0, 384, 256
         )
-        return Atlas(nodes, frozenset(self.suspects), {"toy": advert}, {MANIFEST: hosts}, {}, {})
+        return Atlas(
+            nodes,
+            frozenset(self.suspects),
+            {"toy": advert},
+            {MANIFEST: hosts},
+            {},
+            {},
+            adapters=self.adapters,
+        )
 
     def busy(self):
         return sum(node.computes[MANIFEST].engine.sessions() for node in self.nodes)

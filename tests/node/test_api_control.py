@@ -61,8 +61,8 @@ class FakeControl:
         self.calls.append(("tags", tuple(add), tuple(remove)))
         return tuple(add)
 
-    async def add(self, directory: Path, name: str, copies: int, require=(), ends_require=()):
-        self.calls.append(("add", directory, name, copies, *require, *ends_require))
+    async def add(self, directory: Path, name: str, copies: int, require=(), ends_require=(), base=""):
+        self.calls.append(("add", directory, name, copies, *require, *ends_require, *filter(None, [base])))
         for line in self.progress:
             if isinstance(line, Exception):
                 raise line

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dht import Record, View
 from node import adverts
 from node.adverts import (
+    AdapterAdvert,
     DeviceAdvert,
     HostAdvert,
     LinksAdvert,
@@ -20,6 +21,7 @@ from node.adverts import (
     PlanSpan,
 )
 from node.atlas import (
+    ADAPTERS_PER_SIGNER_MAX,
     EPOCH_AHEAD_MS,
     LINK_DEFAULT_S,
     MODELS_MAX,
@@ -64,6 +66,31 @@ class Said:
 
     def atlas(self, now_s=NOW, suspects=()):
         return read_atlas(self.view, now_s, suspects)
+
+
+def test_adapters_are_found_by_their_names_under_their_base():
+    def tuned(name, number, base=ID):
+        return AdapterAdvert(name, f"{number:064x}", 1, base)
+
+    said = Said().node("A").model("A")
+    for adapter in (tuned("pirate", 1), tuned("toy", 2), tuned("lost", 3, base="f" * 64)):
+        said.say("A", adverts.ADAPTER, adapter.name, adapter)
+    said.say("A", adverts.ADAPTER, "other", tuned("misnamed", 4))
+    said.say("B", adverts.ADAPTER, "pirate", tuned("pirate", 5))
+    said.say("C", adverts.ADAPTER, "pirate", tuned("pirate", 1))
+    atlas = said.atlas()
+    pirate = tuned("pirate", 1)
+    assert atlas.adapters == {"pirate": pirate, "lost": tuned("lost", 3, base="f" * 64)}
+    for name in ("pirate", "toy:pirate", pirate.manifest_id):
+        assert atlas.served_as(name) == (MODEL, pirate)
+    assert atlas.served_as("toy") == (MODEL, None)
+    assert [atlas.served_as(name) for name in ("lost", "toy:lost", "pirate:toy", "toy:", "")] == [None] * 5
+    many = Said()
+    for number in range(adverts_max := 70):
+        many.say("A", adverts.ADAPTER, f"a{number:02}", tuned(f"a{number:02}", number + 1))
+    assert len(many.atlas().adapters) == ADAPTERS_PER_SIGNER_MAX < adverts_max
+    dropped = read_atlas(said.view, NOW, dropped=lambda offer: offer == pirate)
+    assert dropped.adapters["pirate"].manifest_id == f"{5:064x}"
 
 
 def test_every_kind_of_record_is_read():

@@ -12,13 +12,13 @@ import trio
 
 from dht import Gossip, View
 from node import adverts
-from node.adverts import ModelAdvert, NodeAdvert
+from node.adverts import AdapterAdvert, ModelAdvert, NodeAdvert
 from node.atlas import Atlas, read_atlas
 from node.datadir import DataDir
 from node.drops import DROPS, Drop, write_drops
 from node.errors import ConfigProblem, ControlProblem, DataDirProblem
-from node.mesh import MeshNode
 from node.offering import Offering, who_added
+from node.sharing import Sharing
 from p2p import BlobStore, Rpc, build_manifest
 from p2p.testing import MemoryNetwork
 
@@ -122,6 +122,36 @@ async def until(condition, within_s=30.0):
 @pytest.fixture
 def mesh(tmp_path, nursery):
     return Mesh(tmp_path, nursery)
+
+
+async def test_an_adapter_is_offered_kept_and_dropped_as_a_model_is(mesh, autojump_clock):
+    a, b, c, g, advert = await mesh.members()
+    manifest, _ = a.add("pirate")
+    a.offering.drop(a.offering.offered(manifest.id))
+    adapter = AdapterAdvert("pirate", manifest.id, a.offering.created_s(manifest.id), advert.manifest_id)
+
+    def known(member):
+        return read_atlas(
+            member.gossip.view, member.gossip.now_s(), (), member.offering.drops.counts
+        ).adapters
+
+    a.offering.offer(adapter)
+    b.store.remember(manifest)
+    await until(lambda: all(known(m) == {"pirate": adapter} for m in (a, b, c, g)))
+    b.offering.keep(adapter)
+    said = len(b.gossip.view.of_signer(b.me))
+    b.offering.keep(adapter)
+    assert len(b.gossip.view.of_signer(b.me)) == said
+    assert {adverts.offer_kind(adverts.read_offer(adverts.MODEL, v) or adapter) for v in b.data.offers(MESH_ID)} == {
+        adverts.MODEL, adverts.ADAPTER,
+    }  # fmt: skip
+    again = Offering(b.identity, MESH_ID, b.data, b.store, b.gossip, lambda *_: None, lambda: None)
+    again.begin()
+    assert again.offered(manifest.id) == adapter
+    a.offering.drop(adapter)
+    await until(lambda: all(known(m) == {} for m in (a, b, c, g)))
+    await until(lambda: not b.says(adverts.ADAPTER))
+    assert all(m.models() == {"toy": advert} for m in (a, b, c, g))
 
 
 async def test_a_dropped_model_vanishes_everywhere_and_from_every_disk(mesh, autojump_clock):
@@ -272,11 +302,12 @@ async def test_a_host_follows_the_offer_that_most_stand_behind(mesh, autojump_cl
 def test_whoever_waits_for_a_model_to_be_served_hears_that_it_is_dropped():
     atlas = Atlas({}, frozenset(), {}, {}, {}, {})
     offer = ModelAdvert("toy", "ab" * 32, 1, *SHAPE)
-    node = SimpleNamespace(atlas=lambda: atlas, offering=SimpleNamespace(offered=lambda _: offer))
-    assert MeshNode.model_state(node, offer.manifest_id) == (False, "the model is not known yet")
-    node.offering.offered = lambda _: None
+    offering = SimpleNamespace(offered=lambda _: offer)
+    sharing = Sharing("me", None, None, offering, lambda: atlas, None)
+    assert sharing.state(offer.manifest_id) == (False, "the model is not known yet")
+    offering.offered = lambda _: None
     with pytest.raises(ConfigProblem, match="dropped meanwhile"):
-        MeshNode.model_state(node, offer.manifest_id)
+        sharing.state(offer.manifest_id)
 
 
 async def test_a_planner_that_held_the_model_takes_its_plan_back(mesh, autojump_clock):

@@ -29,6 +29,7 @@ from dht.adverts import (
 from dht.dialer import Dialer, DialerConfig
 from dht.errors import RecordRefused
 from dht.gossip import Gossip
+from dht.lan import Lan
 from dht.memory import PeerMemory, Remembered
 from dht.records import Record, sign_record, sign_tombstone
 from p2p import Host, Identity, Kad, P2pError, PeerId, Unreachable
@@ -48,7 +49,8 @@ class Dht(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DirectoryConfig:
-    """Rhythms and limits. Beyond `connected_max` connections no more are sought."""
+    """Rhythms and limits. Beyond `connected_max` connections no more are sought. `lan`: whether the LAN is told of this
+    node and asked for others."""
 
     connected_max: int = 64
     remembered_max: int = 64
@@ -64,10 +66,11 @@ class DirectoryConfig:
     bye_s: float = 0.3
     lookups_max: int = 16
     dialer: DialerConfig = field(default_factory=DialerConfig)
+    lan: bool = False
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if name != "dialer" and getattr(self, name) <= 0:
+            if name not in ("dialer", "lan") and getattr(self, name) <= 0:
                 raise ValueError(f"DirectoryConfig.{name} is {getattr(self, name)!r}: it must be above zero")
 
 
@@ -94,6 +97,7 @@ class Directory:
         self._kad: Dht = kad or Kad(host, is_advert, newest_advert)
         self._memory = PeerMemory(path, self.config.remembered_max)
         self._dialer = Dialer(self._me, self._rng, self.config.dialer)
+        self._lan = Lan(self._me, host.mesh_id, host.addrs, self.add) if self.config.lan else None
         self._announced: Record | None = None
         self._seq = -1
         self._met = trio.Event()
@@ -110,6 +114,8 @@ class Directory:
                 nursery.start_soon(self._seek)
                 nursery.start_soon(self._announce)
                 nursery.start_soon(self._keep_saving)
+                if self._lan is not None:
+                    nursery.start_soon(self._lan.run)
                 task_status.started()
         finally:
             self._memory.save()

@@ -58,16 +58,17 @@ class DaemonConfig:
     against better ones and copies against demand. `queue_max` requests wait here for their turn, `queue_wait_s` at
     most; `deadline_s` and `first_token_s` hold for every request (None: what its client says). A node that failed is
     first avoided for `avoid_s`. Prefill and decode go to separate chains where that saves the share `split_gain` of a
-    request's time (1: never).
+    request's time (1: never). `mdns`: members on the same LAN are found by multicast.
     """
 
     data_dir: Path
     api_host: str = "127.0.0.1"
     api_port: int = 8080
     api_keys: tuple[str, ...] = ()
-    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")
     join: str | None = None
     public: bool = False
+    mdns: bool = True
     models: tuple[ModelSource, ...] = ()
     layers: tuple[int, int] | None = None
     device: str = "cpu"
@@ -238,6 +239,7 @@ _PARSERS: dict[str, Any] = {
     "listen": _strings,
     "join": _text,
     "public": _flag,
+    "mdns": _flag,
     "models": lambda v, n: tuple(parse_model(item, "model") for item in _strings(v, n)),
     "layers": parse_layers,
     "device": _device,

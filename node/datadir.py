@@ -167,6 +167,19 @@ class DataDir:
             membership.founding.save(self._of_mesh(membership.mesh_id, "key"))
         self._write("mesh.json", document)
 
+    def port(self) -> int:
+        """The TCP port on which peers reached this node last, 0 where none is known."""
+        try:
+            port = json.loads((self.root / "port.json").read_bytes())["port"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+        return port if type(port) is int and 0 < port < 1 << 16 else 0
+
+    def remember_port(self, port: int) -> None:
+        """Keep the port: peers that remember this node look for it there."""
+        if port and port != self.port():
+            self._write("port.json", {"port": port})
+
     def founding_key(self, mesh_id: str) -> Identity | None:
         """The founding key of a mesh that this node founded, unless its owner took it away to keep it elsewhere."""
         path = self._of_mesh(mesh_id, "key")

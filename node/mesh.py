@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from collectives import Collectives, Place, lan_of
-from dht import Directory, Gossip, GossipConfig, OwnRecordsFull, RecordInvalid, View
+from dht import Directory, DirectoryConfig, Gossip, GossipConfig, OwnRecordsFull, RecordInvalid, View
 from node import adverts
 from node.adverts import DeviceAdvert, HostAdvert, LinksAdvert, ModelAdvert, NodeAdvert
 from node.atlas import Atlas, read_atlas
@@ -102,7 +102,9 @@ class MeshNode:
         self.collectives.place = self._place
         self.view = View()
         self.gossip = Gossip(self.rpc, self.view, identity, GossipConfig())
-        self.directory = Directory(host, self.gossip, identity, data.peers_path)
+        self.directory = Directory(
+            host, self.gossip, identity, data.peers_path, DirectoryConfig(lan=config.mdns)
+        )
         keep = partial(data.remember_roster, membership.mesh_id)
         self.standing = (
             None if roster is None else Standing(roster, keep, host, self.rpc, self.gossip, self.directory)
@@ -518,11 +520,12 @@ async def open_mesh(
     metrics: Metrics,
 ) -> AsyncIterator[MeshNode]:
     """Open the host and run a MeshNode for as long as the block lasts."""
-    host_config = HostConfig(listen=config.listen)
+    host_config = HostConfig(listen=config.listen, port_wanted=data.port())
     roster = open_roster(identity, membership, data)
     async with open_host(
         identity, membership.mesh_id, membership.swarm_key, host_config, roster=roster
     ) as host:
+        data.remember_port(host.port())
         node = MeshNode(config, data, identity, membership, hardware, metrics, host, roster)
         async with trio.open_nursery() as nursery:
             await nursery.start(node.run)

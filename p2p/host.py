@@ -13,6 +13,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
 from typing import Any, Literal
 
 import trio
@@ -31,6 +32,7 @@ from p2p.compat.yamux import MendedYamux, MuxLimits
 from p2p.compat.yamux_stream import MendedStream
 from p2p.errors import (
     DeadlineExceeded,
+    ListenError,
     LocalFault,
     PeerLost,
     ProtocolViolation,
@@ -52,9 +54,15 @@ _MESH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class HostConfig:
-    """Every limit of a host. Counts are per host unless the name says otherwise; all positive."""
+    """Every limit of a host. Counts are per host unless the name says otherwise; all positive but `port_wanted`.
+
+    An address in `listen` with port 0 gets `port_wanted` (0: none) if that is free, else any, and its successors get
+    the same: where peers remember this node, it should be found again. Of several addresses with port 0 those that this
+    machine's network lacks (IPv6, mostly) are passed over.
+    """
 
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    port_wanted: int = 0
     connections_max: int = 512
     connections_per_peer_max: int = 8
     handshakes_max: int = 64
@@ -73,7 +81,7 @@ class HostConfig:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.name != "listen" and not value > 0:
+            if one.name not in ("listen", "port_wanted") and not value > 0:
                 raise LocalFault(f"HostConfig.{one.name} must be positive, got {value!r}")
         if self.stream_window_bytes < 256 << 10:
             raise LocalFault(
@@ -154,6 +162,10 @@ class Host:
     def addrs(self) -> tuple[str, ...]:
         """Dialable multiaddresses ending /p2p/ID: real interface addresses, loopback last."""
         return tuple(f"{address}/p2p/{self.peer_id}" for address in bare_addrs(self._swarm))
+
+    def port(self) -> int:
+        """The TCP port it listens on, 0 where it listens nowhere."""
+        return bound_port(self._swarm)
 
     def peers(self) -> tuple[PeerId, ...]:
         """Connected and proven peers, sorted."""
@@ -433,6 +445,35 @@ def bare_addrs(swarm: MendedSwarm) -> list[Multiaddr]:
     return [Multiaddr(address) for address in announced(sockets, interface_ips())]
 
 
+async def _listen(swarm: MendedSwarm, config: HostConfig) -> None:
+    wanted, lacking = config.port_wanted, None
+    for address in config.listen:
+        maddr, host, port = listen_address(address)
+        if port:
+            await swarm.listen(maddr)
+            continue
+        if wanted:
+            with contextlib.suppress(ListenError):
+                await swarm.listen(Multiaddr(f"/ip{6 if ':' in host else 4}/{host}/tcp/{wanted}"))
+                continue
+        try:
+            await swarm.listen(maddr)
+        except ListenError as problem:
+            if not ip_address(host).is_unspecified:
+                raise
+            lacking = problem
+            logger.info("%s", problem)
+            continue
+        wanted = bound_port(swarm)
+    if lacking is not None and not swarm.listeners:
+        raise lacking
+
+
+def bound_port(swarm: MendedSwarm) -> int:
+    """The TCP port that a host bound last, 0 where it listens nowhere."""
+    return next((port for one in reversed(swarm.listeners.values()) for _, port in one.sockets()), 0)
+
+
 def only_remote(error: BaseException) -> bool:
     """Whether an exception, or every leaf of a group, is the peer's doing."""
     if isinstance(error, BaseExceptionGroup):
@@ -471,7 +512,7 @@ async def open_host(
     async with background_trio_service(swarm), trio.open_nursery() as nursery:
         host._nursery = nursery
         try:
-            await swarm.listen(*(listen_address(address)[0] for address in config.listen))
+            await _listen(swarm, config)
             yield host
         except Exception as error:  # noqa: BLE001 - kept whole, and raised below the nurseries
             failure = error

@@ -185,6 +185,9 @@ def _daemon_flags(parser: Parser) -> None:
     net.add_argument(
         "--listen", metavar="MULTIADDR", action="append", help="where peers connect; may be repeated"
     )
+    net.add_argument(
+        "--no-mdns", action="store_true", help="neither be seen on the LAN nor look for others there"
+    )
     net.add_argument("--public", action="store_true", help="found a mesh that anyone may join")
     lend = parser.add_argument_group("what it lends")
     lend.add_argument(

@@ -133,6 +133,7 @@ def daemon_flags(options: argparse.Namespace) -> dict[str, Any]:
     """The flags as node.config names them; what was not given is left out."""
     flags = {name: getattr(options, name, None) for name in SAME_NAME}
     flags["public"] = True if options.public else None
+    flags["mdns"] = False if options.no_mdns else None
     flags["serve"] = False if options.no_serve else None
     if options.verbose and flags["log_level"] is None:
         flags["log_level"] = "info" if options.verbose == 1 else "debug"

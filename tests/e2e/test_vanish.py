@@ -153,3 +153,23 @@ def test_a_clean_stop_in_the_middle_of_text_tells_the_client(spare, tools):
     assert gateway.wait(STOP_S_MAX) == 0
     assert "Traceback" not in gateway.log()
     assert "leaving now" not in gateway.log()
+
+
+def test_a_mesh_whose_nodes_were_all_off_forms_again_from_memory(tools, tmp_path):
+    """No invite, nobody who stayed: each remembers the others, and is found again where it was."""
+    mesh = tools.Mesh(*(tools.Node(tmp_path, name) for name in "abc"))
+    try:
+        before = {node.peer for node in mesh.nodes}
+        for node in mesh.nodes:
+            node.signal(signal.SIGTERM)
+        for node in mesh.nodes:
+            assert node.wait(STOP_S_MAX) == 0
+        for node in mesh.nodes:
+            node.start()
+        for node in mesh.nodes:
+            node.ready()
+        mesh.met()
+        assert {node.peer for node in mesh.nodes} == before
+        assert len({node.view()["mesh"] for node in mesh.nodes}) == 1
+    finally:
+        mesh.end()

@@ -1,5 +1,6 @@
 """The host over real loopback sockets: links, events, streams, and peers that misbehave."""
 
+import errno
 import math
 import random
 import socket
@@ -16,8 +17,8 @@ from multiaddr import Multiaddr
 
 from p2p.compat.negotiate import encode_message
 from p2p.compat.swarm import SwarmHooks, SwarmLimits, build_swarm
-from p2p.errors import DeadlineExceeded, PeerLost, ProtocolViolation, Unreachable
-from p2p.host import HostConfig, PeerEvent
+from p2p.errors import DeadlineExceeded, ListenError, PeerLost, ProtocolViolation, Unreachable
+from p2p.host import HostConfig, PeerEvent, open_host
 from p2p.identity import Identity
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -525,3 +526,37 @@ async def test_one_peer_may_not_hold_every_connection(make_host, stranger_mux):
     muxes = [await stranger_mux(b) for _ in range(4)]
     await until(lambda: sum(mux.is_closed for mux in muxes) >= 2)
     assert len(b._swarm.get_connections()) <= 2
+
+
+async def test_the_port_that_is_wanted_is_taken_where_it_is_free(make_host):
+    wild = ("/ip4/127.0.0.1/tcp/0", "/ip6/::1/tcp/0") if socket.has_ipv6 else ("/ip4/127.0.0.1/tcp/0",)
+    identity = Identity.generate()
+    first = await make_host(HostConfig(listen=wild))
+    port = first.port()
+    assert {addr.split("/")[4] for addr in first.addrs()} == {str(port)}, "one port for both families"
+    second = await make_host(HostConfig(listen=wild, port_wanted=port))
+    assert second.port() not in (0, port), "somebody else has it"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        wanted = free.getsockname()[1]
+    third = await make_host(HostConfig(listen=wild, port_wanted=wanted), identity=identity)
+    assert third.port() == wanted
+    assert await second.connect(third.addrs()[-1:]) == identity.peer_id
+
+
+async def test_a_network_that_this_machine_lacks_is_passed_over_and_a_wrong_address_is_not(
+    make_host, monkeypatch
+):
+    real = trio.socket.socket
+
+    def without_ipv6(family, *rest):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "no IPv6 here")
+        return real(family, *rest)
+
+    monkeypatch.setattr(trio.socket, "socket", without_ipv6)
+    host = await make_host(HostConfig(listen=("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0")))
+    assert host.port()
+    for listen in (("/ip6/::/tcp/0",), ("/ip4/0.0.0.0/tcp/0", "/ip6/::1/tcp/0")):
+        with pytest.raises(ListenError, match="no IPv6 here"):
+            async with open_host(Identity.generate(), "m", bytes(32), HostConfig(listen=listen)):
+                raise AssertionError("it listens")

@@ -135,12 +135,19 @@ def _fewer(board: Board, model: str, copies: int) -> Spans:
 
 def _one_more(board: Board, model: str, instead: Changes) -> Spans | None:
     """The model's spans with additions that make one whole copy more."""
-    want = board.have(model) + 1
+    want, old = board.have(model) + 1, board.spans(model)
     nodes = board.free(model, instead)
-    spans = board.mender(model, nodes).mend(board.spans(model), want)
-    if spans is None or min(coverage(list(spans), board.models[model].shape.layers)) < want:
+    spans = board.mender(model, nodes).mend(old, want)
+    if spans is not None and min(coverage(list(spans), board.models[model].shape.layers)) >= want:
+        return spans
+    if len(nodes) > SECOND_THOUGHTS_NODES_MAX:
         return None
-    return spans
+    # Additions one by one can miss a copy that there is room for; a plan over the idle nodes does not.
+    busy = {a.node for a in old}
+    try:
+        return [*old, *board.weigh(model, [node for node in nodes if node.id not in busy], (), 1)]
+    except Shortage:
+        return None
 
 
 def _trade(board: Board, model: str) -> Changes | None:

@@ -69,11 +69,16 @@ class Mender:
         counts = coverage(list(assignments), self._model.layers)
         for target in range(min(counts) + 1, copies + 1):
             found, covered = self._reach(spans, target, self._held)
-            if min(covered) < target and any(self._held.values()):
-                # What lies on disks can lead to pieces that no whole copy is made of: then as if nothing did.
-                others, covered_too = self._reach(spans, target, {})
-                if min(covered_too) >= target:
-                    found, covered = others, covered_too
+            if min(covered) < target:
+                # Cheap scraps of room, or what lies on disks, can lead to pieces that no whole copy is made of: then
+                # the cheaper of a copy as if nothing lay there, and of one in as few pieces as can be.
+                ways = [self._reach(spans, target, self._held, few=True)]
+                if any(self._held.values()):
+                    ways.append(self._reach(spans, target, {}))
+                whole = [way for way in ways if min(way[1]) >= target]
+                found, covered = min(
+                    whole, key=lambda way: self._sum(spans, way[0]), default=(found, covered)
+                )
             if min(covered) < target == 1:
                 return None
             spans = found
@@ -81,16 +86,21 @@ class Mender:
                 break
         return [Assignment(node, start, end) for node, (start, end) in sorted(spans.items())]
 
+    def _sum(self, old: Mapping[str, tuple[int, int]], new: Mapping[str, tuple[int, int]]) -> float:
+        """What all additions cost together."""
+        changed = [(node, span) for node, span in sorted(new.items()) if old.get(node) != span]
+        return sum(self._cost(node, old.get(node), span, self._held.get(node, ())) for node, span in changed)
+
     def _reach(
-        self, spans: Mapping[str, tuple[int, int]], target: int, held: Held
+        self, spans: Mapping[str, tuple[int, int]], target: int, held: Held, *, few: bool = False
     ) -> tuple[dict[str, tuple[int, int]], list[int]]:
         """The spans with additions that bring each layer to `target` hosts, or as near as they come, and the hosts of
-        each layer then."""
+        each layer then. The cheapest addition a layer comes first, or with `few` the one of most layers."""
         spans = dict(spans)
         counts = coverage([Assignment(n, a, b) for n, (a, b) in spans.items()], self._model.layers)
         idle = self._idle(spans, held)
         while min(counts) < target:
-            step = self._best_step(spans, idle, [count < target for count in counts], target, held)
+            step = self._best_step(spans, idle, [count < target for count in counts], target, held, few)
             if step is None:
                 break
             old = spans.get(step.node)
@@ -119,8 +129,10 @@ class Mender:
         short: Sequence[bool],
         target: int,
         held: Held,
+        few: bool,
     ) -> Assignment | None:
-        """One node's new span that covers short layers at the least cost a layer; None when none can.
+        """One node's new span that covers short layers at the least cost a layer, with `few` as many as can be; None
+        when none can.
 
         Only the first copy of a layer is worth disturbing a host for.
         """
@@ -134,7 +146,7 @@ class Mender:
                 for node, old in spans.items()
                 if node in self._seats and any(a <= old[1] < b or a < old[0] <= b for a, b in runs)
             )
-        best: tuple[tuple[float, float, str, int, int], Assignment] | None = None
+        best: tuple[tuple[int, float, float, str, int, int], Assignment] | None = None
         for node, old in candidates:
             seat = self._seats[node]
             for start, end in self._windows(seat, old, runs, held.get(node, ())):
@@ -142,7 +154,7 @@ class Mender:
                 if covered == 0 or end - start > self._room(seat, start, end):
                     continue
                 cost = self._cost(node, old, (start, end), held.get(node, ())) / covered
-                key = (round(cost, 9), seat.layer_s, node, start, end)
+                key = (-covered if few else 0, round(cost, 9), seat.layer_s, node, start, end)
                 if best is None or key < best[0]:
                     best = (key, Assignment(node, start, end))
         return None if best is None else best[1]

@@ -91,16 +91,20 @@ def hosts(view, model):
 
 
 class Load:
-    """Six clients that ask one model without a pause while the block lasts."""
+    """Six clients that ask one model without a pause while the block lasts; all must be answered."""
 
     def __init__(self, tools, api, model):
         self._ask = lambda: tools.ask(api, PROMPT, model=model, max_tokens=24)
         self._stop = threading.Event()
+        self._refused: list[object] = []
         self._threads = [threading.Thread(target=self._run) for _ in range(6)]
 
     def _run(self):
         while not self._stop.is_set():
-            self._ask()
+            status, document = self._ask()
+            if status != 200:
+                self._refused.append(document)
+                return
 
     def __enter__(self):
         for thread in self._threads:
@@ -110,6 +114,7 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+        assert not self._refused, self._refused[:1]
 
 
 def test_two_models_share_three_nodes_by_demand_and_the_spare_copy_goes_to_who_is_asked(three, tools):

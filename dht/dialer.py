@@ -36,6 +36,7 @@ class _Candidate:
     due_s: float
     failures: int = 0
     dialling: bool = False
+    renewed: bool = False
     found: int = field(default=0)
 
 
@@ -65,6 +66,7 @@ class Dialer:
         if not set(fitting) <= set(known.addrs):
             known.addrs = tuple(dict.fromkeys((*fitting, *known.addrs)))[:ADDRS_MAX]
             known.failures = 0
+            known.renewed = known.dialling
             known.due_s = min(known.due_s, now_s + self._jittered(self.config.backoff_first_s))
 
     def take_due(self, connected: Collection[PeerId], now_s: float) -> list[tuple[PeerId, tuple[str, ...]]]:
@@ -86,8 +88,9 @@ class Dialer:
         if one is None:
             return
         one.dialling = False
-        one.failures = 0 if connected else one.failures + 1
+        one.failures = 0 if connected or one.renewed else one.failures + 1
         wait_s = self.config.backoff_first_s * 2 ** min(one.failures, 20)
+        one.renewed = False  # else: it failed at old addresses, which says nothing of those named meanwhile
         one.due_s = now_s + self._jittered(min(wait_s, self.config.backoff_max_s))
 
     def lost(self, peer: PeerId, now_s: float) -> None:

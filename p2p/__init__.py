@@ -40,6 +40,7 @@ from p2p.invite import Invite
 from p2p.kad import Kad, KadConfig
 from p2p.links import Link, LinkReport, Links, LinksConfig
 from p2p.messages import pack_value, unpack_value
+from p2p.reach import Reach, ReachConfig, ReachReport, RelayLimits, Said
 from p2p.roster import Roster
 from p2p.rpc import Rpc
 from p2p.rpc_lane import Channel
@@ -80,12 +81,17 @@ __all__ = [
     "PeerId",
     "PeerLost",
     "ProtocolViolation",
+    "Reach",
+    "ReachConfig",
+    "ReachReport",
+    "RelayLimits",
     "RemoteFault",
     "ResourceLimit",
     "Roster",
     "Rpc",
     "RpcConfig",
     "RpcRefusal",
+    "Said",
     "SourceChanged",
     "StoreFault",
     "Tensor",

@@ -14,6 +14,7 @@ from multiaddr.exceptions import Error as MultiaddrError
 
 from p2p.identity import public_key_of
 
+CIRCUIT = "/p2p-circuit"
 _DIALLABLE = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 
@@ -45,10 +46,18 @@ def interface_ips() -> list[str]:
 
 
 def dial_target(address: str) -> tuple[Multiaddr, str]:
-    """(multiaddress, peer id) of a dialable /ip4|ip6|dns.../tcp/PORT/p2p/PEER. Raises ValueError."""
+    """(multiaddress, peer id) of a dialable /ip4|ip6|dns.../tcp/PORT/p2p/PEER. Raises ValueError.
+
+    That of a peer behind a relay is RELAY/p2p-circuit/p2p/PEER, where RELAY is such an address itself.
+    """
     text, separator, peer = address.rpartition("/p2p/")
     if not separator or public_key_of(peer) is None:
         raise ValueError("it does not end in /p2p/ and a peer id")
+    if text.endswith(CIRCUIT):
+        maddr, relay = dial_target(text.removesuffix(CIRCUIT))
+        if relay == peer or CIRCUIT in str(maddr):
+            raise ValueError("it leads to a relay behind a relay")
+        return Multiaddr(text), peer
     try:
         maddr = Multiaddr(text)
         names = [protocol.name for protocol in maddr.protocols()]

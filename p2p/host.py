@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import Any, Literal
+from typing import Any
 
 import trio
 from libp2p.abc import IHost, INetConn, INetStream
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
 from libp2p.tools.anyio_service import background_trio_service
@@ -26,9 +28,16 @@ from multiaddr import Multiaddr
 from p2p import compat
 from p2p.addresses import announced, dial_target, interface_ips
 from p2p.compat.negotiate import NegotiationError, answer, ask
-from p2p.compat.swarm import MendedHost, MendedSwarm, SwarmHooks, SwarmLimits, build_swarm, race
-from p2p.compat.tcp import listen_address
-from p2p.compat.yamux import MendedYamux, MuxLimits
+from p2p.compat.swarm import (
+    MendedHost,
+    MendedSwarm,
+    SwarmHooks,
+    build_swarm,
+    race,
+    root_reason,
+)
+from p2p.compat.tcp import Endpoint, MendedTcpStream, Way, connect_from, listen_address
+from p2p.compat.yamux import MendedYamux
 from p2p.compat.yamux_stream import MendedStream
 from p2p.errors import (
     DeadlineExceeded,
@@ -39,6 +48,7 @@ from p2p.errors import (
     RemoteFault,
     Unreachable,
 )
+from p2p.host_types import HostConfig, PeerEvent
 from p2p.identity import Identity, PeerId
 from p2p.membership import CertifiedMembership, Membership, MembershipRefused
 from p2p.roster import Roster
@@ -49,68 +59,10 @@ __all__ = ["ByteStream", "Handler", "Host", "HostConfig", "PeerEvent", "open_hos
 logger = logging.getLogger(__name__)
 
 Handler = Callable[[ByteStream], Awaitable[None]]
+INTERFACES_MAX = 6
+MOVABLE = ("links/1",)
+"""Protocols whose openers make a new stream, without losing anything, when one is reset."""
 _MESH_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-@dataclass(frozen=True, slots=True)
-class HostConfig:
-    """Every limit of a host. Counts are per host unless the name says otherwise; all positive but `port_wanted`.
-
-    An address in `listen` with port 0 gets `port_wanted` (0: none) if that is free, else any, and its successors get
-    the same: where peers remember this node, it should be found again. Of several addresses with port 0 those that this
-    machine's network lacks (IPv6, mostly) are passed over.
-    """
-
-    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
-    port_wanted: int = 0
-    connections_max: int = 512
-    connections_per_peer_max: int = 8
-    handshakes_max: int = 64
-    streams_per_connection_max: int = 256
-    streams_per_peer_max: int = 512
-    stream_window_bytes: int = 2 << 20
-    unread_per_connection_bytes_max: int = 64 << 20
-    dial_addrs_max: int = 32
-    dial_deadline_s: float = 5.0
-    handshake_deadline_s: float = 5.0
-    member_deadline_s: float = 5.0
-    negotiate_deadline_s: float = 10.0
-    close_deadline_s: float = 0.8
-    events_max: int = 4096
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name not in ("listen", "port_wanted") and not value > 0:
-                raise LocalFault(f"HostConfig.{one.name} must be positive, got {value!r}")
-        if self.stream_window_bytes < 256 << 10:
-            raise LocalFault(
-                f"HostConfig.stream_window_bytes must be at least 262144, got {self.stream_window_bytes}"
-            )
-
-    def swarm_limits(self) -> SwarmLimits:
-        """The part that the connections beneath enforce."""
-        return SwarmLimits(
-            connections_max=self.connections_max,
-            connections_per_peer_max=self.connections_per_peer_max,
-            handshakes_max=self.handshakes_max,
-            handshake_deadline_s=self.handshake_deadline_s,
-            dial_deadline_s=self.dial_deadline_s,
-            streams_per_peer_max=self.streams_per_peer_max,
-            mux=MuxLimits(
-                streams_max=self.streams_per_connection_max,
-                window_bytes=self.stream_window_bytes,
-                unread_bytes_max=self.unread_per_connection_bytes_max,
-            ),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class PeerEvent:
-    """`up` once a peer's first connection is proven, `down` when its last one has died."""
-
-    peer: PeerId
-    kind: Literal["up", "down"]
 
 
 @dataclass(eq=False, slots=True)
@@ -123,6 +75,32 @@ class _Link:
     reason: str = "the connection was closed during the proof of membership"
     settled: trio.Event = field(default_factory=trio.Event)
     gone: trio.Event = field(default_factory=trio.Event)
+    movable: list[MendedStream] = field(default_factory=list)
+
+    @property
+    def relayed(self) -> bool:
+        return self.mux.way.kind == "relayed"
+
+
+class Pinned:
+    """One connection of several to a peer, for whom it matters which. It ends as any other."""
+
+    def __init__(self, host: Host, link: _Link) -> None:
+        self.peer = link.peer
+        self._host = host
+        self._link = link
+
+    @property
+    def alive(self) -> bool:
+        return self._link.proven and not self._link.mux.is_closed
+
+    async def open_stream(self, protocol: str, *, deadline_s: float | None = None) -> MuxByteStream:
+        """As `Host.open_stream`, on this very connection."""
+        return await self._host._open_on(self._link, protocol, deadline_s)
+
+    def close(self) -> None:
+        """End it at once."""
+        self._link.mux.abort("no longer needed")
 
 
 class Host:
@@ -146,6 +124,7 @@ class Host:
         self._links: dict[MendedYamux, _Link] = {}
         self._up: set[PeerId] = set()
         self._watchers: set[trio.MemorySendChannel[PeerEvent]] = set()
+        self._announced: tuple[str, ...] = ()
         self._nursery: trio.Nursery | None = None
         self._swarm.hooks.ready = self._wait_ready
         self._swarm.hooks.usable = lambda conn: self._link(conn.muxed_conn).proven
@@ -160,8 +139,28 @@ class Host:
         return self._raw
 
     def addrs(self) -> tuple[str, ...]:
-        """Dialable multiaddresses ending /p2p/ID: real interface addresses, loopback last."""
-        return tuple(f"{address}/p2p/{self.peer_id}" for address in bare_addrs(self._swarm))
+        """Dialable multiaddresses ending /p2p/ID: real interfaces', what was announced besides, loopback last."""
+        own = [f"{address}/p2p/{self.peer_id}" for address in bare_addrs(self._swarm)]
+        outer = [one for one in own if not one.startswith(("/ip4/127.", "/ip6/::1/"))]
+        return tuple(dict.fromkeys((*outer[:INTERFACES_MAX], *self._announced, *own)))
+
+    def announce(self, addrs: Sequence[str]) -> None:
+        """Addresses beside those of the interfaces: what a router forwards here, and relays'. They replace the last."""
+        self._announced = tuple(addrs)
+
+    def bound(self) -> tuple[Endpoint, ...]:
+        """(IP, port) of each listening socket."""
+        return tuple(one for listener in self._swarm.listeners.values() for one in listener.sockets())
+
+    def dialled_at(self, peer: str) -> Endpoint | None:
+        """Where this node itself reached `peer` directly, on its oldest connection to it."""
+        ends = (link.mux.way.remote for link in self._live() if link.peer == peer and link.mux.is_initiator)
+        return next((end for end in ends if end is not None), None)
+
+    def ways(self, peer: str) -> tuple[Way, ...]:
+        """How each proven connection to `peer` runs, the one that new streams take first."""
+        links = sorted((link for link in self._live() if link.peer == peer), key=lambda link: link.relayed)
+        return tuple(link.mux.way for link in links)
 
     def port(self) -> int:
         """The TCP port it listens on, 0 where it listens nowhere."""
@@ -241,6 +240,13 @@ class Host:
         with trio.move_on_after(self.config.close_deadline_s):
             for link in links:
                 await link.gone.wait()
+
+    def drop_from(self, ips: Collection[str]) -> None:
+        """End connections from addresses that this computer has no more: nobody at the other end would say so soon."""
+        for link in list(self._links.values()):
+            local = link.mux.way.local
+            if local is not None and local[0] in ips:
+                link.mux.abort("the address of this computer changed")
 
     async def _close(self) -> None:
         """Mend 12: leaving the library's run() leaves sockets open; close everything first, together.
@@ -339,11 +345,14 @@ class Host:
     def _mark_proven(self, link: _Link) -> None:
         if link.settled.is_set() or link.mux.is_closed:
             return
+        others = [one for one in self._live() if one.peer == link.peer]
         link.proven = True
         link.settled.set()
         if link.peer not in self._up:
             self._up.add(link.peer)
             self._emit(PeerEvent(link.peer, "up"))
+        elif others and not link.relayed and all(one.relayed for one in others):
+            self._emit(PeerEvent(link.peer, "moved"))
         self._raw.identify(link.mux.peer_id)
 
     # ---- streams
@@ -359,10 +368,14 @@ class Host:
         Raises PeerLost (not connected, or lost meanwhile), ProtocolViolation (the peer does not
         serve it), DeadlineExceeded after `deadline_s` (`negotiate_deadline_s` when None).
         """
-        link = next((link for link in self._live() if link.peer == peer), None)
-        if link is None:
+        links = [link for link in self._live() if link.peer == peer]
+        if not links:
             raise PeerLost(peer, f"not connected to {peer}")
+        return await self._open_on(min(links, key=lambda link: link.relayed), protocol, deadline_s)
+
+    async def _open_on(self, link: _Link, protocol: str, deadline_s: float | None) -> MuxByteStream:
         within_s = self.config.negotiate_deadline_s if deadline_s is None else deadline_s
+        peer = link.peer
         stream: MendedStream | None = None
         agreed = False
         try:
@@ -379,7 +392,35 @@ class Host:
         finally:
             if stream is not None and not agreed:
                 stream.abort()
-        return MuxByteStream(stream, link.peer)
+        if link.relayed and protocol in MOVABLE:
+            link.movable.append(stream)
+        return MuxByteStream(stream, peer)
+
+    async def connect_from(self, source: Endpoint, target: Endpoint, peer: str) -> Pinned:
+        """One more connection, from a port that this node listens on, beside any that there are.
+
+        Raises Unreachable. The deadline is the caller's.
+        """
+        where = f"{target[0]} port {target[1]}"
+        try:
+            stream = MendedTcpStream(await connect_from(source, target))
+            conn = await self._swarm.upgrade_outbound_raw_conn(
+                RawConnection(stream, True), ID.from_base58(peer)
+            )
+            await self._wait_ready(conn)
+        except (OSError, SwarmException, MembershipRefused) as error:
+            raise Unreachable({where: root_reason(error)}) from error
+        return Pinned(self, self._link(conn.muxed_conn))
+
+    def shed_relayed(self) -> None:
+        """End relayed connections to peers that are there directly and on which nothing is under way any more."""
+        direct = {link.peer for link in self._live() if not link.relayed}
+        for link in [link for link in self._live() if link.relayed and link.peer in direct]:
+            for stream in link.movable:
+                stream.abort()
+            link.movable.clear()
+            if not link.mux.streams:
+                link.mux.abort("a direct connection took its place")
 
     def _scoped(self, protocol: str) -> str:
         prefix = f"/shoal/{self.mesh_id}/"

@@ -95,6 +95,7 @@ class _Link:
     heard_s: float
     out: dict[LaneName, Lane] = field(default_factory=dict)
     inbound: set[Lane] = field(default_factory=set)
+    retiring: set[Lane] = field(default_factory=set)
     rtt_s: float | None = None
     rate: _Rate = field(default_factory=_Rate)
     pings: dict[int, float] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class _Link:
     def lanes(self) -> Iterator[Lane]:
         yield from self.out.values()
         yield from self.inbound
+        yield from self.retiring
 
 
 class Rpc:
@@ -257,6 +259,8 @@ class Rpc:
                 async for event in events:
                     if event.kind == "up":
                         self._link(event.peer)
+                    elif event.kind == "moved":
+                        self._move(event.peer)
                     elif not self.host.is_connected(event.peer):
                         self._lost(event.peer, f"the connection to {event.peer} is gone")
 
@@ -266,6 +270,16 @@ class Rpc:
             self._lost(peer, f"the connection to {peer} is gone")
         for peer in connected:
             self._link(peer)
+
+    def _move(self, peer: PeerId) -> None:
+        """Calls from now on take the better way; those that are under way end where they began."""
+        link = self._links.get(peer)
+        if link is not None:
+            link.retiring |= set(link.out.values())
+            link.out.clear()
+            link.pings.clear()
+            link.rtt_s = None
+            self._out_lane(link, "small")
 
     def _lost(self, peer: PeerId, message: str) -> None:
         link = self._links.get(peer)
@@ -300,6 +314,8 @@ class Rpc:
             lane.flush()
         if link.peer == self.host.peer_id:
             return
+        for lane in [lane for lane in link.retiring if not lane.core.calls]:
+            lane.fail(PeerLost(link.peer, "a better way took its place"))
         silent_s = now - link.heard_s
         if silent_s >= self.config.silence_s:
             logger.info("nothing came from %s for %.1f s; disconnecting", link.peer, silent_s)
@@ -392,6 +408,7 @@ class Rpc:
             logger.exception("the stream of calls to %s failed here", link.peer)
         finally:
             lane.fail(PeerLost(link.peer, f"the stream of calls to {link.peer} has ended"))
+            link.retiring.discard(lane)
             if link.out.get(lane.name) is lane:
                 del link.out[lane.name]
 

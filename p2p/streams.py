@@ -9,6 +9,7 @@ from typing import Protocol
 
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError
 
+from p2p.compat.tcp import Way
 from p2p.compat.yamux_stream import MendedStream
 from p2p.errors import PeerLost
 from p2p.identity import PeerId
@@ -48,6 +49,11 @@ class MuxByteStream:
     def __init__(self, stream: MendedStream, peer: PeerId) -> None:
         self._stream = stream
         self.peer = peer
+
+    @property
+    def way(self) -> Way:
+        """How the connection beneath runs."""
+        return self._stream.conn.way
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         try:

@@ -92,4 +92,5 @@ def _buffered(session: ISecureConn, raw: IRawConnection) -> ISecureConn:
     if not isinstance(session, SecureSession) or not isinstance(session.conn, NoiseTransportReadWriter):
         raise HandshakeFailure("the Noise library handed back an unexpected kind of session")
     session.conn = BufferedNoiseReadWriter(raw, session.conn.noise_state)
+    session.way = getattr(getattr(raw, "stream", None), "way", None)
     return session

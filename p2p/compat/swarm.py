@@ -34,11 +34,12 @@ from libp2p.rcmgr.manager import ResourceLimits
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_ID
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_ID
+from libp2p.transport.exceptions import SecurityUpgradeFailure
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from p2p.compat.noise import BufferedNoise
-from p2p.compat.tcp import MendedTcp, TcpListener
+from p2p.compat.tcp import MendedTcp, MendedTcpStream, TcpListener
 from p2p.compat.yamux import MendedYamux, MuxLimits
 from p2p.errors import LocalFault
 
@@ -66,6 +67,8 @@ class SwarmHooks:
     ready: Callable[[INetConn], Awaitable[None]] | None = None
     usable: Callable[[INetConn], bool] = lambda conn: True
     connected: Callable[[MendedYamux], None] = lambda mux: None
+    circuit: Callable[[str, str, str], Awaitable[ReadWriteCloser]] | None = None
+    """A stream to a peer (last) through a relay (its address, its id). Raises SwarmException."""
 
 
 class MendedMuxers(MuxerMultistream):
@@ -147,6 +150,54 @@ class MendedSwarm(Swarm):
         if isinstance(muxed, MendedYamux):
             await muxed.event_closed.wait()
 
+    async def dial_addr(
+        self, addr: Multiaddr, peer_id: ID, source: tuple[str, int] | None = None
+    ) -> INetConn:
+        """The library refuses relayed addresses here. Ours run a whole connection of its own, encrypted from end to
+        end, inside a stream through the relay. Can go with our own relay.
+        """
+        relayed = split_circuit(str(addr))
+        if relayed is None:
+            return await super().dial_addr(addr, peer_id, source)
+        if self.hooks.circuit is None:
+            raise SwarmException("this node dials through no relay")
+        stream = await self.hooks.circuit(*relayed, str(peer_id))
+        done = False
+        try:
+            conn = await self.upgrade_outbound_raw_conn(RawConnection(stream, True), peer_id)
+            done = True
+            return conn
+        finally:
+            if not done:  # whoever else won the race: the relay need not carry this one any longer
+                with trio.move_on_after(0.2, shield=True):
+                    await stream.close()
+
+    async def take_over(self, stream: MendedTcpStream, peer_id: ID, *, initiator: bool) -> None:
+        """Make a connection of a socket to `peer_id` that somebody else opened. Whose handshake begins is agreed on
+        beforehand: of a hole that both ends punched at once each believes to have dialled. Raises SwarmException."""
+        if initiator:
+            await self.upgrade_outbound_raw_conn(RawConnection(stream, True), peer_id)
+            return
+        muxed = await self.upgrade_inbound_raw_conn(RawConnection(stream, False), Multiaddr("/ip4/0.0.0.0"))
+        if muxed.peer_id != peer_id:
+            await muxed.close()
+            raise SwarmException(f"another peer than {peer_id} answered")
+
+    async def accept(self, stream: ReadWriteCloser) -> None:
+        """Serve a connection that somebody dialled, over any stream, until it ends."""
+        await self._handle_inbound_connection(stream, Multiaddr("/ip4/0.0.0.0"))
+
+    async def knock(self, addr: tuple[str, int], peer_id: ID) -> None:
+        """Whether `peer_id` answers at `addr`: a connection of its own, that proves the peer's key and ends. Raises
+        OSError or SwarmException. The deadline is the caller's."""
+        stream = await trio.open_tcp_stream(*addr)
+        try:
+            await self.upgrader.upgrade_security(RawConnection(MendedTcpStream(stream), True), True, peer_id)
+        except SecurityUpgradeFailure as error:
+            raise SwarmException(f"{peer_id} did not prove itself at {addr}") from error
+        finally:
+            stream.socket.close()
+
     async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> INetConn:
         """Caps on the peer's open streams, summed over its connections, are attached here."""
         if isinstance(muxed_conn, MendedYamux):
@@ -196,6 +247,13 @@ class MendedSwarm(Swarm):
 
     def _trim_connections(self, peer_id: ID) -> None:
         """As above: `connections_per_peer_max` is enforced on arrival."""
+
+
+def split_circuit(address: str) -> tuple[str, str] | None:
+    """(the relay's address, its peer id) of /.../p2p/RELAY/p2p-circuit; None for any other address."""
+    before, mark, after = address.partition("/p2p-circuit")
+    relay, found, peer = before.rpartition("/p2p/")
+    return (relay, peer) if mark and found and not after.strip("/") else None
 
 
 async def race(

@@ -12,8 +12,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import trio
 from libp2p.abc import IListener
@@ -31,12 +33,55 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 256
 
+Endpoint = tuple[str, int]
+"""(IP, port)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a connection runs. `punched` is direct, too; of a relayed one `remote` is the relay's end."""
+
+    kind: Literal["direct", "punched", "relayed"] = "direct"
+    local: Endpoint | None = None
+    remote: Endpoint | None = None
+    relay: str = ""
+
+
+class MendedTcpStream(TrioTCPStream):
+    """The library's, which knows no remote address of IPv6 connections, with the way it runs.
+
+    Can go when TrioTCPStream.get_remote_address takes names of four parts.
+    """
+
+    def __init__(self, stream: trio.SocketStream, kind: Literal["direct", "punched"] = "direct") -> None:
+        super().__init__(stream)
+        self.way = Way(kind, end_of(stream.socket.getsockname), end_of(stream.socket.getpeername))
+
+    def get_remote_address(self) -> Endpoint | None:
+        return self.way.remote
+
+
+def end_of(ask: Callable[[], Any]) -> Endpoint | None:
+    """(IP, port) of a socket's end; None where it has none any more."""
+    try:
+        name = ask()
+    except OSError:
+        return None
+    return str(name[0]).partition("%")[0], int(name[1])
+
 
 class TcpListener(IListener):
-    """Sockets bound exclusively; connections are served in the swarm's own nursery."""
+    """Sockets bound exclusively; connections are served in the swarm's own nursery.
+
+    `expected` are remote ends whose connections go to whoever waits for them instead: a punched hole may be answered by
+    the listener where the other end's packet came first.
+    """
+
+    expected: dict[Endpoint, Callable[[trio.SocketStream], None]]
 
     def __init__(self, handler: Callable[[ReadWriteCloser], Awaitable[None]]) -> None:
         self._handler = handler
+        self.expected = {}
         self._listeners: list[trio.SocketListener] = []
         self._scope = trio.CancelScope()
         self.background_nursery: trio.Nursery | None = None
@@ -56,8 +101,13 @@ class TcpListener(IListener):
             await trio.serve_listeners(self._serve_one, [listener])
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
+        remote = end_of(stream.socket.getpeername)
+        waiting = self.expected.get(remote) if remote is not None else None
+        if waiting is not None:
+            waiting(_taken_from(stream))
+            return
         try:
-            await self._handler(TrioTCPStream(stream))
+            await self._handler(MendedTcpStream(stream))
         except Exception as error:  # noqa: BLE001 - one connection must never end the listener
             logger.debug("an inbound connection failed: %s: %s", type(error).__name__, error)
 
@@ -94,7 +144,7 @@ class MendedTcp(TCP):
             stream = await trio.open_tcp_stream(host, port)
         except OSError as error:
             raise OpenConnectionError(f"cannot connect to {host} port {port}: {error}") from error
-        return RawConnection(TrioTCPStream(stream), True)
+        return RawConnection(MendedTcpStream(stream), True)
 
     def create_listener(self, handler_function: Any) -> TcpListener:
         return TcpListener(handler_function)
@@ -114,6 +164,41 @@ def listen_address(address: str) -> tuple[Multiaddr, str, int]:
         ) from None
 
 
+def _taken_from(stream: trio.SocketStream) -> trio.SocketStream:
+    """The same connection in another stream, since the listener closes its own when the handler returns."""
+    plain = socket.socket(fileno=stream.socket.detach())
+    return trio.SocketStream(trio.socket.from_stdlib_socket(plain))
+
+
+def share_port(sock: trio.socket.SocketType) -> None:
+    """Let sockets of this user that also ask for it use the same port, where the system knows how."""
+    option = getattr(socket, "SO_REUSEPORT", None)
+    if option is not None and os.name == "posix":
+        sock.setsockopt(trio.socket.SOL_SOCKET, option, 1)
+
+
+async def connect_from(source: Endpoint, target: Endpoint) -> trio.SocketStream:
+    """A connection from a port that this node also listens on, which is what a router then shows to the outside.
+
+    `source` is what the listener is bound to. Raises OSError, also where the system does not permit this. The deadline
+    is the caller's.
+    """
+    family = trio.socket.AF_INET6 if ":" in target[0] else trio.socket.AF_INET
+    sock = trio.socket.socket(family, trio.socket.SOCK_STREAM)
+    done = False
+    try:
+        if os.name == "posix":
+            sock.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEADDR, 1)
+        share_port(sock)
+        await sock.bind(source)
+        await sock.connect(target)
+        done = True
+        return trio.SocketStream(sock)
+    finally:
+        if not done:
+            sock.close()
+
+
 async def _bind(address: str, host: str, port: int) -> trio.socket.SocketType:
     family = trio.socket.AF_INET6 if ":" in host else trio.socket.AF_INET
     sock: trio.socket.SocketType | None = None
@@ -125,6 +210,7 @@ async def _bind(address: str, host: str, port: int) -> trio.socket.SocketType:
         if family == trio.socket.AF_INET6:
             sock.setsockopt(trio.socket.IPPROTO_IPV6, trio.socket.IPV6_V6ONLY, 1)
         await sock.bind((host, port))
+        share_port(sock)  # only now: another node on this port is refused, this node's own dials are not
         sock.listen(_BACKLOG)
     except OSError as error:
         if sock is not None:

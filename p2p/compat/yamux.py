@@ -26,6 +26,7 @@ from libp2p.stream_muxer.exceptions import (
 )
 from multiaddr import Multiaddr
 
+from p2p.compat.tcp import Way
 from p2p.compat.yamux_frames import (
     ACK,
     DATA,
@@ -70,6 +71,7 @@ class MendedYamux(IMuxedConn):
         self.limits = limits or MuxLimits()
         self.secured_conn = conn
         self.peer_id = peer_id
+        self.way: Way = getattr(conn, "way", None) or Way()
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
         self.on_close: Callable[[], Awaitable[None]] | None = None

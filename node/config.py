@@ -58,7 +58,9 @@ class DaemonConfig:
     against better ones and copies against demand. `queue_max` requests wait here for their turn, `queue_wait_s` at
     most; `deadline_s` and `first_token_s` hold for every request (None: what its client says). A node that failed is
     first avoided for `avoid_s`. Prefill and decode go to separate chains where that saves the share `split_gain` of a
-    request's time (1: never). `mdns`: members on the same LAN are found by multicast.
+    request's time (1: never). `relay_mbps` (Mbit/s) is what this node relays with for members that cannot be reached
+    otherwise, where it can be reached itself (0: it does not; nor does one with the tag `metered`). `mdns`: members on
+    the same LAN are found by multicast.
     """
 
     data_dir: Path
@@ -93,6 +95,7 @@ class DaemonConfig:
     first_token_s: float | None = None
     avoid_s: float = 10.0
     split_gain: float = 0.15
+    relay_mbps: float = 20.0
     rpc_silence_s: float = 3.0
     suspect_grace_s: float = 2.0
     node_ttl_s: float = 20.0
@@ -220,6 +223,16 @@ def _share(value: Any, name: str) -> float:
     return number
 
 
+def _megabits(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if isinstance(value, bool) or not 0.0 <= number <= 1e6:
+        raise ConfigProblem(name, value, "Mbit/s from 0 (this node does not relay) to 1000000")
+    return number
+
+
 def _device(value: Any, name: str) -> str:
     if not DEVICES.fullmatch(str(value)):
         raise ConfigProblem(name, value, "cpu, cuda, cuda:N, mps or xpu, several separated by commas, or all")
@@ -263,6 +276,7 @@ _PARSERS: dict[str, Any] = {
     "first_token": _seconds,
     "avoid": _seconds,
     "split_gain": _share,
+    "relay_mbps": _megabits,
     "log_level": lambda v, n: _choice(str(v).lower(), n, LOG_LEVELS),
 }
 _TARGETS = {

@@ -15,6 +15,13 @@ from typing import Any, Literal
 
 import psutil
 
+NATS = {
+    "none": "none: this computer's own address is seen outside",
+    "port-preserving": "port-preserving: holes can be punched",
+    "endpoint-independent": "endpoint-independent: holes can be punched, ports change",
+    "symmetric": "symmetric: each peer sees another port, so no hole can be punched",
+    "unknown": "unknown: fewer than two members have measured it",
+}
 DISK_LOW_BYTES = 2 << 30
 MEMORY_LOW_BYTES = 512 << 20
 SKEW_S = 2.0
@@ -48,7 +55,8 @@ class PeerFacts:
 class Facts:
     """Everything that was measured. Sizes in bytes; `standing` says why this node is no member, else it is empty.
 
-    `refused` counts by reason what others said and was not believed, `refused_by` are members that would not connect.
+    `reach` is the report of `p2p.Reach`. `refused` counts by reason what others said and was not believed,
+    `refused_by` are members that would not connect.
     """
 
     running: bool
@@ -64,21 +72,35 @@ class Facts:
     memory_lent_bytes: int | None = None
     devices: tuple[str, ...] = ()
     accelerators: tuple[str, ...] | None = None
+    reach: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, int] = field(default_factory=dict)
     refused_by: Mapping[str, str] = field(default_factory=dict)
 
 
 def document(facts: Facts) -> dict[str, Any]:
     """The JSON-able answer: what was measured, and the findings, blockers first."""
-    reached = sum(peer.dialled == "by them" for peer in facts.peers)
     return {
         **asdict(facts),
         "peers": [asdict(peer) for peer in facts.peers],
-        "reachability": "unknown" if not reached else f"{reached} members connected to this node",
-        "nat": "unknown: no third computer has measured it",
+        "reachability": reachability(facts),
+        "nat": NATS[str(facts.reach.get("nat", "unknown"))],
+        "relays": list(facts.reach.get("relays", ())),
         "clock_behind_s": clock_behind_s(facts.peers),
         "findings": [asdict(finding) for finding in findings(facts)],
     }
+
+
+def reachability(facts: Facts) -> str:
+    """Whether others can connect to this node, in a few words."""
+    verdict, at = facts.reach.get("verdict"), facts.reach.get("at")
+    if verdict == "public":
+        return f"yes: members connected to {at}"
+    if verdict == "private":
+        relays = len(facts.reach.get("relays", ()))
+        through = f"through {relays} relay{'s' if relays > 1 else ''}" if relays else "by nobody"
+        return f"not directly: members tried {at}; {through}"
+    reached = sum(peer.dialled == "by them" for peer in facts.peers)
+    return "unknown" if not reached else f"{reached} members connected to this node"
 
 
 def clock_behind_s(peers: Sequence[PeerFacts]) -> float | None:
@@ -92,6 +114,7 @@ def findings(facts: Facts) -> list[Finding]:
     found = [
         *_of_life(facts),
         *_of_company(facts),
+        *_of_reach(facts),
         *_of_clocks(facts),
         *_of_resources(facts),
         *_of_links(facts),
@@ -148,7 +171,7 @@ def _of_company(facts: Facts) -> list[Finding]:
         )
     elif not facts.peers:
         out.append(Finding("note", "this node is alone in its mesh", "add a computer with: shoal invite"))
-    elif outside and not any(peer.dialled == "by them" for peer in facts.peers):
+    elif outside and _undecided(facts) and not any(peer.dialled == "by them" for peer in facts.peers):
         port = outside[0].partition("/tcp/")[2].partition("/")[0]
         out.append(
             Finding(
@@ -158,6 +181,30 @@ def _of_company(facts: Facts) -> list[Finding]:
             )
         )
     return out
+
+
+def _undecided(facts: Facts) -> bool:
+    return bool(facts.reach.get("verdict", "unknown") == "unknown")
+
+
+def _of_reach(facts: Facts) -> list[Finding]:
+    if facts.reach.get("verdict") != "private" or not facts.peers:
+        return []
+    port = str(facts.reach.get("at", "")).rpartition(":")[2]
+    step = (
+        f"nothing has to be done; forwarding TCP port {port} to this computer in the router makes it faster"
+    )
+    if facts.reach.get("relays"):
+        relayed = sum(peer.path == "relayed" for peer in facts.peers)
+        what = (
+            f"members cannot connect to this node directly; it is reached through relays, {relayed} peers are"
+        )
+        return [Finding("note", what, step)]
+    what = "members cannot connect to this node, and no member that can be reached relays for it"
+    return [
+        Finding("warning", what, f"forward TCP port {port} to this computer in the router, or let a member with a "
+                "public address join (its owner sets --relay-mbps)")
+    ]  # fmt: skip
 
 
 def _of_clocks(facts: Facts) -> list[Finding]:

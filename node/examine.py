@@ -36,10 +36,18 @@ def examine(node: MeshNode, root: Path) -> dict[str, Any]:
         memory_lent_bytes=node.hardware.memory_bytes,
         devices=tuple(device.device for device in node.hardware.devices),
         accelerators=accelerators(),
+        reach=_reach(node),
         refused=refused,
         refused_by={} if roster is None else {str(peer): why for peer, why in roster.refusals.items()},
     )
     return document(facts)
+
+
+def _reach(node: MeshNode) -> dict[str, Any]:
+    own = node.reaching.document()
+    return {
+        name: own[name] for name in ("verdict", "nat", "at", "mapped", "relays", "mbps", "carries", "serves")
+    }
 
 
 def _peer(node: MeshNode, peer: PeerId, name: str) -> PeerFacts:
@@ -47,7 +55,7 @@ def _peer(node: MeshNode, peer: PeerId, name: str) -> PeerFacts:
     return PeerFacts(
         peer=peer,
         name=name,
-        path="direct",  # every connection is a TCP connection to the peer itself
+        path=node.reaching.path(peer),
         dialled="by them" if peer in node.host.dialled_by() else "by this node",
         rtt_s=node.rpc.rtt_s(peer),
         bytes_per_s=node.probe.rates.get(peer) if bits is None else bits / 8,

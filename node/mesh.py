@@ -37,6 +37,7 @@ from node.offers import model_advert
 from node.planning import Planning
 from node.preview import preview_document
 from node.probe import Probe
+from node.reaching import Reaching
 from node.serve.gateway import MeshGateway, serve_config
 from node.serve.returns import Returns
 from node.serve.stage import StageService
@@ -144,6 +145,7 @@ class MeshNode:
         self._settled_s = float("inf")
         self._seqs: dict[PeerId, int] = {}
         self.probe = Probe(self.rpc, lambda: METERED in self.tags)
+        self.reaching = Reaching(host, self.rpc, self.gossip, self.view, config, self._publish_node)
         self._fences = self.planning.fences
         self._planning_turn = trio.Lock()
 
@@ -164,6 +166,7 @@ class MeshNode:
             self._publish_node()
             self.offering.begin()
             await nursery.start(self.directory.run)
+            await nursery.start(self.reaching.run)
             nursery.start_soon(self._keep_planning)
             nursery.start_soon(self._keep_links)
             others = bool(self.membership.addrs or self.directory.remembered())
@@ -274,7 +277,7 @@ class MeshNode:
             standings=self.gateway.standings(),
             queues=self.gateway.queues(),
         )
-        return {**document, "runs": self.collectives.report()}
+        return {**document, "runs": self.collectives.report(), "reach": self.reaching.document()}
 
     def invite(self, ttl_s: float | None, *, once: bool = False) -> str:
         """An invite to this mesh with this node's addresses first. Raises ControlProblem where it cannot be made."""
@@ -419,7 +422,7 @@ class MeshNode:
     def _on_peer(self, event: PeerEvent) -> None:
         if event.kind == "up":
             self.suspects.up(event.peer)
-        else:
+        elif event.kind == "down":
             self.suspects.down(event.peer, trio.current_time())
             log.info("lost %s", event.peer)
             if any(node_of(host) == event.peer for hosts in self.atlas().hosts.values() for host in hosts):

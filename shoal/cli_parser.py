@@ -175,10 +175,9 @@ def _daemon_flags(parser: Parser) -> None:
     place.add_argument("--name", metavar="NAME", help="what others see (default: the host's name)")
     place.add_argument("--config", metavar="FILE", help="a TOML file with the same settings")
     place.add_argument("-v", "--verbose", action="count", default=0, help="log what happens; -vv logs more")
-    place.add_argument(
-        "--log-level", metavar="LEVEL", help="debug, info, warning or error (default: warning)"
-    )
+    place.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning (default) or error")
     net = parser.add_argument_group("network")
+    net.add_argument("--relay-mbps", metavar="N", help="Mbit/s to relay with for others (default: 20)")
     net.add_argument(
         "--api", metavar="HOST:PORT", help="where the HTTP API listens (default: 127.0.0.1:8080)"
     )

@@ -42,6 +42,7 @@ SAME_NAME = (
     "name",
     "tags",
     "region",
+    "relay_mbps",
     "require",
     "ends_require",
     "log_level",

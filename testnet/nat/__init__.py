@@ -6,19 +6,24 @@
 from __future__ import annotations
 
 from testnet.nat.lab import NatLab, sweep, why_not
+from testnet.nat.mesh import HOMES, NatMesh, Pair, measure
 from testnet.nat.network import Delivery, HostSpec, LinkSpec, Network, RouterSpec
 from testnet.nat.router import KINDS, Router, RouterKind
 
 __all__ = [
+    "HOMES",
     "KINDS",
     "Delivery",
     "HostSpec",
     "LinkSpec",
     "NatLab",
+    "NatMesh",
     "Network",
+    "Pair",
     "Router",
     "RouterKind",
     "RouterSpec",
+    "measure",
     "sweep",
     "why_not",
 ]

@@ -174,3 +174,13 @@ def test_how_much_separate_chains_must_gain_is_a_share(tmp_path):
     for wrong in (1.5, -0.1, "much", True, "nan"):
         with pytest.raises(ConfigProblem, match="split_gain"):
             load_config({"split_gain": wrong}, env)
+
+
+def test_what_is_relayed_with_is_a_rate(tmp_path):
+    env = {"XDG_CONFIG_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
+    assert load_config({}, env).relay_mbps == 20.0
+    assert load_config({"relay_mbps": "0"}, env).relay_mbps == 0.0
+    assert load_config({}, env | {"SHOAL_RELAY_MBPS": "2.5"}).relay_mbps == 2.5
+    for wrong in ("fast", "-1", "nan", "1e9"):
+        with pytest.raises(ConfigProblem, match="relay_mbps"):
+            load_config({"relay_mbps": wrong}, env)

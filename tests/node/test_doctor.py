@@ -90,3 +90,27 @@ def test_without_a_daemon_the_data_directory_is_looked_at_and_left_as_it_is(tmp_
     roster.expel(identity.peer_id, 1.0)
     data.remember_roster(membership.mesh_id, roster.dump())
     assert "expelled" in examine_offline(tmp_path)["standing"]
+
+
+PRIVATE = {"verdict": "private", "nat": "symmetric", "at": "45.0.1.1:4001", "relays": ["12D3relay"]}
+
+
+def test_a_node_behind_a_router_is_told_its_kind_its_relays_and_what_would_help():
+    answer = document(replace(WELL, reach=PRIVATE, peers=(replace(PEER, path="relayed"),)))
+    assert answer["nat"].startswith("symmetric")
+    assert answer["reachability"] == "not directly: members tried 45.0.1.1:4001; through 1 relay"
+    (finding,) = answer["findings"]
+    assert (finding["level"], "1 peers are" in finding["what"]) == ("note", True)
+    assert "TCP port 4001" in finding["next_step"]
+
+
+def test_a_node_that_nobody_relays_for_is_warned():
+    (finding,) = findings(replace(WELL, reach=PRIVATE | {"relays": []}))
+    assert finding.level == "warning"
+    assert "--relay-mbps" in finding.next_step
+
+
+def test_a_node_that_members_reached_says_where():
+    reach = {"verdict": "public", "nat": "none", "at": "45.0.0.10:4001", "relays": []}
+    assert document(replace(WELL, reach=reach))["reachability"] == "yes: members connected to 45.0.0.10:4001"
+    assert findings(replace(WELL, reach=reach, peers=(replace(PEER, dialled="by this node"),))) == []

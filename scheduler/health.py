@@ -44,6 +44,9 @@ class Standing:
     slowdown: float
 
 
+GOOD = Standing("good", 1.0, 1.0)
+
+
 @dataclass(slots=True)
 class _Record:
     good: float = 8.0
@@ -102,11 +105,14 @@ class Health:
 
     def standing(self, node: str, now_s: float) -> Standing:
         """What to think of a node now; unknown ones are good."""
+        return self._standing(node, self._usual(), now_s)
+
+    def _standing(self, node: str, usual: float, now_s: float) -> Standing:
         record = self._records.get(node)
         if record is None:
-            return Standing("good", 1.0, 1.0)
+            return GOOD
         reliability = (record.good + 1.0) / (record.good + record.bad + 1.0)
-        slowdown = max(1.0, math.exp(record.log_ratio - self._usual()))
+        slowdown = max(1.0, math.exp(record.log_ratio - usual))
         if now_s < record.out_until_s:
             return Standing("out", 0.0, slowdown)
         if record.slow and now_s < record.slow_until_s:
@@ -120,7 +126,8 @@ class Health:
 
         Where leaving out every host that is out would leave a layer to nobody, those hosts stay, as the last resort.
         """
-        standing = {h.node: self.standing(h.node, now_s) for h in hosted}
+        usual = self._usual()
+        standing = {h.node: self._standing(h.node, usual, now_s) for h in hosted}
         kept = [h for h in hosted if standing[h.node].state != "out"]
         served = {x for h in kept for x in range(h.start, h.end)}
         kept += [
@@ -128,16 +135,7 @@ class Health:
             for h in hosted
             if standing[h.node].state == "out" and not served.issuperset(range(h.start, h.end))
         ]
-        return [
-            replace(
-                h,
-                reliability=h.reliability * max(0.05, standing[h.node].reliability),
-                s_per_layer=h.s_per_layer * factor,
-                prefill_s_per_token_per_layer=h.prefill_s_per_token_per_layer * factor,
-            )
-            for h in kept
-            for factor in (standing[h.node].slowdown if standing[h.node].state == "slow" else 1.0,)
-        ]
+        return [_seen_as(h, standing[h.node]) for h in kept]
 
     def standings(self, now_s: float) -> dict[str, Standing]:
         """Every node of which anything was seen."""
@@ -174,3 +172,16 @@ class Health:
             record.slow, record.slowed_s = True, now_s
             record.slow_until_s = now_s + min(self.config.out_s_max, spell_s)
             record.slow_relapses += 1
+
+
+def _seen_as(h: Hosted, standing: Standing) -> Hosted:
+    """A span with what is thought of its host."""
+    factor = standing.slowdown if standing.state == "slow" else 1.0
+    if factor == standing.reliability == 1.0:
+        return h
+    return replace(
+        h,
+        reliability=h.reliability * max(0.05, standing.reliability),
+        s_per_layer=h.s_per_layer * factor,
+        prefill_s_per_token_per_layer=h.prefill_s_per_token_per_layer * factor,
+    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from scheduler.errors import NoChain, NoRoom, Rejected
 from scheduler.routing import RELIABILITY_LEAST, ChainRequest, Hosted, Router, Stage, prefill_s, queue_s
 from scheduler.shapes import Links
+from scheduler.terrain import Terrain
 
 WAIT_WEIGHT = 4.0
 """Seconds of decoding that a second until the first token is worth."""
@@ -24,6 +25,8 @@ MARGIN = 0.95
 TRIES_MAX = 3
 """Chains that are left for better ones for one request."""
 ALTERNATES = 2
+TERRAIN_AGE_S_MAX = 10.0
+"""After so long distances are asked for again, and the places of a large mesh where good chains are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,40 @@ class Offer:
         return self.missed, self.cost_s
 
 
-class Outlook:
-    """Hosts as one gateway believes them to be. `chunk_tokens` of a prompt at a time go from stage to stage."""
+class Surveyor:
+    """Keeps the terrain that one gateway last found for a model, and gives it to the next router while the same spans
+    are hosted; for TERRAIN_AGE_S_MAX at most, for distances are measured anew all the time."""
 
-    def __init__(self, hosted: Sequence[Hosted], links: Links, *, chunk_tokens: int) -> None:
+    def __init__(self) -> None:
+        self._terrain: Terrain | None = None
+        self._made_s = 0.0
+
+    def router(self, hosted: Sequence[Hosted], links: Links, now_s: float) -> Router:
+        """Over these hosts, with their loads of now."""
+        ripe = now_s - self._made_s > TERRAIN_AGE_S_MAX
+        router = Router(hosted, links, None if ripe else self._terrain)
+        if router.terrain is not self._terrain:
+            self._terrain, self._made_s = router.terrain, now_s
+        return router
+
+
+class Outlook:
+    """Hosts as one gateway believes them to be. `chunk_tokens` of a prompt at a time go from stage to stage.
+
+    A gateway that asks often gives its `surveyor` and the time, so that what loads do not change is worked out once.
+    """
+
+    def __init__(
+        self,
+        hosted: Sequence[Hosted],
+        links: Links,
+        *,
+        chunk_tokens: int,
+        surveyor: Surveyor | None = None,
+        now_s: float = 0.0,
+    ) -> None:
         self._hosted, self._links = hosted, links
+        self._surveyor, self._now_s = surveyor or Surveyor(), now_s
         self._chunk_tokens = chunk_tokens
         self._router: Router | None = None
         self._hosts: dict[str, list[Hosted]] = {}
@@ -81,7 +113,7 @@ class Outlook:
     def router(self) -> Router:
         """Over these hosts; made when it is first asked for, for whoever only weighs needs none."""
         if self._router is None:
-            self._router = Router(self._hosted, self._links)
+            self._router = self._surveyor.router(self._hosted, self._links, self._now_s)
         return self._router
 
     def offer(self, request: ChainRequest, aims: Aims) -> Offer:

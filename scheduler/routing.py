@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from scheduler.errors import NoChain, NoRoom, Rejected
 from scheduler.shapes import Links
-from scheduler.shortlist import Shortlist, anchors, mix, noise
+from scheduler.shortlist import anchors, mix, noise
+from scheduler.terrain import Terrain
 from scheduler.walk import Ground, Walk, shortest_walk
 
 EXACT_SPANS_MAX = 48
@@ -170,21 +171,20 @@ class _Trip:
 
 
 class Router:
-    """One view of what is hosted. Build it when the view is refreshed, ask it for every request until then."""
+    """One view of what is hosted. Build it when the view is refreshed, ask it for every request until then; where only
+    loads changed, a new one on the old `terrain` costs little."""
 
-    def __init__(self, hosted: Sequence[Hosted], links: Links) -> None:
+    def __init__(self, hosted: Sequence[Hosted], links: Links, terrain: Terrain | None = None) -> None:
+        """`terrain` is that of an earlier router; where the spans are the same it serves again, links and all."""
         self._spans = sorted(
             (h for h in hosted if 0 <= h.start < h.end), key=lambda h: (h.node, h.start, h.end)
         )
-        self._links = links
-        self._known: dict[tuple[int, int], tuple[float, float]] = {}
-        self._from_gateway: dict[str, list[float]] = {}
-        self._marks = [mix(v) for v in range(len(self._spans))]
-        self._anchors: list[list[float]] = []
-        self._places_good: list[int] = []
-        self._names = [h.node for h in self._spans]
-        self._starts = [h.start for h in self._spans]
-        self._shortlist = Shortlist(self._starts, [h.end for h in self._spans])
+        places = [(h.node, h.start, h.end) for h in self._spans]
+        if terrain is None or terrain.spans != places:
+            terrain = Terrain(places, links)
+        self.terrain = terrain
+        self._links = terrain.links
+        self._names, self._starts, self._shortlist = terrain.names, terrain.starts, terrain.shortlist
         self._kv_tokens_free = [h.kv_tokens_free for h in self._spans]
         self._queue_s = [h.queue_s for h in self._spans]
         self._by_class = {v: h.queue_by_class_s for v, h in enumerate(self._spans) if h.queue_by_class_s}
@@ -269,11 +269,18 @@ class Router:
     def _moving_s(self, request: ChainRequest, first: Chain) -> list[float]:
         """Seconds for each span to take over one layer's cache of the prompt from where `first` leaves it, so that a
         search finds chains near to it."""
+        terrain = self.terrain
+        givers = [(terrain.names.index(a.node), a) for a in first.stages]
+        each = request.prompt_tokens * request.kv_bytes_per_token_per_layer
         found = []
-        for h in self._spans:
-            stage = Stage(h.node, h.start, min(h.end, request.layers))
-            taken_s = self._busy_s(request, first, [stage]).get((stage.node, True), 0.0)
-            found.append(taken_s / max(1, stage.end - stage.start))
+        for v, h in enumerate(self._spans):
+            taken_s = 0.0
+            for u, a in givers:
+                layers = min(a.end, h.end) - max(a.start, h.start)
+                if layers > 0 and a.node != h.node:
+                    message_s, byte_s = terrain.known.get((u, v)) or terrain.link(u, v)
+                    taken_s += message_s + each * layers * byte_s
+            found.append(taken_s / max(1, min(h.end, request.layers) - h.start))
         return found
 
     def _roomy(self, request: ChainRequest) -> list[int]:
@@ -314,16 +321,16 @@ class Router:
     ) -> list[Chain]:
         """Up to `count` chains, each avoiding the nodes of those before it. `more_s` weighs in the search, by span and
         layer, and not in the price."""
-        seen = costs.blurred(noise(self._marks, request.seed, SPREAD)) if request.seed else costs
+        seen = costs.blurred(noise(self.terrain.marks, request.seed, SPREAD)) if request.seed else costs
         if more_s:
             seen = _Costs(seen.enter_s, [a + b for a, b in zip(seen.layer_s, more_s, strict=True)])
-        trip = _Trip(request, costs, seen, hops, self._near_s(request.gateway))
+        trip = _Trip(request, costs, seen, hops, self.terrain.near_s(request.gateway))
         large = len(roomy) > EXACT_SPANS_MAX
         places = self._places(trip, roomy) if large else []
         ranked, chains, used = roomy, list[Chain](), set[int]()
         for k in range(count):
             if k < len(places):
-                near_s = self._anchors[places[k]]
+                near_s = self.terrain.anchors[places[k]]
                 ranked = self._shortlist.rank(roomy, seen.enter_s, seen.layer_s, near_s, hops)
             found = self._attempt(trip, ranked, used)
             if found is None or any(found[0].stages == chain.stages for chain in chains):
@@ -335,13 +342,14 @@ class Router:
     def _places(self, trip: _Trip, roomy: list[int]) -> list[int]:
         """Where in a large mesh to look for the first chain, and for each alternate: the anchors around which the
         first request of this view found the best chain, the best that avoids it, and so on."""
-        if not self._places_good:
-            names = self._names
-            self._anchors = anchors(lambda u, v: self._links(names[u], names[v]).latency_s, len(names))
+        terrain = self.terrain
+        if not terrain.places_good:
+            names, links = terrain.names, terrain.links
+            terrain.anchors = anchors(lambda u, v: links(names[u], names[v]).latency_s, len(names))
             seen = trip.seen
             lists = [
                 self._shortlist.rank(roomy, seen.enter_s, seen.layer_s, near, trip.hops)
-                for near in self._anchors
+                for near in terrain.anchors
             ]
             used: set[int] = set()
             for _ in range(CHOICES):
@@ -350,9 +358,9 @@ class Router:
                 if not able:
                     break
                 _, place, numbers = min(able)
-                self._places_good.append(place)
+                terrain.places_good.append(place)
                 used.update(numbers)
-        return self._places_good
+        return terrain.places_good
 
     def _attempt(self, trip: _Trip, ranked: list[int], used: set[int]) -> tuple[Chain, list[int]] | None:
         """The best chain over a list of spans, at its true cost, and its spans; nodes already used only if need be."""
@@ -363,22 +371,9 @@ class Router:
             return None
         return self._priced(trip, walk), [v for v, _, _ in walk.stages]
 
-    def _near_s(self, gateway: str) -> list[float]:
-        """Latency from a gateway to every span's node, asked once a view."""
-        known = self._from_gateway.get(gateway)
-        if known is None:
-            known = [self._links(gateway, name).latency_s for name in self._names]
-            self._from_gateway[gateway] = known
-        return known
-
-    def _link(self, u: int, v: int) -> tuple[float, float]:
-        """Seconds a message and seconds a byte between two spans' nodes, asked once a view."""
-        link = self._links(self._names[u], self._names[v])
-        found = self._known[u, v] = link.latency_s, 1 / link.bytes_per_s if link.bytes_per_s > 0 else 0.0
-        return found
-
     def _ground(self, trip: _Trip, used: set[int], *, whole: bool) -> Ground:
-        crossings, size, known = trip.crossings, trip.hop_bytes, self._known
+        crossings, size, terrain = trip.crossings, trip.hop_bytes, self.terrain
+        known = terrain.known
         enter_s, layer_s = trip.seen.enter_s, trip.seen.layer_s
         if used:
             enter_s, layer_s = list(enter_s), list(layer_s)
@@ -387,7 +382,7 @@ class Router:
                 layer_s[v] *= ALTERNATE_PENALTY
 
         def hop_s(u: int, v: int) -> float:
-            found = known.get((u, v)) or self._link(u, v)
+            found = known.get((u, v)) or terrain.link(u, v)
             return crossings * found[0] + size * found[1]
 
         firsts_max = (FIRSTS_SEEDED_MAX if trip.request.seed else EXACT_SPANS_MAX) if whole else 0
@@ -412,7 +407,7 @@ class Router:
         cost += sum(costs.enter_s[v] + costs.layer_s[v] * (end - start) for v, start, end in walk.stages)
         if len(numbers) > 1:
             for u, v in zip(numbers, [*numbers[1:], numbers[0]], strict=True):
-                message_s, byte_s = self._known.get((u, v)) or self._link(u, v)
+                message_s, byte_s = self.terrain.known.get((u, v)) or self.terrain.link(u, v)
                 cost += trip.crossings * message_s + trip.hop_bytes * byte_s
         return Chain(tuple(Stage(self._names[v], start, end) for v, start, end in walk.stages), cost)
 

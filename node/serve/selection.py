@@ -17,7 +17,7 @@ from node.serve.prefixes import Finder, Holding, Teller, read_summary
 from node.serve.protocol import BACKGROUND, PIECE_TOKENS, Priority, StageRef
 from scheduler import ChainRequest, Health, Hosted, Links, NoChain, NoRoom, Rejected, Stage, node_of
 from scheduler.ledger import Ledger
-from scheduler.outlook import Aims, Offer, Outlook
+from scheduler.outlook import Aims, Offer, Outlook, Surveyor
 from scheduler.parting import GAIN, Holder, Parted, part
 from scheduler.routing import prefill_s
 
@@ -86,8 +86,22 @@ class Choice:
         return replace(self, prefill=replace(self.prefill, reuse=tokens))
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What one atlas says of a model: its ready spans, the advert of each, and the distances."""
+
+    atlas: Atlas
+    model: ModelAdvert
+    plain: list[Hosted]
+    adverts: list[HostAdvert | None]
+    links: Links
+
+
 class Selector:
-    """Chooses for one gateway. `ledger` and `finder` are told of its sessions, `health` of what they saw."""
+    """Chooses for one gateway. `ledger` and `finder` are told of its sessions, `health` of what they saw.
+
+    An atlas is read once for each model, and what loads do not change is kept from one to the next.
+    """
 
     def __init__(self, me: str, health: Health, split_gain: float = GAIN) -> None:
         self._me = me
@@ -96,6 +110,8 @@ class Selector:
         self._whole_until_s = -math.inf
         self.ledger = Ledger()
         self.finder = Finder()
+        self._readings: dict[str, _Reading] = {}
+        self._surveyors: dict[str, Surveyor] = {}
 
     def spans(
         self,
@@ -111,9 +127,9 @@ class Selector:
 
         `boundless`: as if there were room for everything; `without`: as if that session of ours were not.
         """
-        plain = atlas.hosted(model)
-        adverts = _adverts_of(atlas, model, plain)
-        hosted = self.ledger.adjusted(model.manifest_id, plain, adverts, now_s, without=without)
+        read = self._read(atlas, model)
+        adverts = read.adverts
+        hosted = self.ledger.adjusted(model.manifest_id, read.plain, adverts, now_s, without=without)
         if boundless:
             hosted = [replace(h, kv_tokens_free=BOUNDLESS) for h in hosted]
         elif priority < BACKGROUND:
@@ -122,6 +138,25 @@ class Selector:
                 for h, a in zip(hosted, adverts, strict=True)
             ]
         return self.health.hosted(hosted, now_s)
+
+    def _read(self, atlas: Atlas, model: ModelAdvert) -> _Reading:
+        known = self._readings.get(model.manifest_id)
+        if known is None or known.atlas is not atlas or known.model != model:
+            for table in (self._readings, self._surveyors):
+                for gone in [m for m in table if m not in atlas.hosts]:
+                    del table[gone]
+            plain = atlas.hosted(model)
+            known = _Reading(atlas, model, plain, _adverts_of(atlas, model, plain), atlas.links())
+            self._readings[model.manifest_id] = known
+        return known
+
+    def _outlook(
+        self, atlas: Atlas, model: ModelAdvert, hosted: Sequence[Hosted], now_s: float
+    ) -> tuple[Outlook, Links]:
+        surveyor = self._surveyors.setdefault(model.manifest_id, Surveyor())
+        links = self._read(atlas, model).links
+        outlook = Outlook(hosted, links, chunk_tokens=PIECE_TOKENS, surveyor=surveyor, now_s=now_s)
+        return outlook, links
 
     def room(self, atlas: Atlas, model: ModelAdvert, now_s: float) -> int:
         """Tokens for which every layer has room now, background sessions aside."""
@@ -140,8 +175,7 @@ class Selector:
         Raises NoChain and NoRoom, and Rejected where strict aims cannot be kept.
         """
         hosted = self.spans(atlas, model, now_s, priority=wish.priority, boundless=boundless)
-        links = atlas.links()
-        outlook = Outlook(hosted, links, chunk_tokens=PIECE_TOKENS)
+        outlook, links = self._outlook(atlas, model, hosted, now_s)
         request = self._request(model, wish)
         best: Offer | None = None
         reuse, holders = 0, list[Holder]()
@@ -205,9 +239,9 @@ class Selector:
         Raises Rejected where strict aims cannot be kept.
         """
         hosted = self.spans(atlas, model, now_s, priority=wish.priority, without=session)
-        links, stages = atlas.links(), as_stages(choice.stages)
+        outlook, links = self._outlook(atlas, model, hosted, now_s)
+        stages = as_stages(choice.stages)
         request = _held(self._request(model, wish), stages, choice.reuse)
-        outlook = Outlook(hosted, links, chunk_tokens=PIECE_TOKENS)
         better = outlook.instead(stages, request, wish.aims, tries=tries)
         return None if better is None else self._choice(better, hosted, links, wish, reuse=0)
 

@@ -131,6 +131,18 @@ def test_one_gateways_burst_spreads_though_the_adverts_stay_the_same(selector):
     assert firsts.count("a1") == 20, "without chance it is its own bookings that turn it elsewhere"
 
 
+def test_one_atlas_is_read_once_and_a_new_one_at_once(selector, monkeypatch):
+    read, plain = [], Atlas.hosted
+    monkeypatch.setattr(Atlas, "hosted", lambda self, *more: read.append(self) or plain(self, *more))
+    first, second = atlas(two_each()), atlas({name: h for name, h in two_each().items() if name != "a1"})
+    for seed in range(1, 9):
+        assert selector.choose(first, MODEL, wish(seed=seed), 0.0)
+    assert read == [first]
+    assert peers(selector.choose(second, MODEL, wish(seed=1), 0.1))[0] == "a2"
+    assert selector.room(second, MODEL, 0.1) == 10_000
+    assert read == [first, second]
+
+
 def test_many_gateways_with_one_old_view_do_not_pick_one_chain():
     view = atlas(two_each())
     picked = []

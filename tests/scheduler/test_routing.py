@@ -1,10 +1,12 @@
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from scheduler import ChainRequest, Hosted, Link, NoChain, NoRoom, Rejected, Router, choose_chain
+from scheduler.outlook import Surveyor
 
 
 def host(node, start, end, s=0.001, queue=0.0, kv=10_000, **more):
@@ -273,6 +275,42 @@ def test_a_router_answers_many_requests_of_one_view_alike():
     router = Router(hosted, links)
     wish = ask(layers=24, gateway="n0", seed=3)
     assert router.choose(wish) == router.choose(wish) == choose_chain(hosted, links, wish)
+
+
+def test_what_loads_do_not_change_is_worked_out_once():
+    hosted, links = wide_mesh(100, 24, 5)
+    asked = Counter()
+
+    def counted(a, b):
+        asked[a, b] += 1
+        return links(a, b)
+
+    surveyor = Surveyor()
+    wish = ask(layers=24, gateway="n0")
+    surveyor.router(hosted, counted, 0.0).choose(wish)
+    first = asked.total()
+    later = [
+        replace(h, queue_s=h.queue_s + 0.1 + k % 3 / 50, kv_tokens_free=9000) for k, h in enumerate(hosted)
+    ]
+    found = surveyor.router(later, counted, 1.0).choose(wish)
+    assert asked.total() < 1.1 * first
+    assert found.cost_s <= 1.05 * choose_chain(later, links, wish).cost_s
+    assert found.cost_s > choose_chain(hosted, links, wish).cost_s
+
+
+@pytest.mark.parametrize("what", ["a span moved", "a host left", "time passed"])
+def test_what_is_no_longer_so_is_worked_out_again(what):
+    hosted, links = wide_mesh(100, 24, 5)
+    surveyor, wish = Surveyor(), ask(layers=24, gateway="n0", seed=3)
+    surveyor.router(hosted, links, 0.0).choose(wish)
+    now_s, near = 1.0, links
+    if what == "a span moved":
+        hosted = [replace(hosted[0], start=0, end=24), *hosted[1:]]
+    elif what == "a host left":
+        hosted = hosted[1:]
+    else:
+        now_s, near = 11.0, lambda a, b: replace(links(a, b), latency_s=1.0)
+    assert surveyor.router(hosted, near, now_s).choose(wish) == choose_chain(hosted, near, wish)
 
 
 @pytest.mark.parametrize("seed", [4, 5, 6])

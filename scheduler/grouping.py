@@ -85,6 +85,8 @@ class Grouping:
 
     def unused(self) -> list[int]:
         """Seats in no group."""
+        if sum(map(len, self.groups)) == len(self.pool.seats):
+            return []
         used = {i for group in self.groups for i in group}
         return [i for i in range(len(self.pool.seats)) if i not in used]
 

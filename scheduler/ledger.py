@@ -16,6 +16,8 @@ ADVERT_AGE_S_MAX = 3.0
 """After so long an advert has had its chance to change: what it says holds."""
 ADVERT_LAG_S = 2.0
 """An advert may speak of a time so long before it came: what a stage said to this gateway since then is newer."""
+SAID_SPARE = 8
+"""So many times the adverts that are asked about are kept: it may be some hosts now and others the next time."""
 YIELDS = 2
 """Work of this class and those after it waits for all other."""
 
@@ -90,18 +92,25 @@ class Ledger:
             if session.closed_s is not None and now_s - session.closed_s > ADVERT_AGE_S_MAX:
                 del self._sessions[name]
         own = self._by_node(model)
-        before, fresh = self._said.get(model, {}), {}
+        first_said = self._said.setdefault(model, {})
         out = []
         for h, advert in zip(hosted, said, strict=True):
             key = (h.node, h.start, h.end)
-            known = before.get(key)
-            fresh[key] = known if known is not None and known[0] == advert else (advert, now_s)
+            known = first_said.get(key)
+            if known is None or (known[0] is not advert and known[0] != advert):
+                known = first_said[key] = (advert, now_s)
             # An advert that says the same for long was in no need of change: it knows of all that is older.
-            since_s = max(fresh[key][1], now_s - ADVERT_AGE_S_MAX)
+            since_s = max(known[1], now_s - ADVERT_AGE_S_MAX)
             mine = [part for part in own.get(h.node, ()) if h.start <= part[2].start < part[2].end <= h.end]
             out.append(_adjusted(h, mine, since_s, now_s, without) if mine else h)
-        self._said[model] = fresh
+        if len(first_said) > SAID_SPARE * len(out):
+            keys = {(h.node, h.start, h.end) for h in hosted}
+            self._said[model] = {key: known for key, known in first_said.items() if key in keys}
         return out
+
+    def running(self) -> int:
+        """Sessions that are open."""
+        return sum(session.closed_s is None for session in self._sessions.values())
 
     def _by_node(self, model: str) -> dict[str, list[_Part]]:
         found: dict[str, list[_Part]] = {}

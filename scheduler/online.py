@@ -146,7 +146,7 @@ class MeshPlanner:
         self._state = _State(fences=dict(fences or {}), remembered=dict(remembered or {}))
         self._state.seen.update({model: epoch for model, (epoch, _) in self._state.fences.items()})
         self._every_s = second_thoughts_s
-        self._members: tuple[frozenset[str], str] = (frozenset({me}), me)
+        self._ranked: tuple[frozenset[str], str] | None = (frozenset({me}), me)
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -227,11 +227,12 @@ class MeshPlanner:
                 if old is not None and not _drifted(old, node):
                     return False
                 board.nodes[node.id] = node
-                self._count_members()
+                if old is None:
+                    self._ranked = None
             case Left(name):
                 if board.nodes.pop(name, None) is None:
                     return False
-                self._count_members()
+                self._ranked = None
             case ModelAdded(model, wanted):
                 return self._add(model, wanted)
             case ModelDropped(model):
@@ -273,10 +274,13 @@ class MeshPlanner:
             table.pop(model, None)
         self._state.rivals.pop(model, None)
 
-    def _count_members(self) -> None:
-        members = frozenset({node_of(name) for name in self._board.nodes} | {self._me})
-        if members != self._members[0]:
-            self._members = (members, planner_rank(MESH, members)[0])
+    @property
+    def _members(self) -> tuple[frozenset[str], str]:
+        """All members, and the one that plans. Counted once after many came or went together."""
+        if self._ranked is None:
+            members = frozenset({node_of(name) for name in self._board.nodes} | {self._me})
+            self._ranked = (members, planner_rank(MESH, members)[0])
+        return self._ranked
 
     def _seen(self, plan: Plan, now_s: float) -> bool:
         """Adopt a plan, or note that it stands against the one held. A plan of anyone but the first member is followed
@@ -500,6 +504,8 @@ def _last_of_each(instructions: Sequence[Instruction]) -> list[Instruction]:
 
 def _drifted(old: NodeShape, new: NodeShape) -> bool:
     """Whether the figures moved enough to plan with them."""
+    if new == old:
+        return False
     if _fixed(new) != _fixed(old) or abs(new.reliability - old.reliability) > RELIABILITY_DRIFT_LEAST:
         return True
     return _moved(old.decode_s_per_layer, new.decode_s_per_layer) or _moved(

@@ -19,7 +19,6 @@ from scheduler.shapes import Assignment, Links, ModelShape, NodeShape, Plan, cov
 
 HYSTERESIS = 0.25
 """A plan that moves what works must score better by this fraction, as in Petals' rebalance rule."""
-COPIES_MAX = 64
 SECOND_THOUGHTS_NODES_MAX = 64
 """Up to so many nodes, each plan is weighed against one made from nothing; beyond, only a plan that cannot be
 mended is made anew (`Planner` improves large meshes by degrees)."""
@@ -47,8 +46,8 @@ def make_plan(
     the replicas of a plan from nothing are good for. Nodes may come in any order. Raises
     Shortage when the layers cannot all be placed once.
     """
-    copies = max(1, min(copies, COPIES_MAX))
     ordered = sorted({node.id: node for node in nodes}.values(), key=lambda node: node.id)
+    copies = max(1, min(copies, len(ordered)))
     seats = [seat_of(model, node, 1, policy) for node in ordered]
     hop = hops_between(model, [node.id for node in ordered], links)
     mender = Mender(model, seats, held or {}, {node.id: fetch_factor(node) for node in ordered if node.tags})

@@ -58,7 +58,7 @@ class AtRandom:
         return orders
 
     def choose(self, fleet: Fleet, request: Request) -> list[Stage]:
-        _, hosts = fleet.view(request.gateway)
+        hosts = list(fleet.view().hosts.values())
         return self._any(hosts, (0, fleet.model.layers), frozenset(request.excluded))
 
     def confirm(self, fleet: Fleet, request: Request, queues: Mapping[str, float]) -> bool:
@@ -71,7 +71,7 @@ class AtRandom:
         """Nothing is kept of it."""
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
-        _, hosts = fleet.view(request.gateway)
+        hosts = list(fleet.view().hosts.values())
         return self._any(hosts, lost, without)
 
     def _any(self, hosts: Sequence[Hosted], span: Span, without: frozenset[str]) -> list[Stage]:

@@ -72,9 +72,9 @@ class SimConfig:
     is how far the rates of leaving and joining swing over a day. Links inside a region and between regions have a
     latency and a bandwidth; a node's own line (`line_mbps_least` to `line_mbps_most`) bounds both; `latency_s` gives
     the one-way latencies between all regions as rows, in place of a ring of regions. `view_nodes_max` is
-    how many hosts a gateway keeps in view where there are more, those of its region first. A client that finds no room
-    asks again after `retry_s`, then twice that, up to `retry_s_most`. `patience_s` is how long a client waits for its
-    first token, and again for each mending.
+    how many hosts our gateways weigh all of; of more they weigh some for each layer, near ones first, and other ones
+    at other gateways. A client that finds no room asks again after `retry_s`, then twice that, up to `retry_s_most`.
+    `patience_s` is how long a client waits for its first token, and again for each mending.
     """
 
     policy: str = "shoal"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import random
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from scheduler.mend import fetch_bytes
 from scheduler.routing import Hosted
@@ -22,11 +22,16 @@ from scheduler.sim.world import World
 
 DRAIN_S = 30.0
 DAY_S = 86_400.0
-VIEW_ALL = 2**32
-NEAR = 2.5
-"""A gateway that keeps a part of the hosts in view keeps so many times the share of those in its own region."""
 Broken = Callable[[list[Request], Machine, float], None]
 Hosts = dict[str, Hosted]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The hosts that gateways know of, by name; `version` is another one where some came, went or changed span."""
+
+    hosts: Hosts
+    version: tuple[int, int]
 
 
 class Fleet:
@@ -46,13 +51,9 @@ class Fleet:
         self._away: list[Machine] = []
         self._hosts: Hosts = {}
         self._calm: set[str] = set()
-        self._snapshots: deque[tuple[float, Hosts]] = deque()
-        self._samples: list[list[str]] = [[] for _ in world.gateways]
-        wanted = min(1.0, config.view_nodes_max / config.nodes)
-        near = NEAR if config.regions > 1 else 1.0
-        far = max(0.0, config.regions - near) / max(1, config.regions - 1)
-        self._shares = (int(VIEW_ALL * wanted * far), int(VIEW_ALL * wanted * near))
-        self._views: dict[str, tuple[float, int, list[Hosted]]] = {}
+        self._snapshots: deque[tuple[float, int, Hosts]] = deque()
+        self._topology = 0
+        self._view: tuple[float, int, View] | None = None
         for _ in range(config.nodes):
             self._enter(self._new())
 
@@ -68,11 +69,6 @@ class Fleet:
     def _enter(self, machine: Machine) -> None:
         self.up[machine.name] = self.members[machine.name] = machine
         self.version += 1
-        for gateway, sample in zip(self.world.gateways, self._samples, strict=True):
-            near = self.world.region[gateway] == self.world.region[machine.name]
-            drawn = zlib.crc32(f"{gateway}/{machine.name}".encode())
-            if drawn < self._shares[near] and machine.name not in sample:
-                sample.append(machine.name)
 
     def start_churn(self, until_s: float) -> None:
         """Let nodes leave and come until then."""
@@ -213,16 +209,19 @@ class Fleet:
     def announce(self) -> None:
         """Every node's load goes out; gateways work with it once it is `view_age_s` old."""
         hosts: Hosts = {}
+        moved = False
         for name, machine in self.members.items():
             known = self._hosts.get(name)
             calm = not machine.sessions and machine.free_at_s <= self.clock.now_s
             if known is not None and (not machine.up or (calm and name in self._calm)):
                 hosts[name] = known
             elif machine.serving:
-                hosts[name] = self._hosted(machine)
+                hosts[name] = new = self._hosted(machine)
+                moved |= known is None or (known.start, known.end) != (new.start, new.end)
                 (self._calm.add if calm else self._calm.discard)(name)
+        self._topology += moved or len(hosts) != len(self._hosts)
         self._hosts = hosts
-        self._snapshots.append((self.clock.now_s, hosts))
+        self._snapshots.append((self.clock.now_s, self._topology, hosts))
         ripe_s = self.clock.now_s - self.config.view_age_s
         while len(self._snapshots) > 1 and self._snapshots[1][0] <= ripe_s + 1e-9:
             self._snapshots.popleft()
@@ -240,29 +239,14 @@ class Fleet:
             prefill_s_per_token_per_layer=machine.prompt_s / machine.prompt_share(),
         )
 
-    @property
-    def hosting(self) -> int:
-        """How many hosts were announced in the view that gateways work with."""
-        return len(self._snapshots[0][1])
-
-    @property
-    def partial(self) -> bool:
-        """Whether gateways keep only some of the hosts in view."""
-        return self.hosting > self.config.view_nodes_max
-
-    def view(self, gateway: str) -> tuple[float, list[Hosted]]:
-        """What a gateway knows of the hosts: when it was announced, and those not noticed to be gone since."""
-        at_s, hosts = self._snapshots[0]
-        known = self._views.get(gateway)
-        if known is not None and known[0] == at_s and known[1] == self.version:
-            return at_s, known[2]
-        if not self.partial:
-            found = [h for name, h in hosts.items() if name in self.members]
-        else:
-            sample = self._samples[self.world.gateways.index(gateway)]
-            found = [hosts[name] for name in sample if name in hosts and name in self.members]
-        self._views[gateway] = (at_s, self.version, found)
-        return at_s, found
+    def view(self) -> View:
+        """What gateways know of the hosts: those announced a while ago, without who was noticed to be gone since."""
+        at_s, topology, hosts = self._snapshots[0]
+        known = self._view
+        if known is None or known[:2] != (at_s, self.version):
+            found = {name: h for name, h in hosts.items() if name in self.members}
+            known = self._view = at_s, self.version, View(found, (topology, self.version))
+        return known[2]
 
 
 def _inside(old: Span | None, new: Span) -> bool:

@@ -4,8 +4,9 @@ A policy says who hosts what and which chain a request takes; everything it may 
 a gateway's view. It never looks at what the others have not been told. Ours plans by `scheduler.online` and chooses by
 `ledger` and `outlook`, as the daemon does. What differs: figures of nodes are exact from the start, so health and
 corrections have nothing to do; every client names its times, as the daemon's may with a first token and a deadline;
-the prompt waits until the stages have spoken, where the daemon sends it along; and a stage that is lost after the
-first token is replaced, which the daemon does not do yet: there such a stream ends with an error.
+the prompt waits until the stages have spoken, where the daemon sends it along; of very many hosts a gateway weighs
+some (`scheduler.vicinity`), where the daemon weighs all; and a stage that is lost after the first token is replaced,
+which the daemon does not do yet: there such a stream ends with an error.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from dataclasses import replace
 from typing import Protocol
 
 from scheduler.board import Facts
+from scheduler.errors import NoChain, NoRoom, Rejected
 from scheduler.ledger import Ledger
 from scheduler.online import Event, Joined, Left, MeshPlanner, ModelAdded, Observed, PlanSeen, Tick
-from scheduler.outlook import Aims, Outlook
+from scheduler.outlook import Aims, Outlook, Surveyor
 from scheduler.planner import MESH, planner_rank
 from scheduler.routing import ChainRequest, Hosted, Stage, choose_chain
 from scheduler.seating import seat_of, shortage
@@ -29,10 +31,12 @@ from scheduler.sim.fleet import Fleet
 from scheduler.sim.machine import Span
 from scheduler.sim.request import Request
 from scheduler.sim.trace import BLOCK_TOKENS
+from scheduler.vicinity import Vicinity
 
 Orders = Mapping[str, Span | None]
 MODEL = "simulated"
-COPIES_MAX = 64
+WIDER = 4
+"""Before a request is refused so many times the hosts are weighed."""
 PREFIXES_MAX = 100_000
 
 
@@ -93,6 +97,25 @@ def part_of(hosts: Sequence[Hosted], lost: Span) -> list[Hosted]:
     ]
 
 
+class _Gateway:
+    """What one gateway keeps between requests: its sessions, the hosts it weighs, and what they are like."""
+
+    def __init__(self, fleet: Fleet, name: str) -> None:
+        self.ledger = Ledger()
+        self.surveyors = (Surveyor(), Surveyor())
+        link = fleet.world.link
+        self._vicinity = Vicinity(name, lambda node: link(name, node).latency_s)
+
+    def weighed(self, fleet: Fleet, *, wide: bool = False) -> list[Hosted]:
+        """The hosts to choose among."""
+        view = fleet.view()
+        if len(view.hosts) <= fleet.config.view_nodes_max:
+            return list(view.hosts.values())
+        depth = self._vicinity.depth(self.ledger.running()) * (WIDER if wide else 1)
+        names = self._vicinity.pick(view.hosts, fleet.model.layers, depth, view.version)
+        return [view.hosts[name] for name in names]
+
+
 class Shoal:
     """Phase 1 by the first of the planners' rank, fenced by epoch; phase 2 at each gateway from its view, its own
     sessions, and what stages said to it."""
@@ -111,7 +134,7 @@ class Shoal:
         self._copies = 1
         self._planner: MeshPlanner | None = None
         self._plan: Plan | None = None
-        self._ledgers: dict[str, Ledger] = {}
+        self._gateways: dict[str, _Gateway] = {}
         self._prefixes: dict[int, tuple[float, frozenset[str]]] = {}
 
     def start(self, fleet: Fleet) -> Orders:
@@ -156,17 +179,23 @@ class Shoal:
         return self._planner
 
     def choose(self, fleet: Fleet, request: Request) -> list[Stage]:
-        session = _session(request)
-        outlook, asked = self._outlook(fleet, request, session), self._asked(fleet, request)
-        stages = list(outlook.offer(asked, self._aims(fleet, request)).stages)
-        self._ledgers[request.gateway].opened(
+        session, asked = _session(request), self._asked(fleet, request)
+        aims = self._aims(fleet, request)
+        try:
+            offer = self._outlook(fleet, request, session).offer(asked, aims)
+        except (NoChain, NoRoom, Rejected):
+            if len(fleet.view().hosts) <= self._config.view_nodes_max:
+                raise
+            offer = self._outlook(fleet, request, session, wide=True).offer(asked, aims)
+        stages = list(offer.stages)
+        self._gateways[request.gateway].ledger.opened(
             session, MODEL, stages, tokens=request.tokens,
             prompt_tokens=request.ask.prompt_tokens, priority=0, now_s=fleet.clock.now_s,
         )  # fmt: skip
         return stages
 
     def confirm(self, fleet: Fleet, request: Request, queues: Mapping[str, float]) -> bool:
-        session, ledger = _session(request), self._ledgers[request.gateway]
+        session, ledger = _session(request), self._gateways[request.gateway].ledger
         for k, stage in enumerate(request.stages):
             ledger.heard(session, k, (queues[stage.node],))
         if request.first_s is not None:
@@ -179,8 +208,8 @@ class Shoal:
         return better is None
 
     def ended(self, request: Request, now_s: float) -> None:
-        if request.gateway in self._ledgers:
-            self._ledgers[request.gateway].closed(_session(request), now_s)
+        if request.gateway in self._gateways:
+            self._gateways[request.gateway].ledger.closed(_session(request), now_s)
 
     def _aims(self, fleet: Fleet, request: Request) -> Aims:
         """What the client asks for; until its first token it counts from the arrival."""
@@ -190,11 +219,28 @@ class Shoal:
         left_s = targets.ttft_s - (fleet.clock.now_s - request.ask.at_s)
         return Aims(left_s, targets.tpot_s, strict=self._config.early_rejection)
 
-    def _outlook(self, fleet: Fleet, request: Request, session: str) -> Outlook:
-        _, hosts = fleet.view(request.gateway)
-        ledger = self._ledgers.setdefault(request.gateway, Ledger())
-        known = ledger.adjusted(MODEL, hosts, hosts, fleet.clock.now_s, without=session)
-        return Outlook(known, fleet.world.link, chunk_tokens=self._config.chunk_tokens)
+    def _outlook(self, fleet: Fleet, request: Request, session: str, *, wide: bool = False) -> Outlook:
+        """All hosts as this gateway believes them to be, or where there are very many those that it weighs; `wide`:
+        WIDER times as many."""
+        gateway = self._gateway(fleet, request.gateway)
+        hosts = gateway.weighed(fleet, wide=True) if wide else self.weighed(fleet, request.gateway)
+        known = gateway.ledger.adjusted(MODEL, hosts, hosts, fleet.clock.now_s, without=session)
+        return Outlook(
+            known,
+            fleet.world.link,
+            chunk_tokens=self._config.chunk_tokens,
+            surveyor=gateway.surveyors[wide],
+            now_s=fleet.clock.now_s,
+        )
+
+    def weighed(self, fleet: Fleet, gateway: str) -> list[Hosted]:
+        """The hosts that a gateway looks at first: all, or where there are very many some for every layer."""
+        return self._gateway(fleet, gateway).weighed(fleet)
+
+    def _gateway(self, fleet: Fleet, name: str) -> _Gateway:
+        if name not in self._gateways:
+            self._gateways[name] = _Gateway(fleet, name)
+        return self._gateways[name]
 
     def _asked(self, fleet: Fleet, request: Request) -> ChainRequest:
         """The request, with the nodes that hold most of its prompt as they announced with their loads."""
@@ -216,10 +262,14 @@ class Shoal:
             del self._prefixes[next(iter(self._prefixes))]
 
     def splice(self, fleet: Fleet, request: Request, lost: Span, without: frozenset[str]) -> list[Stage]:
-        _, hosts = fleet.view(request.gateway)
         asked = wish(fleet, request, without, self._seed())
         asked = replace(asked, layers=lost[1] - lost[0], prompt_tokens=min(request.context, asked.tokens))
-        chain = choose_chain(part_of(hosts, lost), fleet.world.link, asked, alternates=0)
+        try:
+            near = part_of(self.weighed(fleet, request.gateway), lost)
+            chain = choose_chain(near, fleet.world.link, asked, alternates=0)
+        except (NoChain, NoRoom):
+            every = part_of(list(fleet.view().hosts.values()), lost)
+            chain = choose_chain(every, fleet.world.link, asked, alternates=0)
         return [Stage(s.node, s.start + lost[0], s.end + lost[0]) for s in chain.stages]
 
     def _seed(self) -> int:
@@ -235,4 +285,4 @@ def copies_that_fit(config: SimConfig, nodes: Sequence[NodeShape]) -> int:
     """More whole copies than the mesh's rooms hold by half: a plan that cannot be had whole is mended by additions
     and never made anew for the last copy."""
     rooms = sum(seat_of(config.model, node).room for node in nodes)
-    return max(1, min(COPIES_MAX, int(1.5 * rooms / config.model.layers)))
+    return max(1, int(1.5 * rooms / config.model.layers))

@@ -73,6 +73,27 @@ def test_only_the_first_in_rank_plans():
         assert bool(published) == (me == first)
 
 
+def test_members_that_come_together_are_ranked_once(monkeypatch):
+    ranked = []
+
+    def counted(subject, members):
+        ranked.append(len(members))
+        return planner_rank(subject, members)
+
+    monkeypatch.setattr("scheduler.online.planner_rank", counted)
+    names = [f"n{k}" for k in range(30)]
+    planner = MeshPlanner(first_of(names), link)
+    planner.handle_all([Joined(node(name, 4)) for name in names], 0.0)
+    assert planner.first == first_of(names)
+    assert ranked == [30]
+    planner.handle(Joined(node(names[0], 8)), 1.0)
+    assert ranked == [30], "figures of a member changed, not who is one"
+    gone = next(name for name in names if name != planner.first)
+    planner.handle(Left(gone), 2.0)
+    assert planner.first == first_of(names)
+    assert ranked == [30, 29]
+
+
 def test_the_next_in_rank_takes_over_with_a_higher_epoch_and_the_same_spans():
     names = ["n0", "n1", "n2", "n3"]
     first = first_of(names)

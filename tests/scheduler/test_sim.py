@@ -168,14 +168,39 @@ def test_early_refusal_keeps_the_others_within_target_when_too_much_is_asked():
     assert early["ttft_s"]["p99"] < late["ttft_s"]["p99"]
 
 
-@pytest.mark.parametrize("copies", [3, None])
+@pytest.mark.parametrize("copies", [20, None])
 def test_a_large_mesh_is_seen_in_part_and_still_serves(copies):
-    config = replace(SMALL, nodes=100, view_nodes_max=30, hours=0.01, churn_per_hour=4.0, copies=copies)
+    """With 20 copies a third of the nodes host nothing: what a gateway weighs are hosts, and every layer's."""
+    config = replace(SMALL, nodes=100, view_nodes_max=24, hours=0.01, churn_per_hour=4.0, copies=copies)
     service = simulate(config)
-    gateway = service.world.gateways[0]
-    assert len(service.fleet.view(gateway)[1]) < 60
+    fleet = service.fleet
+    weighed = service.policy.weighed(fleet, service.world.gateways[0])
+    assert len(weighed) < len(fleet.view().hosts)
+    for layer in range(fleet.model.layers):
+        assert sum(h.start <= layer < h.end for h in weighed) >= min(8, fleet.hosts_of_layer[layer])
     found = run(config)
     assert found["done"] == found["requests"] > 10
+    assert found["retries"] <= found["broken"]
+
+
+def test_a_mesh_of_any_size_is_planned_whole():
+    config = replace(SMALL, nodes=150, model=replace(default_model(8), concurrency=4), hours=0.001)
+    fleet = simulate(replace(config, churn_per_hour=0.0)).fleet
+    assert all(machine.span is not None for machine in fleet.up.values())
+    assert min(fleet.hosts_of_layer) > 64
+
+
+def test_what_a_gateway_does_not_weigh_takes_over_what_was_lost(monkeypatch):
+    """None of the hosts that a gateway weighs has the lost layers any more: another one of the mesh has."""
+    busy = replace(SMALL, nodes=60, view_nodes_max=12, hours=0.002, load=Load(requests_per_s=8.0))
+    service = simulate(replace(busy, churn_per_hour=0.0, drain_s=0.0))
+    fleet, policy = service.fleet, service.policy
+    request = next(r for r in service.requests if r.state == "decode")
+    lost = (request.stages[0].start, request.stages[0].end)
+    blind = [h for h in policy.weighed(fleet, request.gateway) if h.end <= lost[0] or lost[1] <= h.start]
+    monkeypatch.setattr(policy, "weighed", lambda *_: blind)
+    found = policy.splice(fleet, request, lost, frozenset())
+    assert (found[0].start, found[-1].end) == lost
 
 
 def test_a_mesh_too_small_for_the_model_says_so():

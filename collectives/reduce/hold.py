@@ -6,10 +6,14 @@ It counts bytes and recycles buffers; it does not know what the bytes mean.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+
+_HUGE_BYTES = 2 << 20
 
 
 class Source(NamedTuple):
@@ -39,7 +43,7 @@ class BufferPool:
         if size > self.piece_bytes or size == 0:
             return memoryview(bytearray(size))
         if not self._spare:
-            slab = np.empty(self.piece_bytes * self._pieces_a_slab, np.uint8).data
+            slab = _memory(self.piece_bytes * self._pieces_a_slab)
             step = self.piece_bytes
             self._spare = [slab[start : start + step] for start in range(0, len(slab), step)]
         piece = self._spare.pop()
@@ -62,6 +66,16 @@ class BufferPool:
         """Frees what is idle and forgets what is lent."""
         self._spare.clear()
         self._lent.clear()
+
+
+def _memory(size: int) -> memoryview:
+    """Fresh memory, of huge pages where it is made of whole ones: the system clears those in a quarter of the time."""
+    if size % _HUGE_BYTES == 0 and hasattr(mmap, "MADV_HUGEPAGE"):
+        slab = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):  # a kernel without them
+            slab.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(slab)
+    return np.empty(size, np.uint8).data
 
 
 def _address(view: memoryview) -> int:

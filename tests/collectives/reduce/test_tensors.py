@@ -146,8 +146,9 @@ def test_chunks_cover_everything_once_and_are_neither_too_many_nor_too_large(ele
     chunks = -(-elements // size)
     assert size % 1024 == 0
     assert chunks <= 16384
-    assert 4096 <= size <= 262144 or chunks > 8192
-    assert elements < 300_000 or chunks >= 60
+    assert 4096 <= size <= 524288 or chunks > 8192
+    assert elements < 300_000 or chunks >= 32
+    assert not 300_000 <= elements <= 10**6 or chunks >= 60
 
 
 def test_what_cannot_be_reduced_is_refused_by_name():

@@ -11,11 +11,9 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 import trio
 
 from collectives.agreement import Ballot, Declaration, Event, Held, Reduced, Stuck, Value
@@ -23,10 +21,12 @@ from collectives.audit import Auditor
 from collectives.config import RunConfig
 from collectives.data_links import SERVICE, Purpose, introduce, window_for
 from collectives.errors import CollectiveError, NonFinite, RemoteFault
-from collectives.given import Input, storages
+from collectives.given import Input
 from collectives.reduce import Exchange, FrameRefused, Result, Statement
 from collectives.reduce.frames import KEY_BYTES
+from collectives.reduce.outbox import Traffic
 from collectives.values import RETRY_S, fetch_value, value_digest
+from collectives.whole import Whole
 from p2p import Link, P2pError
 
 if TYPE_CHECKING:
@@ -47,28 +47,12 @@ FINISH_STALL_S = 1.0
 KEYS_MAX = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """A result that is here in full."""
-
-    result: Result
-    epoch: int
-    bytes_sent: int = 0
-    bytes_received: int = 0
-
-    def tensors(self) -> list[torch.Tensor]:
-        return self.result.tensors
-
-    def shares(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether it lives in the memory of any of these."""
-        return not storages(self.result.tensors).isdisjoint(storages(tensors))
-
-
 class _Line:
     """What is kept of one peer: the life of its link, if there is one, and when its frames came."""
 
     def __init__(self) -> None:
         self.scope: trio.CancelScope | None = None
+        self.link: Link | None = None
         self.ended = trio.Event()
         self.kick = trio.Event()
         self.keeper = False
@@ -98,7 +82,6 @@ class Plane:
         self._ballot: Ballot | None = None
         self._reported = False
         self._began_s = 0.0
-        self._bytes_before = (0, 0)
         self._wholes: dict[bytes, Whole] = {}
         self._fetches: dict[bytes, trio.CancelScope] = {}
         self._lines: dict[str, _Line] = {}
@@ -197,6 +180,7 @@ class Plane:
             return
         if any(whole.result is exchange.result for whole in self._wholes.values()):
             exchange.result = Result(given.layout, given.tensors)
+        self._divert()
         before = set(exchange.peers)
         exchange.rebase(declaration)
         for peer in (set(exchange.peers) - before) & self._touched:
@@ -269,7 +253,9 @@ class Plane:
                     log.info("epoch %d: %s; trying on", declaration.epoch, problem)
                     await trio.sleep(RETRY_S)
                     continue
-                self._wholes[digest] = Whole(result, declaration.epoch, 0, result.layout.tensor_bytes)
+                self._wholes[digest] = Whole(
+                    result, declaration.epoch, Traffic(bytes_in=result.layout.tensor_bytes)
+                )
             self.tell(Held(declaration.epoch, digest))
         if self._fetches.get(digest) is scope:
             del self._fetches[digest]
@@ -326,8 +312,15 @@ class Plane:
 
     def _close_exchange(self) -> None:
         if self._exchange is not None:
+            self._divert()
             self._exchange.close()
             self._exchange = None
+
+    def _divert(self) -> None:
+        """What is still coming in is not written to the result any more."""
+        for line in self._lines.values():
+            if line.link is not None:
+                line.link.divert()
 
     def _tell_changed(self) -> None:
         self._changed.set()
@@ -366,9 +359,7 @@ class Plane:
         """The result of an exchange that is done, for whoever asks; returns its digest."""
         digest = value_digest(exchange.declaration, exchange.digest)
         if digest not in self._wholes:
-            self._wholes[digest] = Whole(
-                exchange.result, self._epoch, exchange.bytes_sent, exchange.bytes_received
-            )
+            self._wholes[digest] = Whole(exchange.result, self._epoch, exchange.traffic)
         return digest
 
     def _keep_decided(self) -> None:
@@ -473,7 +464,7 @@ class Plane:
             line.scope.cancel()
             await line.ended.wait()
         with trio.CancelScope() as scope:
-            line.scope, line.ended = scope, trio.Event()
+            line.scope, line.link, line.ended = scope, link, trio.Event()
             self._relink(peer)
             try:
                 async with trio.open_nursery() as nursery:
@@ -483,7 +474,7 @@ class Plane:
             except* P2pError as problems:
                 log.debug("the data link to %s ended: %s", peer, problems.exceptions[0])
             finally:
-                line.scope = None
+                line.scope = line.link = None
                 line.ended.set()
                 with self._own_faults():
                     if self._exchange is not None:

@@ -42,9 +42,10 @@ from collectives.agreement import (
     Withdraw,
 )
 from collectives.agreement.chain import Chain
-from collectives.data import Plane, Whole
+from collectives.data import Plane
 from collectives.errors import CollectiveError, RoundExpired
 from collectives.journal import Journal
+from collectives.whole import Whole
 from p2p import pack_value, unpack_value
 
 log = logging.getLogger("shoal.collectives")

@@ -47,6 +47,10 @@ class Contribution:
             values = self._codec.decode(data, size, torch.from_numpy(self._scratch[:size])).numpy()
         return values
 
+    def close(self) -> None:
+        """Frees scratch memory: nobody asks for values any more."""
+        self._scratch = np.empty(0, np.float32)
+
     def _read(self, chunk: int, scratch: F32 | None) -> F32:
         start, end = self._layout.span(chunk)
         values = self._vector.read(start, end, scratch)

@@ -8,7 +8,8 @@ How a shell drives it, from one thread at a time:
 - For each peer of `peers` one writer: `next_frame(peer)` until None, then wait until `woken()` names the peer. Asking
   for the next frame says that the last one has left: its payload may be memory that is about to be written.
 - For each peer one reader: while `wants_frames(peer)`, read; `buffer_for` gives the payload's buffer; `arrived` takes
-  the frame, payload included (it owns that memory). After each, look at `woken()`, `refused` and `done`.
+  the frame, payload included (it owns that memory). After each, look at `woken()`, `refused` and `done`. The buffer may
+  be memory of the result: before `rebase` and `close` see to it that nothing is written to buffers given before.
 - When a link breaks, `dropped(peer)`; when there is a new one, `relinked(peer)` on both sides.
 - When the membership changes, `rebase(declaration)`. Frames of the past are ignored, those of the future asked for.
 - `done` says that the whole result is here; others may still need frames: go on until `drained`, at least.
@@ -44,13 +45,13 @@ from collectives.reduce.frames import (
 )
 from collectives.reduce.hold import BufferPool, Hold, Source
 from collectives.reduce.layout import Layout
-from collectives.reduce.outbox import Outbox
+from collectives.reduce.outbox import Outbox, Traffic
 from collectives.reduce.plan import ReducePlan, plan_reduce
 from collectives.reduce.result import HASH_BYTES, Result
 from collectives.reduce.robust import outliers
 from collectives.reduce.settings import DEFAULTS, ExchangeSettings
 
-SLAB_BYTES = 4 * 1024 * 1024
+SLAB_BYTES = 2 * 1024 * 1024
 
 
 class Exchange:
@@ -73,18 +74,20 @@ class Exchange:
         self.codec: Codec = codec(declaration.codec)
         self.result = Result(self.layout, tensors, out)
         self._chunk_bytes = self.codec.bytes_for(min(self.layout.chunk_elements, self.layout.elements))
-        many = self.layout.tensor_bytes >= 8 * SLAB_BYTES
+        many = self.layout.tensor_bytes >= 16 * SLAB_BYTES
         pool = BufferPool(self._chunk_bytes, max(1, SLAB_BYTES // max(1, self._chunk_bytes)) if many else 1)
         self._hold = Hold(pool, self._budget(len(declaration.members)))
         self._own = Contribution(self.layout, tensors, self.codec, feedback)
         self._collector = Collector(self.layout, self.codec, self._hold, self._own, settings)
         self._work = np.empty(min(self.layout.chunk_elements, self.layout.elements), np.float32)
+        self.traffic = Traffic()  # with all peers, those of before included
         self._boxes: dict[str, Outbox] = {}
         self._past: set[bytes] = set()
         self._strangers_ok: set[str] = set()
         self._encoded: dict[int, memoryview] = {}
         self._given: dict[int, bytes] = {}
         self._later: dict[int, Callable[[], None]] = {}
+        self._placed: dict[int, object] = {}
         self._woken: set[str] = set()
         self._adopt(declaration)
 
@@ -139,12 +142,12 @@ class Exchange:
     @property
     def bytes_sent(self) -> int:
         """Payload bytes handed out, all peers together."""
-        return sum(box.bytes_out for box in self._boxes.values())
+        return self.traffic.bytes_out
 
     @property
     def bytes_received(self) -> int:
         """Payload bytes taken in."""
-        return sum(box.bytes_in for box in self._boxes.values())
+        return self.traffic.bytes_in
 
     @property
     def held_bytes(self) -> int:
@@ -189,6 +192,7 @@ class Exchange:
         frame = self._pick(box, peer)
         if frame is not None:
             box.bytes_out += frame.payload_bytes
+            self.traffic.bytes_out += frame.payload_bytes
         return frame
 
     def _pick(self, box: Outbox, peer: str) -> Frame | None:
@@ -219,8 +223,28 @@ class Exchange:
 
     def buffer_for(self, peer: str, header: bytes | memoryview, payload_bytes: int) -> memoryview:
         """Where the payload of an arriving frame may go. FrameRefused before anything is allocated."""
-        self._check(peer, header_of(peer, header), payload_bytes)
+        head = header_of(peer, header)
+        if self._check(peer, head, payload_bytes) and head.kind == Kind.RESULT and head.key == self._key:
+            place = self._place(peer, head.chunk)
+            if place is not None:
+                return place
         return self._hold.pool.take(payload_bytes)
+
+    def _place(self, peer: str, chunk: int) -> memoryview | None:
+        """Where a result's bytes are the values themselves they go to where they belong, and are not copied."""
+        if (
+            self.codec.result.relative_error
+            or self.result.has(chunk)
+            or chunk in self._later
+            or self._pinned(chunk)
+            or self._members[self._giver(chunk)].peer != peer
+        ):
+            return None
+        direct = self.result.vector.direct(*self.layout.span(chunk))
+        if direct is None:
+            return None
+        place = self._placed[chunk] = direct.view(np.uint8)
+        return place.data
 
     def arrived(self, peer: str, header: bytes | memoryview, payload: memoryview) -> None:
         """Takes a frame. FrameRefused if no honest member would send it."""
@@ -231,7 +255,7 @@ class Exchange:
             return
         box = self._boxes[peer]
         box.frames_in += 1
-        box.bytes_in += payload.nbytes
+        self.traffic.bytes_in += payload.nbytes
         match head.kind:
             case Kind.WANT:
                 self._wanted(box, peer, head, payload)
@@ -348,11 +372,12 @@ class Exchange:
         start, end = self.layout.span(chunk)
         direct = self.result.vector.direct(start, end)
         out = direct if direct is not None else self._work[:size]
-        try:
-            final.decode(payload, size, torch.from_numpy(out))
-        except CodecFault:
-            self._collector.refused[peer] = "mismatch"
-            return
+        if payload.obj is not self._placed.pop(chunk, None):
+            try:
+                final.decode(payload, size, torch.from_numpy(out))
+            except CodecFault:
+                self._collector.refused[peer] = "mismatch"
+                return
         self.result.put(chunk, None if direct is not None else out)
         if self.settings.audit:
             self._given[chunk] = blake3(payload).digest()
@@ -420,6 +445,7 @@ class Exchange:
         self._encoded.clear()
         self._given.clear()
         self._later.clear()
+        self._placed.clear()
         self._adopt(declaration)
 
     def dropped(self, peer: str) -> None:
@@ -455,6 +481,9 @@ class Exchange:
         self._hold.pool.clear()
         self._encoded.clear()
         self._later.clear()
+        self._placed.clear()
+        self._work = self._work[:0].copy()
+        self._own.close()
         self._boxes.clear()
 
     def _adopt(self, declaration: Declaration) -> None:

@@ -6,6 +6,14 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
+class Traffic:
+    """Payload bytes handed out and taken in."""
+
+    bytes_out: int = 0
+    bytes_in: int = 0
+
+
+@dataclass(slots=True)
 class Outbox:
     """What a peer is to be sent, in the order results, sums, own values; dicts are ordered sets of chunks."""
 
@@ -21,7 +29,6 @@ class Outbox:
         default_factory=dict
     )  # results of a declaration that is not known here yet
     frames_in: int = 0
-    bytes_in: int = 0
     bytes_out: int = 0
 
     def empty(self) -> bool:

@@ -89,6 +89,14 @@ class Inbox:
         ready, self.ready = self.ready, None
         return ready
 
+    def divert(self) -> None:
+        """The buffer that a sink gave is not written to any more: what came so far moves to memory of its own."""
+        message = self._message
+        if message is not None and message.buffer:
+            message.buffer = memoryview(bytearray(message.buffer))
+        if self.ready is not None and self.ready[1]:
+            self.ready = (self.ready[0], memoryview(bytearray(self.ready[1])))
+
     @property
     def has_ended(self) -> bool:
         """Whether the peer ended its direction, and everything before that is here."""

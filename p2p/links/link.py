@@ -272,6 +272,11 @@ class Link:
             self._receiving = False
             self.inbox.unpost()
 
+    def divert(self) -> None:
+        """For whoever gave a buffer by a sink and needs it back now: it is not written to any more. The message comes
+        all the same, in memory of its own."""
+        self.inbox.divert()
+
     async def _receive(self, sink: Sink | None) -> tuple[bytes, memoryview]:
         inbox = self.inbox
         self._progress_s = trio.current_time()

@@ -11,6 +11,7 @@ from collectives import NonFinite, RunConfig
 from collectives.agreement import Held
 from collectives.data import Plane
 from collectives.reduce.frames import Kind, frame_of
+from collectives.reduce.outbox import Traffic
 
 
 class Wire:
@@ -120,6 +121,7 @@ class Ending(Reduction):
     """Is done when its last frame has left, as one whose last chunk waited for the memory of a frame is."""
 
     bytes_received = bytes_sent = 8
+    traffic = Traffic(8, 8)
     digest, result = b"d" * 32, "the result"
 
     def __init__(self, story, declaration):

@@ -192,6 +192,23 @@ def test_while_nobody_receives_no_buffer_is_written_to():
     assert inbox.take() == (b"h", memoryview(b"x" * len(place)))
 
 
+def test_a_buffer_that_is_taken_back_is_not_written_to_and_the_message_comes_all_the_same():
+    outbox, inbox = queues()
+    payload = random.Random(3).randbytes(3 * RECORD)
+    place = bytearray(len(payload))
+    inbox.post(lambda header, size: memoryview(place))
+    put(outbox, b"h", payload)
+    records = outbox.take(1 << 20)
+    deliver(inbox, records[:2])
+    inbox.divert()
+    deliver(inbox, records[2:])
+    assert place == payload[:RECORD] + bytes(2 * RECORD)
+    inbox.divert()
+    header, got = inbox.take()
+    assert (header, got) == (b"h", payload)
+    assert got.obj is not place
+
+
 def test_a_spoilt_copy_of_what_was_placed_does_not_spoil_it():
     outbox, inbox = queues()
     payload = random.Random(2).randbytes(3 * RECORD)

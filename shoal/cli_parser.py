@@ -536,6 +536,7 @@ def _bench_commands(commands: Any) -> None:
     )
     allreduce.add_argument(
         "--rate-mbit",
+        "--link-mbps",
         metavar="X",
         type=positive,
         help="let each peer send X Mbit/s at most (default: no limit)",

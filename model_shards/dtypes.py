@@ -25,7 +25,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 SAFETENSORS_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-# What a packed checkpoint also stores: words of four-bit numbers, zeros, orders, shapes, exponents.
+# What a packed checkpoint also stores: eight-bit floats, words of four-bit numbers, zeros, orders, shapes, exponents.
 STORED_DTYPES = {
     **SAFETENSORS_DTYPES,
     "I64": torch.int64,
@@ -33,6 +33,7 @@ STORED_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "F8_E8M0": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

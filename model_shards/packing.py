@@ -1,4 +1,5 @@
-"""How checkpoints pack four-bit matrices, by names, shapes and dtypes: GPTQ, AWQ, compressed-tensors and MXFP4.
+"""How checkpoints pack matrices, by names, shapes and dtypes: GPTQ, AWQ, compressed-tensors and MXFP4 in four bits,
+DeepSeek's FP8 in eight.
 
 `locate` finds the stored pieces of a logical matrix, plain or packed: whichever is there, so that lists of
 layers that a method left out need not be read. Knows headers only; what the bits mean is `unpack.py`'s.
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from model_shards.checkpoint import CheckpointIndex
 
 LOADABLE = ("BF16", "F16", "F32")
-METHODS = ("gptq", "awq", "compressed-tensors", "mxfp4")
+METHODS = ("gptq", "awq", "compressed-tensors", "mxfp4", "fp8")
 FIRST_PIECE = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_packed"}
 # Inputs a scale that torch's packed int4 kernel takes.
 KERNEL_GROUPS = (256, 128, 64, 32)
@@ -29,12 +30,14 @@ MXFP4_GROUP = 32
 @dataclass(frozen=True, slots=True)
 class Packing:
     """``group``: inputs that share a scale, 0 for a whole row. ``reordered``: inputs belong to groups in an
-    order of their own. ``zeros_less_one``: zeros are stored one lower than they are (GPTQ's first format)."""
+    order of their own. ``zeros_less_one``: zeros are stored one lower than they are (GPTQ's first format). ``block``:
+    rows and inputs that share a scale (FP8)."""
 
     method: str
     group: int = 0
     reordered: bool = False
     zeros_less_one: bool = False
+    block: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ def read_packing(fields: Fields) -> Packing | None:
         return Packing(method, MXFP4_GROUP)
     if method == "compressed-tensors":
         return _read_compressed_tensors(given)
+    if method == "fp8":
+        return _read_fp8(given)
     given.integer("bits", 4, 4)
     group = _group(given)
     if method == "awq":
@@ -73,6 +78,18 @@ def read_packing(fields: Fields) -> Packing | None:
     if form not in ("gptq", "gptq_v2"):
         raise given.bad("checkpoint_format", "gptq or gptq_v2")
     return Packing(method, group, given.flag("desc_act", False), zeros_less_one=form == "gptq")
+
+
+def _read_fp8(given: Fields) -> Packing:
+    if given.text("fmt", "e4m3") != "e4m3":
+        raise given.bad("fmt", "e4m3")
+    # How activations were rounded changes speed elsewhere; here they stay what they are.
+    if given.text("activation_scheme", "dynamic") != "dynamic":
+        raise given.bad("activation_scheme", "dynamic")
+    block = given.integers("weight_block_size", 1, 1 << 20)
+    if len(block) != 2:
+        raise given.bad("weight_block_size", "two integers: rows and inputs that share a scale")
+    return Packing("fp8", block=(block[0], block[1]))
 
 
 def _group(given: Fields) -> int:
@@ -114,6 +131,10 @@ def _read_scheme(groups: Fields, name: str) -> Packing:
 
 def locate(index: CheckpointIndex, packing: Packing | None, spec: TensorSpec) -> Stored:
     """The pieces that ``spec`` is stored in, their shapes and dtypes checked. Raises CheckpointError."""
+    if packing is not None and packing.method == "fp8":
+        if index.has(spec.name) and index.tensor(spec.name).dtype == "F8_E4M3":
+            return _locate_fp8(index, packing, spec)
+        packing = None
     if packing is None or index.has(spec.name) or len(spec.shape) != 2:
         shape = spec.shape
         if spec.stack:
@@ -182,6 +203,21 @@ def _locate_mxfp4(index: CheckpointIndex, spec: TensorSpec) -> Stored:
     )
 
 
+def _locate_fp8(index: CheckpointIndex, packing: Packing, spec: TensorSpec) -> Stored:
+    info = index.tensor(spec.name)
+    if len(spec.shape) != 2 or spec.stack:
+        raise CheckpointError(info.file, spec.name, "dtype F8_E4M3, expected of single matrices only")
+    rows, width = spec.shape
+    scales = -(-rows // packing.block[0]), -(-width // packing.block[1])
+    return Stored(
+        "fp8",
+        {
+            "values": _piece(index, spec.name, spec.shape, ("F8_E4M3",), "config.json implies"),
+            "scales": _piece(index, spec.name + "_scale_inv", scales, LOADABLE),
+        },
+    )
+
+
 def _piece(
     index: CheckpointIndex, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], why: str = "expected"
 ) -> tuple[str, TensorInfo]:
@@ -200,6 +236,8 @@ def kept_group(packing: Packing | None, stored: Stored, width: int) -> tuple[int
         return 0, "it is not packed"
     if stored.method == "mxfp4":
         return 0, "MXFP4's values are not evenly spaced, as int4 kernels need them"
+    if stored.method == "fp8":
+        return 0, "eight-bit floats are not evenly spaced, as int8 kernels need them"
     if packing.reordered:
         return 0, "its inputs belong to groups in an order of their own"
     given = packing.group or width

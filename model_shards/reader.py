@@ -70,6 +70,8 @@ class TensorReader:
             at = begin + done * dtype.itemsize
             self._read(info, name, at, at + count * dtype.itemsize)
             source = torch.frombuffer(self._staging, dtype=dtype, count=count)
+            if dtype.itemsize == 1 and dtype.is_floating_point:
+                source = source.float()  # torch compares no eight-bit floats
             if dtype.is_floating_point:
                 check_finite(info, name, source)
             piece = flat[done : done + count]

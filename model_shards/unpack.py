@@ -4,7 +4,8 @@ The layouts (bit by bit, for ``q`` unsigned four-bit numbers and ``w = (q - zero
 GPTQ packs eight inputs a word, lowest bits first, [width / 8, rows], and zeros eight rows a word; AWQ packs
 eight rows a word in the order 0 2 4 6 1 3 5 7, [width, rows / 8]; compressed-tensors eight inputs a word,
 [rows, width / 8], eight added to its signed numbers; MXFP4 (OCP Microscaling 1.0) two inputs a byte as E2M1,
-with a power of two for 32 of them.
+with a power of two for 32 of them; DeepSeek's FP8 (arXiv 2412.19437, 3.3) E4M3 times a scale for a block of rows and
+inputs.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ def open_source(reader: TensorReader, spec: TensorSpec, stored: Stored | None = 
     stored = stored or locate(reader.index, reader.packing, spec)
     if stored.method == "mxfp4":
         return Mxfp4Rows(reader, spec, stored)
+    if stored.method == "fp8" and reader.packing is not None:
+        return Fp8Rows(reader, spec, stored, reader.packing.block)
     if stored.method != "plain" and reader.packing is not None:
         return PackedRows(reader, spec, stored, reader.packing)
     return StackedRows(reader, spec, stored) if spec.stack else PlainRows(reader, spec, stored)
@@ -105,6 +108,31 @@ class Mxfp4Rows:
         target.copy_(values.view(count, self._width))
         if target.dtype != torch.float32:
             check_finite(self._words[1], self._words[0], target, f"after conversion to {target.dtype}")
+
+
+class Fp8Rows:
+    """E4M3 numbers times the scale of their block: ``w[i, j] * scale[i // rows, j // inputs]``."""
+
+    def __init__(
+        self, reader: TensorReader, spec: TensorSpec, stored: Stored, block: tuple[int, int]
+    ) -> None:
+        self._reader = reader
+        self._values = stored.pieces["values"]
+        self._width = spec.shape[1]
+        self._block = block
+        self._scales = reader.read(*stored.pieces["scales"]).float()
+
+    def read(self, first: int, target: torch.Tensor) -> None:
+        name, info = self._values
+        values = torch.empty(len(target), self._width)
+        self._reader.read_into(name, info, values, first * self._width)
+        tall, wide = self._block
+        own = self._scales[torch.arange(first, first + len(target)) // tall]
+        for at in range(own.shape[1]):
+            values[:, at * wide : (at + 1) * wide] *= own[:, at, None]
+        target.copy_(values)
+        # A finite number times a finite scale may be beyond what is computed in.
+        check_finite(info, name, target, f"times its scale in {target.dtype}")
 
 
 class PackedRows:

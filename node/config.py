@@ -24,6 +24,7 @@ DEVICES = re.compile(
 TAG_PATTERN = re.compile(r"[a-z][a-z0-9-]{0,31}")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTS = ("none", "int8", "int4")
+KV_QUANTS = ("none", "int8")
 TAGS_MAX = 32
 LOG_LEVELS = ("debug", "info", "warning", "error")
 UNITS = {
@@ -59,8 +60,8 @@ class DaemonConfig:
     most; `deadline_s` and `first_token_s` hold for every request (None: what its client says). A node that failed is
     first avoided for `avoid_s`. Prefill and decode go to separate chains where that saves the share `split_gain` of a
     request's time (1: never). `relay_mbps` (Mbit/s) is what this node relays with for members that cannot be reached
-    otherwise, where it can be reached itself (0: it does not; nor does one with the tag `metered`). `mdns`: members on
-    the same LAN are found by multicast.
+    otherwise, where it can be reached itself (0: it does not; nor does one with the tag `metered`). `upnp`: the
+    home's router is asked to forward a port. `mdns`: members on the same LAN are found by multicast.
     """
 
     data_dir: Path
@@ -76,6 +77,7 @@ class DaemonConfig:
     device: str = "cpu"
     dtype: str = "auto"
     quant: str = "none"
+    kv_quant: str = "none"
     serve: bool = True
     memory_bytes: int | None = None
     disk_bytes: int = 200 * 2**30
@@ -96,6 +98,7 @@ class DaemonConfig:
     avoid_s: float = 10.0
     split_gain: float = 0.15
     relay_mbps: float = 20.0
+    upnp: bool = True
     rpc_silence_s: float = 3.0
     suspect_grace_s: float = 2.0
     node_ttl_s: float = 20.0
@@ -258,6 +261,7 @@ _PARSERS: dict[str, Any] = {
     "device": _device,
     "dtype": lambda v, n: _choice(v, n, DTYPES),
     "quant": lambda v, n: _choice(v, n, QUANTS),
+    "kv_quant": lambda v, n: _choice(v, n, KV_QUANTS),
     "serve": _flag,
     "memory": parse_size,
     "disk": parse_size,
@@ -277,6 +281,7 @@ _PARSERS: dict[str, Any] = {
     "avoid": _seconds,
     "split_gain": _share,
     "relay_mbps": _megabits,
+    "upnp": _flag,
     "log_level": lambda v, n: _choice(str(v).lower(), n, LOG_LEVELS),
 }
 _TARGETS = {

@@ -191,20 +191,18 @@ def _of_reach(facts: Facts) -> list[Finding]:
     if facts.reach.get("verdict") != "private" or not facts.peers:
         return []
     port = str(facts.reach.get("at", "")).rpartition(":")[2]
-    step = (
-        f"nothing has to be done; forwarding TCP port {port} to this computer in the router makes it faster"
-    )
+    said = facts.reach.get("router_says")
+    step = f"turn UPnP on in the router (it says: {said}), or " if said else ""
+    step += f"forward TCP port {port} to this computer there"
     if facts.reach.get("relays"):
         relayed = sum(peer.path == "relayed" for peer in facts.peers)
         what = (
             f"members cannot connect to this node directly; it is reached through relays, {relayed} peers are"
         )
-        return [Finding("note", what, step)]
+        return [Finding("note", what, f"nothing has to be done; to make it faster, {step}")]
     what = "members cannot connect to this node, and no member that can be reached relays for it"
-    return [
-        Finding("warning", what, f"forward TCP port {port} to this computer in the router, or let a member with a "
-                "public address join (its owner sets --relay-mbps)")
-    ]  # fmt: skip
+    step += ", or let a member with a public address join (its owner sets --relay-mbps)"
+    return [Finding("warning", what, step)]
 
 
 def _of_clocks(facts: Facts) -> list[Finding]:

@@ -58,7 +58,13 @@ class Reaching:
         self._addrs: tuple[str, ...] = host.addrs()
         mbps = 0.0 if METERED in config.tags else config.relay_mbps
         limits = RelayLimits(mbps=mbps)
-        self.reach = Reach(host, rpc, ReachConfig(relay=limits), members=self.members, changed=self._changed)
+        self.reach = Reach(
+            host,
+            rpc,
+            ReachConfig(relay=limits, upnp=config.upnp),
+            members=self.members,
+            changed=self._changed,
+        )
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled."""

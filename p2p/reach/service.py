@@ -22,6 +22,7 @@ from p2p.errors import P2pError, RemoteFault, RpcRefusal
 from p2p.host import Host
 from p2p.identity import PeerId
 from p2p.reach.core import NatKind, Probe, Reachability, RelayKeeper, RelayOffer, Reserve
+from p2p.reach.mapper import PortMapper
 from p2p.reach.observe import Observers
 from p2p.reach.relay import Circuits
 from p2p.reach.relay_core import NotRelayed, Pace, RelayCore
@@ -82,7 +83,6 @@ class Reach:
     ) -> None:
         self.config = config or ReachConfig()
         self.reachability = Reachability()
-        self.mapped: Endpoint | None = None
         self._host = host
         self._rpc = rpc
         self._members = members
@@ -97,6 +97,7 @@ class Reach:
         self._keeper = RelayKeeper(host.peer_id)
         self._observers = Observers(host, self.config)
         self._upgrader = Upgrader(host, swarm, rpc, self.config, self._standing)
+        self._mapper = PortMapper(lambda: outer_port(host), self._on_forwarding)
         self._own_ips: frozenset[str] = frozenset(interface_ips())
         self._pace, self._pace_all = Pace(4, 5.0), Pace(20, 0.5)
         self._asked_s: dict[PeerId, float] = {}
@@ -106,6 +107,12 @@ class Reach:
         rpc.serve(RESERVE, self._on_reserve)
 
     # ---- what is known
+
+    @property
+    def mapped(self) -> Endpoint | None:
+        """What the router says that it forwards here."""
+        forwarding = self._mapper.forwarding
+        return None if forwarding is None else forwarding.outer
 
     @property
     def nat(self) -> NatKind:
@@ -128,6 +135,7 @@ class Reach:
             nat=self.nat,
             at="" if at is None else _text(at),
             mapped="" if self.mapped is None else _text(self.mapped),
+            router_says=self._mapper.problem,
             relays=self._keeper.relays(now_s),
             mbps=self.config.relay.mbps,
             carries=self._core.circuits,
@@ -156,6 +164,8 @@ class Reach:
             nursery.start_soon(self._keep_relays, nursery)
             nursery.start_soon(self._upgrader.run)
             nursery.start_soon(self._watch_network)
+            if self.config.upnp:
+                nursery.start_soon(self._mapper.run, self.reachability.suspect, self.config.tick_s)
 
     async def _watch_network(self) -> None:
         """A computer that moved has other addresses: its old connections are dead, and nothing of old holds."""
@@ -170,9 +180,13 @@ class Reach:
             self.reachability.forget()
             self._observers.forget()
             self._upgrader.forget()
+            self._mapper.forget()
             self._due_s = 0.0
             self._host.drop_from(gone)
             self._tell()
+
+    def _on_forwarding(self) -> None:
+        self._due_s = 0.0  # what it is worth, members will tell
 
     def _tell(self) -> None:
         """Announce addresses and say what has changed."""
@@ -184,7 +198,7 @@ class Reach:
 
     def _addresses(self) -> list[str]:
         me = self._host.peer_id
-        found = [] if self.mapped is None else [f"{_multiaddress(self.mapped)}/p2p/{me}"]
+        found = []
         at = self.reachability.at
         if self.reachability.verdict == "public" and at is not None and at[0] not in self._own_ips:
             found.append(f"{_multiaddress(at)}/p2p/{me}")
@@ -207,9 +221,10 @@ class Reach:
     async def _probe_once(self) -> None:
         config, now_s = self.config, trio.current_time()
         direct = [p for p in self._host.peers() if any(way.kind == "direct" for way in self._host.ways(p))]
-        # Whom this port wrote to gets through most routers: that it gets through says nothing of others.
+        # Whom this port wrote to gets through some routers: that it gets through says nothing of others.
+        any_will_do = self.reachability.verdict == "unknown" or self.mapped is not None
         free = [peer for peer in direct if peer not in self._observers.seen] or (
-            direct if self.reachability.verdict == "unknown" else []
+            direct if any_will_do else []
         )
         if not free:
             self._due_s = now_s + config.probe_soon_s

@@ -35,22 +35,25 @@ class ReachConfig:
     punch_again_s: float = 5.0
     punch_again_max_s: float = 900.0
     upgrade: bool = True
+    upnp: bool = True
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            if one.name not in ("relay", "upgrade") and not getattr(self, one.name) > 0:
+            if one.name not in ("relay", "upgrade", "upnp") and not getattr(self, one.name) > 0:
                 raise LocalFault(f"ReachConfig.{one.name} must be positive, got {getattr(self, one.name)!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class ReachReport:
-    """How this node can be reached. `at` is IP:PORT as members see it; `relays` carry for it, `carries` circuits of
-    others go through it."""
+    """How this node can be reached. `at` is IP:PORT as members see it, `mapped` what the router forwards here (else
+    `router_says` why it does not, where it was asked); `relays` carry for it, `carries` circuits of others go through
+    it, `serves` peers hold reservations."""
 
     verdict: Verdict
     nat: NatKind
     at: str
     mapped: str
+    router_says: str
     relays: tuple[PeerId, ...]
     mbps: float
     carries: int

@@ -105,8 +105,11 @@ def test_a_node_behind_a_router_is_told_its_kind_its_relays_and_what_would_help(
 
 
 def test_a_node_that_nobody_relays_for_is_warned():
-    (finding,) = findings(replace(WELL, reach=PRIVATE | {"relays": []}))
+    reach = PRIVATE | {"relays": [], "router_says": "no router answers"}
+    (finding,) = findings(replace(WELL, reach=reach))
     assert finding.level == "warning"
+    assert "UPnP" in finding.next_step
+    assert "no router answers" in finding.next_step
     assert "--relay-mbps" in finding.next_step
 
 

@@ -4,9 +4,9 @@ A pure core: it is told of sessions, of work and of the time, and says which wor
 cache swapped out) so that another may come in, and when a refused one should come again. It holds no tensors, no clock
 and no threads.
 
-Work comes in chunks that the engine computes whole: single positions (decode), which run together, and pieces of a
-prompt, which run one at a time, because a piece keeps its own shape whoever runs beside it. Promises, which
-`validate` checks:
+Work comes in chunks that the engine computes whole: single positions and windows of guesses (decode), which run
+together, and pieces of a prompt, which run one at a time, because a piece keeps its own shape whoever runs beside it.
+Promises, which `validate` checks:
 - between two turns of a waiting decode at most one piece of a prompt runs, however many are waiting;
 - a turn of decodes comes between two pieces only if decodes wait: the device is never idle while there is work;
 - who yields (background work) runs only where nobody else waits, and its batch is stopped between two layers.
@@ -28,8 +28,9 @@ RETRY_S_MAX = 60.0
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """``rows_max`` decodes share a batch. A piece of a prompt holds at most ``chunk_tokens_max`` positions: longer
-    steps are cut before they come here. Sessions of priority ``yields_from`` or later yield to earlier ones."""
+    """Decodes of ``rows_max`` rows in all share a batch. A piece of a prompt holds at most ``chunk_tokens_max``
+    positions: longer steps are cut before they come here. Sessions of priority ``yields_from`` or later yield to
+    earlier ones."""
 
     rows_max: int = 64
     chunk_tokens_max: int = 128
@@ -66,6 +67,7 @@ class _Work:
     number: int
     count: int
     since_s: float
+    rows: int = 1
     chunks_seen: int = 0
 
 
@@ -144,15 +146,18 @@ class Batcher:
         seat.work.clear()
         return numbers
 
-    def submitted(self, session: str, count: int, now_s: float) -> int:
-        """A session has work of ``count`` positions; returns its number."""
+    def submitted(self, session: str, count: int, now_s: float, *, rows: int = 1) -> int:
+        """A session has work of ``count`` positions; returns its number. One position may come with guesses at what
+        follows it, a window of ``rows`` rows."""
         seat = self._seats.get(session)
         if seat is None:
             raise LocalFault(f"session {session} is not open")
         if not 1 <= count <= self.limits.chunk_tokens_max:
             raise LocalFault(f"work of {count} positions, expected 1 to {self.limits.chunk_tokens_max}")
+        if not 1 <= rows <= self.limits.rows_max or (rows > 1 and count > 1):
+            raise LocalFault(f"a window of {rows} rows over {count} positions")
         self._numbered += 1
-        work = _Work(self._numbered, count, now_s)
+        work = _Work(self._numbered, count, now_s, rows)
         if self._running and self._runs_chunk and self._runs_yielding == self._yields(seat):
             work.chunks_seen = 1
         seat.work.append(work)
@@ -190,7 +195,7 @@ class Batcher:
         waited = self._chunk_last or any(ready[name].work[0].chunks_seen for name in decodes)
         if decodes and (waited or not pieces):
             decodes.sort(key=lambda name: _turn(ready[name]))
-            return self._begin(decodes[: self.limits.rows_max], yields=not urgent, chunk=False)
+            return self._begin(self._fitting(decodes, ready), yields=not urgent, chunk=False)
         piece = min(pieces, key=lambda name: (ready[name].priority, -_response(ready[name], now_s)))
         for name in decodes:
             ready[name].work[0].chunks_seen += 1
@@ -229,6 +234,12 @@ class Batcher:
         self._running = {}
         self._deserted.clear()
 
+    def decoding(self) -> int:
+        """How many sessions have read their prompt and may take turns with one another."""
+        return sum(
+            not (seat.prompt_left or seat.parked) and seat.last_s is not None for seat in self._seats.values()
+        )
+
     def prompt_left(self, priority: int) -> int:
         """Positions of prompts that open sessions of a priority have still to compute here."""
         return sum(seat.prompt_left for seat in self._seats.values() if seat.priority == priority)
@@ -255,6 +266,15 @@ class Batcher:
 
     def _yields(self, seat: _Seat) -> bool:
         return seat.priority >= self.limits.yields_from
+
+    def _fitting(self, decodes: list[str], ready: dict[str, _Seat]) -> list[str]:
+        """The first of ``decodes``, as many as share a batch."""
+        rows = 0
+        for at, name in enumerate(decodes):
+            rows += ready[name].work[0].rows
+            if rows > self.limits.rows_max:
+                return decodes[:at]
+        return decodes
 
     def _heads(self, *, parked: bool) -> dict[str, _Seat]:
         return {name: seat for name, seat in self._seats.items() if seat.work and seat.parked == parked}

@@ -20,6 +20,7 @@ TOKEN_BYTES = 4
 MISALIGNED_MAX = 64
 """Hits between two tokens' bytes before a search is given up."""
 SMOOTHING = 0.2
+CLOCK_S_MIN = 1e-6
 SMOOTHING_DOWN = 0.5
 FORGETTING = 0.9
 SLOPE_ASSUMED = 0.1
@@ -148,6 +149,7 @@ class Pace:
 
     def told(self, rows: int, right: int, wrong: bool, seconds: float) -> None:
         """A window of ``rows`` rows took ``seconds``; ``right`` guesses were, and then a ``wrong`` one or none came."""
+        seconds = max(seconds, CLOCK_S_MIN)
         before = self._seconds.get(rows)
         if before is None:
             self._seconds[rows] = seconds
@@ -195,6 +197,10 @@ class Speculation:
         self.window = Window.line((0,))
         self.kept: tuple[int, ...] = ()
         self.guessed = self.right = 0
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """The text begins with ``tokens``, or went on with them by no pass that counts."""
+        self._guesser.add(tokens)
 
     def next(self, rows: int) -> Window:
         """The next window, of at most ``rows`` rows: the text's last token and guesses."""

@@ -25,6 +25,7 @@ TAG_PATTERN = re.compile(r"[a-z][a-z0-9-]{0,31}")
 DTYPES = ("auto", "float32", "bfloat16")
 QUANTS = ("none", "int8", "int4")
 KV_QUANTS = ("none", "int8")
+SPECULATIONS = ("lookup", "off")
 TAGS_MAX = 32
 LOG_LEVELS = ("debug", "info", "warning", "error")
 UNITS = {
@@ -61,7 +62,9 @@ class DaemonConfig:
     first avoided for `avoid_s`. Prefill and decode go to separate chains where that saves the share `split_gain` of a
     request's time (1: never). `relay_mbps` (Mbit/s) is what this node relays with for members that cannot be reached
     otherwise, where it can be reached itself (0: it does not; nor does one with the tag `metered`). `upnp`: the
-    home's router is asked to forward a port. `mdns`: members on the same LAN are found by multicast.
+    home's router is asked to forward a port. `mdns`: members on the same LAN are found by multicast. With `speculate`
+    "lookup" answers are guessed from their text and checked several tokens a pass, which changes no text; "off" goes
+    token by token.
     """
 
     data_dir: Path
@@ -99,6 +102,7 @@ class DaemonConfig:
     split_gain: float = 0.15
     relay_mbps: float = 20.0
     upnp: bool = True
+    speculate: str = "lookup"
     rpc_silence_s: float = 3.0
     suspect_grace_s: float = 2.0
     node_ttl_s: float = 20.0
@@ -282,6 +286,7 @@ _PARSERS: dict[str, Any] = {
     "split_gain": _share,
     "relay_mbps": _megabits,
     "upnp": _flag,
+    "speculate": lambda v, n: _choice(v, n, SPECULATIONS),
     "log_level": lambda v, n: _choice(str(v).lower(), n, LOG_LEVELS),
 }
 _TARGETS = {

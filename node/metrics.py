@@ -97,6 +97,9 @@ class Metrics:
         self.splits = counter(
             "shoal_split_sessions", "Requests whose prompt was read on one chain and answered on another."
         )
+        self.passes = counter("shoal_passes", "Passes through a chain that made tokens.")
+        self.drafts = counter("shoal_spec_decode_num_draft_tokens", "Tokens guessed.")
+        self.accepted = counter("shoal_spec_decode_num_accepted_tokens", "Tokens guessed rightly.")
         self.replays = counter("shoal_replays", "Spans recomputed after a node was lost.")
         self.first_token = histogram(
             "shoal_time_to_first_token_seconds", "Seconds until the first token.", FIRST_TOKEN_BUCKETS_S
@@ -176,6 +179,12 @@ class Metrics:
     def count_split(self, model: str) -> None:
         """A request was read on one chain and is answered on another."""
         self.splits.labels(model).inc()
+
+    def count_pass(self, model: str, guessed: int, right: int) -> None:
+        """A pass made a token, and `right` more of those that were `guessed`."""
+        self.passes.labels(model).inc()
+        self.drafts.labels(model).inc(guessed)
+        self.accepted.labels(model).inc(right)
 
     def count_replay(self, model: str) -> None:
         """A lost span was recomputed elsewhere."""

@@ -1,7 +1,7 @@
 """An engine that keeps note of what its steps took, for the planner: a clock around `run`, and nothing else.
 
-Steps are told apart as decode (single positions of some sessions) and prefill (one piece of a prompt), each with the
-layers that it really passed.
+Steps are told apart as decode (single positions and windows of some sessions) and prefill (one piece of a prompt), each
+with the layers that it really passed.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class TimedEngine(Engine):
     def _note(self, steps: Sequence[Step], took_s: float) -> None:
         """A measure of one kind of work; a batch of both, or over different layers, is none."""
         layers = {self._layers.get(step.session, 0) for step in steps}
-        counts = [step.count for step in steps]
         if len(layers) != 1 or 0 in layers or took_s <= 0:
             return
         with_head = any(step.sample is not None for step in steps)
-        if max(counts) == 1:
-            self._took.append(Took("decode", layers.pop(), len(steps), took_s, with_head))
+        if max(step.certain for step in steps) == 1:
+            rows = sum(step.count for step in steps)
+            self._took.append(Took("decode", layers.pop(), rows, took_s, with_head))
         elif len(steps) == 1:
-            self._took.append(Took("prefill", layers.pop(), counts[0], took_s, with_head))
+            self._took.append(Took("prefill", layers.pop(), steps[0].count, took_s, with_head))

@@ -38,6 +38,8 @@ IDLE_S = 5.0
 """After so long without work a node that got slow measures itself anew."""
 SLOWED = 1.3
 SMOOTHING = 0.2
+PASS_ROWS = 16
+"""Rows that a pass computes for hardly more than one: weights are read once for all of them."""
 LIMITS = BatchLimits(chunk_tokens_max=PIECE_TOKENS, yields_from=BACKGROUND)
 
 
@@ -193,7 +195,8 @@ class Compute:
         if step.count < 1:
             raise StepError(step.session, "holds no positions")
         job = _Job(step)
-        number = self._batcher.submitted(step.session, step.count, trio.current_time())
+        rows = 1 if step.window is None else step.window.rows
+        number = self._batcher.submitted(step.session, step.certain, trio.current_time(), rows=rows)
         self._jobs[number] = job
         self._nudge()
         try:
@@ -221,6 +224,10 @@ class Compute:
             return self._compiler.compile(form, text)
 
         return await trio.to_thread.run_sync(compiled)
+
+    def window_rows(self) -> int:
+        """How many rows a session's window may have, so that all that decode here fill a pass and not more."""
+        return max(1, PASS_ROWS // max(1, self._batcher.decoding()))
 
     def queue_by_class_s(self) -> tuple[float, ...]:
         """Seconds of prompts that open sessions have still to read here, by priority, the most urgent first."""
@@ -308,7 +315,8 @@ class Compute:
             for job in batch:  # each by itself: only the guilty fails
                 await self._compute([job], stoppable=False)
             return True
-        self._note_time([job.step.count for job in batch], took_s)
+        self._note_time([job.step.certain for job in batch], took_s)
+        self.tokens += sum(len(job.step.kept) for job in batch)
         for job, result in zip(batch, results, strict=True):
             job.result = result
             job.done.set()
@@ -399,8 +407,8 @@ def warm_up_prompt(engine: Engine, times: int = 2) -> float:
 
 def _pieces(step: Step) -> list[Step]:
     """The step cut where pieces of a prompt end, whatever came as one message: what is computed together must depend on
-    positions alone. Only the last part samples, and pools what is no sum."""
-    if step.position % PIECE_TOKENS + step.count <= PIECE_TOKENS:
+    positions alone. A window's rows are computed as if alone. Only the last part samples, and pools what is no sum."""
+    if step.window is not None or step.position % PIECE_TOKENS + step.count <= PIECE_TOKENS:
         return [step]
     found, first = [], 0
     while first < step.count:

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("shoal.gateway")
 TRIES_MAX = 3
 EVENTS_BUFFERED = 64
+WINDOW_ROWS = 8
 CHAIN_WAIT_S = 1.0
 BUSY_WAIT_S = 0.2
 HANDOVER_SLACK = 4.0
@@ -90,9 +91,11 @@ AIMS = Aims(first_s=5.0, token_s=0.25)
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
     """How this gateway admits and judges. `wait_s` bounds the wait of requests that name no target of their own;
-    `split_gain` is the share of a request's time that separate chains for prefill and decode must save (1: never)."""
+    `split_gain` is the share of a request's time that separate chains for prefill and decode must save (1: never).
+    Passes check up to `window` tokens at once, the certain one among them (1: no guesses)."""
 
     wait_s: float = 60.0
+    window: int = WINDOW_ROWS
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     split_gain: float = GAIN
@@ -108,6 +111,7 @@ def serve_config(config: DaemonConfig) -> ServeConfig:
         ),
         health=HealthConfig(out_s=config.avoid_s, slow_s=3 * config.avoid_s),
         split_gain=config.split_gain,
+        window=WINDOW_ROWS if config.speculate == "lookup" else 1,
     )
 
 
@@ -372,6 +376,7 @@ class MeshGateway:
         """Tokens through one chain."""
         request, prompt = work.request, work.prompt
         before, pace = len(work.made), self._paces.setdefault(work.model.manifest_id, Pace())
+        passed = 0
         async with self._session(work, choice, prompt) as (tokens, live):
             async for token in tokens:
                 index = before + token.index
@@ -381,6 +386,10 @@ class MeshGateway:
                         self._metrics.count_split(request.model)
                     pace.worked(len(prompt), trio.current_time())
                     self._selector.finder.sent(choice.reading.stages, marks_of(prompt, work.adapter))
+                if not token.more and not request.pool:
+                    right = token.index - passed
+                    passed = token.index + 1
+                    self._metrics.count_pass(request.model, token.guessed, min(right, token.guessed))
                 live.tokens = index + 1
                 embedding = embedding_of(token, choice.stages[-1].peer) if request.pool else None
                 await send.send(
@@ -460,6 +469,7 @@ class MeshGateway:
             priority=work.priority,
             pool=request.pool,
             adapter=work.adapter,
+            window=self._config.window,
         )
 
         def heard(stage: int, queues_s: tuple[float, ...]) -> None:

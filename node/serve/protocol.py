@@ -2,6 +2,8 @@
 
 A session is a chain of nested channels: the gateway opens SESSION at the first stage, each stage opens it at the next.
 Activations go down the chain; a token goes from the last stage straight to the first and to the gateway over RETURN.
+Guesses at the next tokens go as rows of activations with the certain ones; what they say only the first and the last
+stage see, which see the text in any case: it goes straight from one to the other, back over RETURN.
 Leaving the gateway's block cancels the first channel and, through the nesting, every stage.
 """
 
@@ -81,7 +83,9 @@ class SessionOpen:
     A prompt may be read on one chain and answered on another. The session that reads names the stages of the other one
     as its `heirs` and makes one token. The other one names it as `source` and its stages as `sources`: these hand the
     prompt's cache over, and have `handover_s` for what is left of that once the prompt is read. The gateway sends only
-    the first token.
+    the first token (and before it the prompt, if there are to be guesses).
+
+    The first stage may send windows of up to `window` rows, the certain token among them; below 2 it guesses nothing.
 
     `adapter` is the manifest id of an adapter that every stage applies, or none.
 
@@ -106,6 +110,7 @@ class SessionOpen:
     handover_s: float = 0.0
     pool: Literal["", "last_hidden", "mean"] = ""
     adapter: str = ""
+    window: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +124,18 @@ class Prompt:
 @dataclass(frozen=True, slots=True)
 class Activations:
     """Hidden states [n, hidden] of positions [position, position + n); `sample` asks the last stage for a token, `tell`
-    every stage for a note when it is done."""
+    every stage for a note when it is done.
+
+    With `parents` the rows are a window (see model_shards.Window): a certain token at `position`, and guesses. Of the
+    window before, the rows `kept` were right: so many positions have become certain since.
+    """
 
     position: int
     hidden: Tensor
     sample: bool
     tell: bool = False
+    parents: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +172,9 @@ class ReturnOpen:
 @dataclass(frozen=True, slots=True)
 class TokenOut:
     """The `index`-th new token of a session; `finish` is set on the last one. `top` are the (token, log-probability)
-    pairs asked for, likeliest first. Where the session pools, `embedding` (float32, [hidden]) stands for the token."""
+    pairs asked for, likeliest first. A pass that held guesses makes several tokens: all but the last say that `more`
+    come, the last one how many were `guessed`. Where the session pools, `embedding` (float32, [hidden]) stands for the
+    token."""
 
     index: int
     token: int
@@ -169,13 +182,16 @@ class TokenOut:
     finish: Finish | None = None
     top: tuple[tuple[int, float], ...] = ()
     embedding: Tensor | None = None
+    more: bool = False
+    guessed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class ReturnDone:
-    """The end of a RETURN channel."""
+class Guesses:
+    """What the rows of the window at `position` stand for, from the first stage to the last."""
 
-    tokens: int
+    position: int
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +222,7 @@ SESSION = Method(
 RETURN = Method(
     name="serve.return",
     request=ReturnOpen,
-    reply=ReturnDone,
+    reply=Guesses,
     upstream=TokenOut,
     body_bytes_max=4096,
     payload_bytes_max=EMBEDDING_BYTES_MAX,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import trio
 
-from node.serve.protocol import RETURN, ReturnDone, ReturnOpen, Role, TokenOut
+from node.serve.protocol import RETURN, Guesses, ReturnOpen, Role, TokenOut
 from p2p import Call, Channel, Rpc, RpcRefusal
 
 TOKENS_BUFFERED = 256
@@ -22,6 +22,7 @@ class Returns:
 
     def __init__(self, rpc: Rpc) -> None:
         self._waiting: dict[tuple[str, Role], tuple[str, trio.MemorySendChannel[TokenOut]]] = {}
+        self._back: dict[tuple[str, Role], Channel[TokenOut, Guesses]] = {}
         rpc.serve_channel(RETURN, self._serve)
 
     @contextlib.contextmanager
@@ -38,15 +39,28 @@ class Returns:
         finally:
             del self._waiting[key]
 
+    async def guess(self, session: str, guesses: Guesses) -> None:
+        """Tell the last stage of a session, which has returned tokens to its first stage here, what it is to check.
+        Raises P2pError where it has left."""
+        back = self._back.get((session, "stage"))
+        if back is None:
+            raise RpcRefusal("unavailable", f"the last stage left session {session}")
+        await back.send(guesses)
+
     def __len__(self) -> int:
         return len(self._waiting)
 
-    async def _serve(self, call: Call, request: ReturnOpen, channel: Channel[TokenOut, ReturnDone]) -> None:
-        last, taker = self._waiting.get((request.session, request.role), ("", None))
+    async def _serve(self, call: Call, request: ReturnOpen, channel: Channel[TokenOut, Guesses]) -> None:
+        key = request.session, request.role
+        last, taker = self._waiting.get(key, ("", None))
         if taker is None or call.peer != last:
             raise RpcRefusal("not_found", f"nobody here waits for session {request.session}")
-        async for token in channel:
-            try:
-                await taker.send(token)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                return
+        self._back[key] = channel
+        try:
+            async for token in channel:
+                try:
+                    await taker.send(token)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    return
+        finally:
+            self._back.pop(key, None)

@@ -95,8 +95,15 @@ class Session:
             piece = Prompt(position, Tensor(*tensor_to_bytes(ids)))
             await self._channel.send(SessionInput(prompt=piece))
 
-    async def begin(self, token: int) -> None:
-        """The first token into a session whose cache comes from another one."""
+    async def begin(self, token: int, prompt: tuple[int, ...]) -> None:
+        """The first token into a session whose cache comes from another one, and the prompt before it where it is to
+        guess from that."""
+        if self._opening.window > 1:
+            for position in range(0, len(prompt), PIECE_TOKENS):
+                read = torch.tensor(prompt[position : position + PIECE_TOKENS], dtype=torch.int32)
+                await self._channel.send(
+                    SessionInput(prompt=Prompt(position, Tensor(*tensor_to_bytes(read))))
+                )
         ids = torch.tensor([token], dtype=torch.int32)
         first = Prompt(self._opening.prompt_tokens, Tensor(*tensor_to_bytes(ids)))
         await self._channel.send(SessionInput(prompt=first))

@@ -60,7 +60,7 @@ async def open_split(
             begun = [token]
             if token.finish != "stop":
                 begun = [replace(token, finish=None)]
-                await answering.begin(token.token)
+                await answering.begin(token.token, prompt)
                 begun.append(await _next(answering, second))
         handed_over()
         yield Answer(begun, answering)

@@ -11,34 +11,37 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 
 import torch
 import trio
 
 from model_shards import (
+    WINDOW_ROWS_MAX,
     ModelError,
     NoRoom,
     Sampling,
     Step,
     StepResult,
+    Verdict,
+    Window,
     tensor_from_bytes,
     tensor_to_bytes,
 )
+from model_shards.sampler import Pick
 from node.serve.choosing import sampling_of
 from node.serve.compute import Abandoned, Compute, Stale
 from node.serve.faults import leaves
+from node.serve.feed import InputChannel, in_time, piece, until_closed, whole_prompt
+from node.serve.guessing import Asking
 from node.serve.handover import Giver, Handovers, Taking
 from node.serve.prefixes import first_mark, next_mark, scope_of, stand_ins, told_mark
 from node.serve.protocol import (
     BACKGROUND,
-    CHUNK_TOKENS_MAX,
     HANDOVER_S_MAX,
     ID_CHARS_MAX,
     IDLE_S_MAX,
     MARK_BYTES,
     PIECE_TOKENS,
-    PROMPT_WAIT_S,
     RETURN,
     SESSION,
     STAGES_MAX,
@@ -46,25 +49,20 @@ from node.serve.protocol import (
     TOKENS_MAX,
     Activations,
     Finish,
-    ReturnDone,
+    Guesses,
     ReturnOpen,
     Role,
-    SessionInput,
     SessionNote,
     SessionOpen,
     StageRef,
     TokenOut,
 )
+from node.serve.relay import UNASKED, Above, Onward, Relay
 from node.serve.returns import Returns
-from node.serve.timing import Stopwatch
 from p2p import Call, CallFailed, Channel, EndOfChannel, PeerLost, RemoteFault, Rpc, RpcRefusal, Tensor
 
 log = logging.getLogger("shoal.serve")
 YIELDED_RETRY_S = 1.0
-UNASKED = -1
-"""The position of a note that answers no work."""
-InputChannel: TypeAlias = Channel[SessionInput, SessionNote]
-OnwardChannel: TypeAlias = Channel[SessionNote, SessionInput]
 Lookup = Callable[[str, int, int], Compute]
 
 
@@ -93,7 +91,7 @@ class StageService:
     async def _serve(self, call: Call, request: SessionOpen, channel: InputChannel) -> None:
         stage = _check(request, self._me, call.peer)
         compute = self._lookup(request.manifest_id, stage.start, stage.end)
-        prompt = await _whole_prompt(request, channel) if request.reuse and request.index == 0 else ()
+        prompt = await whole_prompt(request, channel) if request.reuse and request.index == 0 else ()
         plan = _Plan.of(request, compute)
         queues_s = compute.queue_by_class_s()
         await self._open(compute, request, plan, prompt)
@@ -175,7 +173,7 @@ class StageService:
         queues_s: tuple[float, ...],
     ) -> None:
         last = request.index == len(request.stages) - 1
-        above = _Above(channel)
+        above = Above(channel)
         await above.say(SessionNote(request.index, UNASKED, queues_s=queues_s))
         async with contextlib.AsyncExitStack() as stack:
             giver = await stack.enter_async_context(self.handovers.giving(request, compute, _refusal))
@@ -186,12 +184,12 @@ class StageService:
                 else None
             )
             if last:
-                onward: _Onward = await stack.enter_async_context(_Tail.open(self._rpc, request, compute))
+                onward: Onward = await stack.enter_async_context(_Tail.open(self._rpc, request, compute))
             else:
-                onward = await stack.enter_async_context(_Relay.open(self._rpc, request, above))
+                onward = await stack.enter_async_context(Relay.open(self._rpc, request, above))
             taking = Taking(self.handovers, request, compute) if request.sources else None
             sampling = await sampling_of(request.sampling, compute if last else None)
-            stage = _Stage(request, compute, plan, onward, above, giver, taking, sampling)
+            stage = _Stage(request, compute, plan, onward, above, giver, taking, sampling, self._returns)
             async with trio.open_nursery() as nursery:
                 if taking is not None:
                     nursery.start_soon(taking.run)
@@ -224,77 +222,11 @@ class _Plan:
         return cls(scope, told, stand_ins(marks, compute.engine.span.config.vocab), None)
 
 
-class _Above:
-    """The way back up the chain. Several tasks speak, one at a time."""
-
-    def __init__(self, channel: InputChannel) -> None:
-        self._channel = channel
-        self._turn = trio.Lock()
-
-    async def say(self, note: SessionNote) -> None:
-        async with self._turn:
-            with contextlib.suppress(EndOfChannel):
-                await self._channel.send(note)
-
-
-class _Onward:
-    """Where a stage's results go."""
-
-    async def put(self, position: int, result: StepResult, sample: bool, tell: bool) -> None:
-        raise LookupError("an abstract onward path was used")
-
-
-class _Relay(_Onward):
-    """To the next stage of the chain, watching that it stays alive and how long it takes."""
-
-    def __init__(self, channel: OnwardChannel, follower: StageRef, index: int, above: _Above) -> None:
-        self._channel = channel
-        self._follower = follower
-        self._index = index
-        self._above = above
-        self._watch = Stopwatch()
-
-    @classmethod
-    @contextlib.asynccontextmanager
-    async def open(cls, rpc: Rpc, request: SessionOpen, above: _Above) -> AsyncIterator[_Relay]:
-        index = request.index + 1
-        follower = request.stages[index]
-        onward = replace(request, index=index)
-        async with rpc.open(follower.peer, SESSION, onward) as channel, trio.open_nursery() as nursery:
-            relay = cls(channel, follower, index, above)
-            nursery.start_soon(relay.listen)
-            yield relay
-            nursery.cancel_scope.cancel()
-
-    async def put(self, position: int, result: StepResult, sample: bool, tell: bool) -> None:
-        if result.hidden is None:
-            raise RpcRefusal("internal", "the engine gave no activations for the next stage")
-        dtype, shape, data = tensor_to_bytes(result.hidden)
-        message = Activations(position, Tensor(dtype, shape, data), sample, tell)
-        if tell:
-            self._watch.sent(position, trio.current_time())
-        await self._channel.send(SessionInput(activations=message))
-
-    async def listen(self) -> None:
-        """Pass on what is said from below. A stage that ends before its session does is a fault, even when it says
-        goodbye politely."""
-        with contextlib.suppress(EndOfChannel):
-            while True:
-                note = await self._channel.receive()
-                if note.stage == self._index and note.position != UNASKED:
-                    seconds = self._watch.told(note.position, trio.current_time())
-                    if seconds is None:
-                        continue
-                    note = replace(note, seconds=seconds)
-                await self._above.say(note)
-        raise PeerLost(self._follower.peer, f"stage on {self._follower.peer} left the session")
-
-
-class _Tail(_Onward):
+class _Tail(Onward):
     """The last stage: tokens go straight to the first stage and to the gateway."""
 
     def __init__(
-        self, request: SessionOpen, eos_ids: frozenset[int], outs: list[Channel[ReturnDone, TokenOut]]
+        self, request: SessionOpen, eos_ids: frozenset[int], outs: list[Channel[Guesses, TokenOut]]
     ) -> None:
         self._request = request
         self._eos_ids = eos_ids
@@ -317,7 +249,7 @@ class _Tail(_Onward):
                 outs.append(await stack.enter_async_context(rpc.open(peer, RETURN, opening)))
             yield cls(request, eos_ids, outs)
 
-    async def put(self, position: int, result: StepResult, sample: bool, tell: bool) -> None:
+    async def put(self, step: Step, result: StepResult, sample: bool, tell: bool) -> None:
         if not sample:
             return
         if result.embedding is not None:
@@ -327,15 +259,35 @@ class _Tail(_Onward):
             return
         if result.token is None:
             raise RpcRefusal("internal", "the engine gave no token at the last stage")
+        verdict = result.verdict or Verdict(
+            (Pick(result.token, result.logprob or 0.0, result.top_logprobs),), ()
+        )
+        tokens: list[TokenOut] = []
         finish: Finish | None = None
-        if result.token in self._eos_ids:
-            finish = "stop"
-        elif self._sent + 1 >= self._request.new_tokens_max:
-            finish = "length"
-        token = TokenOut(self._sent, result.token, result.logprob, finish, result.top_logprobs)
-        self._sent += 1
-        for out in self._outs:
-            await out.send(token)
+        for pick in verdict.picks:
+            if pick.token in self._eos_ids:
+                finish = "stop"
+            elif self._sent + 1 >= self._request.new_tokens_max:
+                finish = "length"
+            tokens.append(TokenOut(self._sent, pick.token, pick.logprob, finish, pick.top, more=True))
+            self._sent += 1
+            if finish is not None:
+                break
+        tokens[-1] = replace(tokens[-1], more=False, guessed=step.window.rows - 1 if step.window else 0)
+        for token in tokens:
+            for out in self._outs:
+                await out.send(token)
+
+    async def guesses(self, position: int) -> tuple[int, ...]:
+        with trio.move_on_after(IDLE_S_MAX):
+            try:
+                told = await self._outs[0].receive()
+            except EndOfChannel:
+                raise PeerLost(self._request.stages[0].peer, "the first stage left the session") from None
+            if told.position != position:
+                raise RpcRefusal("invalid", f"guesses for position {told.position}, expected {position}")
+            return told.tokens
+        raise RpcRefusal("unavailable", f"no guesses came within {IDLE_S_MAX:g} s")
 
 
 class _Stage:
@@ -346,14 +298,16 @@ class _Stage:
         request: SessionOpen,
         compute: Compute,
         plan: _Plan,
-        onward: _Onward,
-        above: _Above,
+        onward: Onward,
+        above: Above,
         giver: Giver | None = None,
         taking: Taking | None = None,
         sampling: Sampling | None = None,
+        returns: Returns | None = None,
     ) -> None:
         self._request = request
         self._compute = compute
+        self._returns = returns
         self._plan = plan
         self._onward = onward
         self._above = above
@@ -371,9 +325,16 @@ class _Stage:
         """The first stage: the prompt from the gateway, then each token as the last stage returns it."""
         request = self._request
         position, mark = 0, first_mark(request.adapter)
+        ends = frozenset(() if request.ignore_eos else self._compute.engine.span.config.eos_ids)
+        asking = Asking(request, ends, self._compute.window_rows)
         if self._taking is not None:
+            while request.window > 1 and position < request.prompt_tokens:
+                tokens = await piece(channel, position, request.prompt_tokens)
+                asking.read(tokens)
+                position += len(tokens)
             position = request.prompt_tokens
-            first = await _piece(channel, position, position + 1, IDLE_S_MAX)
+            first = await piece(channel, position, position + 1, IDLE_S_MAX)
+            asking.read(first)
             # What this step takes is mostly waiting for the cache, and says nothing of the stage.
             await self._step(position, True, tokens=first, tell=False)
             position += 1
@@ -381,19 +342,50 @@ class _Stage:
             if position < len(prompt):
                 tokens = prompt[position : position + PIECE_TOKENS]
             else:
-                tokens = await _piece(channel, position, request.prompt_tokens)
+                tokens = await piece(channel, position, request.prompt_tokens)
             mark = self._checked(position, tokens, mark)
             end = position + len(tokens)
+            asking.read(tokens)
             if position >= request.reuse:
                 await self._step(position, end == request.prompt_tokens, tokens=tokens, tell=True)
             position = end
+        await self._answer(asking, returned, position)
+        await until_closed(channel)
+
+    async def _answer(
+        self, asking: Asking, returned: trio.MemoryReceiveChannel[TokenOut], position: int
+    ) -> None:
+        """The tokens of each pass, as they return, into the next one, whose first one stands at `position`."""
+        came: list[TokenOut] = []
         async for token in returned:
+            came.append(token)
             if token.finish is not None:
-                break
-            tell = token.index % TELL_EVERY_TOKENS == 0
-            await self._step(position, True, tokens=(token.token,), tell=tell)
-            position += 1
-        await _until_closed(channel)
+                return
+            if token.more and len(came) < WINDOW_ROWS_MAX:
+                continue
+            window, kept = asking.after([one.token for one in came], trio.current_time())
+            if len(kept) != len(came) - 1:
+                last = self._request.stages[-1].peer
+                raise RpcRefusal(
+                    "unavailable", f"{last} returned tokens that nobody guessed", detail={"peer": last}
+                )
+            position += len(kept)
+            guesses = window if window.rows > 1 else None
+            if guesses is not None and not self._last and self._returns is not None:
+                await self._returns.guess(self._request.session, Guesses(position, window.tokens))
+            told = next((one.index for one in came if one.index % TELL_EVERY_TOKENS == 0), None)
+            # The gateway has a watch on the token itself, which need not be the pass's last one.
+            noted = None if told is None else self._request.prompt_tokens + told
+            await self._step(
+                position,
+                True,
+                tokens=window.tokens,
+                tell=told is not None,
+                window=guesses,
+                kept=kept,
+                noted=noted,
+            )
+            position, came = position + 1, []
 
     def _checked(self, position: int, tokens: tuple[int, ...], before: bytes) -> bytes:
         """The mark of a piece. No later stage sees the tokens: what goes there under a mark must be its piece."""
@@ -410,11 +402,27 @@ class _Stage:
         device = self._compute.engine.span.device
         with contextlib.suppress(EndOfChannel):
             while True:
-                given = (await _in_time(channel, IDLE_S_MAX)).activations
+                given = (await in_time(channel, IDLE_S_MAX)).activations
                 if given is None:
                     raise RpcRefusal("invalid", "expected activations")
                 hidden = tensor_from_bytes(given.hidden.dtype, given.hidden.shape, given.hidden.data)
-                await self._step(given.position, given.sample, hidden=hidden.to(device), tell=given.tell)
+                window = await self._window(given)
+                await self._step(
+                    given.position,
+                    given.sample,
+                    hidden=hidden.to(device),
+                    tell=given.tell,
+                    window=window,
+                    kept=given.kept,
+                )
+
+    async def _window(self, given: Activations) -> Window | None:
+        """The window that came. Only the last stage needs to know its tokens."""
+        if not given.parents:
+            return None
+        if max(len(given.parents), len(given.kept)) > WINDOW_ROWS_MAX:
+            raise RpcRefusal("invalid", f"a window has up to {WINDOW_ROWS_MAX} rows")
+        return Window(given.parents, await self._onward.guesses(given.position) if self._last else ())
 
     async def _step(
         self,
@@ -424,24 +432,29 @@ class _Stage:
         hidden: torch.Tensor | None = None,
         *,
         tell: bool,
+        window: Window | None = None,
+        kept: tuple[int, ...] = (),
+        noted: int | None = None,
     ) -> None:
         name, pool = self._request.session, self._request.pool
         if self._last and pool:
             # A mean is the sum of every piece's rows.
             step = Step(name, position, tokens, hidden, pool=pool if sample or pool == "mean" else None)
         else:
-            step = Step(name, position, tokens, hidden, self._sampling if sample and self._last else None)
+            sampling = self._sampling if sample and self._last else None
+            step = Step(name, position, tokens, hidden, sampling, window=window, kept=kept)
         if self._taking is not None:
             await self._taking.wait()
         result = await self._compute.step(step)
         if self._giver is not None:
             self._giver.filled(position + step.count)
-        await self._onward.put(position, result, sample, tell)
+        await self._onward.put(step, result, sample, tell)
         told = self._plan.told
         if told and position + step.count == len(told) * PIECE_TOKENS:
             self._compute.held.use(told)
         if tell:
-            await self._above.say(SessionNote(self._request.index, position, step.count))
+            where = position if noted is None else noted
+            await self._above.say(SessionNote(self._request.index, where, step.certain))
 
 
 def _check(request: SessionOpen, me: str, caller: str) -> StageRef:
@@ -501,47 +514,10 @@ def _check_handover(request: SessionOpen) -> None:
         raise RpcRefusal("invalid", "a session that takes a cache over reads no prompt")
     if request.priority == BACKGROUND and (request.heirs or request.sources):
         raise RpcRefusal("invalid", "background sessions may be parked and hand nothing over")
+    if not 0 <= request.window <= WINDOW_ROWS_MAX:
+        raise RpcRefusal("invalid", f"window is {request.window}, expected 0 to {WINDOW_ROWS_MAX}")
     if not 0.0 <= request.handover_s <= HANDOVER_S_MAX:
         raise RpcRefusal("invalid", f"handover_s is {request.handover_s:g}, expected 0 to {HANDOVER_S_MAX:g}")
-
-
-async def _piece(
-    channel: InputChannel, position: int, prompt_tokens: int, wait_s: float | None = None
-) -> tuple[int, ...]:
-    """The next part of the prompt, which must go on at `position`."""
-    prompt = (await _in_time(channel, PROMPT_WAIT_S if wait_s is None else wait_s)).prompt
-    if prompt is None or prompt.position != position:
-        raise RpcRefusal("invalid", f"expected the prompt from position {position}")
-    return _token_ids(prompt.tokens, prompt_tokens - position)
-
-
-async def _whole_prompt(request: SessionOpen, channel: InputChannel) -> tuple[int, ...]:
-    """All of the prompt: what of it is cached can only be told with its tokens."""
-    prompt: list[int] = []
-    while len(prompt) < request.prompt_tokens:
-        prompt.extend(await _piece(channel, len(prompt), request.prompt_tokens))
-    return tuple(prompt)
-
-
-def _token_ids(tensor: Tensor, most: int) -> tuple[int, ...]:
-    ids = tensor_from_bytes(tensor.dtype, tensor.shape, tensor.data)
-    if ids.dtype != torch.int32 or ids.ndim != 1 or not 0 < ids.numel() <= min(most, CHUNK_TOKENS_MAX):
-        raise RpcRefusal("invalid", f"expected 1 to {min(most, CHUNK_TOKENS_MAX)} token ids as int32")
-    return tuple(ids.tolist())
-
-
-async def _in_time(channel: InputChannel, wait_s: float) -> SessionInput:
-    """What comes next. A session that nobody feeds must not keep its room for ever."""
-    with trio.move_on_after(wait_s):
-        return await channel.receive()
-    raise RpcRefusal("unavailable", f"nothing came for this session within {wait_s:g} s")
-
-
-async def _until_closed(channel: InputChannel) -> None:
-    """Keep the session's room until the gateway has read its last token and leaves."""
-    with contextlib.suppress(EndOfChannel):
-        while True:
-            await _in_time(channel, IDLE_S_MAX)
 
 
 def _refusal(problem: BaseException) -> RpcRefusal | None:

@@ -247,3 +247,28 @@ def test_work_is_at_most_a_chunk(count):
     opened(core, a=1)
     with pytest.raises(LocalFault, match="expected 1 to 16"):
         core.submitted("a", count, 0.0)
+
+
+def test_windows_share_a_batch_by_their_rows_and_count_as_one_position():
+    core = Batcher(100, BatchLimits(rows_max=10))
+    for name in "abcd":
+        core.opened(name, 1, 1, 0, 50, 0.0)
+    assert core.decoding() == 0
+    rows = {"a": 4, "b": 6, "c": 1, "d": 5}
+    numbers = [core.submitted(name, 1, float(at), rows=rows[name]) for at, name in enumerate(rows)]
+    first = core.next(0, 5.0)
+    assert first == Run(tuple(numbers[:2]), ("a", "b"), False)
+    core.finished(6.0)
+    assert core.next(0, 6.0) == Run(tuple(numbers[2:]), ("c", "d"), False)
+    core.finished(7.0)
+    core.validate()
+    assert core.decoding() == 4
+    assert core._seats["a"].tokens_left == 49
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 0), (1, 11), (2, 3)])
+def test_a_window_that_no_batch_holds_is_the_callers_mistake(count, rows):
+    core = Batcher(100, BatchLimits(rows_max=10))
+    core.opened("a", 1, 1, 0, 50, 0.0)
+    with pytest.raises(LocalFault, match="window"):
+        core.submitted("a", count, 0.0, rows=rows)

@@ -259,7 +259,7 @@ async def test_a_session_no_honest_gateway_opens_is_refused_and_leaves_nothing(m
 
 
 async def test_a_session_that_nobody_feeds_gives_its_room_back(model, monkeypatch):
-    monkeypatch.setattr("node.serve.stage.PROMPT_WAIT_S", 0.05)
+    monkeypatch.setattr("node.serve.feed.PROMPT_WAIT_S", 0.05)
     async with ring_of(model, CUTS["two"]) as ring:
         request = opening(ring)
         with ring.entry.returns.expect("s", "gateway", ring.nodes[-1].me), trio.fail_after(5):

@@ -174,9 +174,9 @@ async def test_after_a_handover_that_failed_requests_stay_whole_for_a_while(mode
 async def test_nothing_is_shown_before_the_chain_that_answers_made_a_token(model, alone, monkeypatch):
     begun, begin = trio.Event(), Session.begin
 
-    async def told_first_token(self, token):
+    async def told_first_token(self, token, prompt):
         begun.set()
-        await begin(self, token)
+        await begin(self, token, prompt)
 
     monkeypatch.setattr(Session, "begin", told_first_token)
     request = wish(LONG)

@@ -321,6 +321,8 @@ class Run:
                         problem = failed
                     else:
                         self._shelf(tag).put(snapshot, trio.current_time())
+                        for peer in sources:
+                            self._hear(shell, peer, heads[peer].decision)
                         shell.caller_epoch = snapshot.epoch
                         shell.transfer_s = trio.current_time() - began_s
                         while shell.missed and shell.missed[0].epoch <= snapshot.epoch:
@@ -409,12 +411,16 @@ class Run:
         self._watch.heard(peer)
         if letter.tag not in self._tags and len(self._tags) >= self.config.tags_max:
             return
+        self._hear(self._tag(letter.tag), peer, letter.body)
+
+    def _hear(self, shell: TagShell, peer: str, body: bytes) -> None:
+        """A message of agreement, by letter or with a state."""
         try:
-            message = unpack_message(letter.body, self.config.agreement.members_max)
+            message = unpack_message(body, self.config.agreement.members_max)
         except ProtocolViolation as violation:
-            log.warning("a letter from %s is refused: %s", peer, violation)
-            return
-        self._tag(letter.tag).tell(Received(peer, message))
+            log.warning("a message from %s is refused: %s", peer, violation)
+        else:
+            shell.tell(Received(peer, message))
 
     # ---- parts
 
@@ -482,6 +488,12 @@ class Run:
         shell = self._tags.get(tag)
         if shell is not None and not self.court.is_guilty(peer):
             shell.expect(peer, took_s)
+
+    def decision(self, tag: str) -> bytes:
+        """What is known here to be decided, as a message for whoever takes over a state; empty where nothing is."""
+        shell = self._tags.get(tag)
+        message = None if shell is None else shell.chain.decision()
+        return b"" if message is None else pack_message(message)
 
     def shelf(self, tag: str) -> Shelf | None:
         """The published states of a tag, if there is one."""

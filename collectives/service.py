@@ -43,7 +43,7 @@ class Collectives:
         self.place: Callable[[], Place] = lambda: Place(dialable=bool(host.addrs()))
         self._mail = Mailroom(rpc)
         self._desk = LinkDesk(links, self._on_link)
-        StateServer(rpc, self._shelf, self._expect)
+        StateServer(rpc, self._shelf, self._expect, self._decision)
         ValueServer(rpc, self._result)
         AuditServer(rpc, self._auditor)
         CourtServer(rpc, self._court)
@@ -103,6 +103,10 @@ class Collectives:
     def _shelf(self, run_id: str, tag: str) -> Shelf | None:
         run = self.runs.get(run_id)
         return None if run is None else run.shelf(tag)
+
+    def _decision(self, run_id: str, tag: str) -> bytes:
+        run = self.runs.get(run_id)
+        return b"" if run is None else run.decision(tag)
 
     def _expect(self, run_id: str, tag: str, peer: str, took_s: float) -> None:
         run = self.runs.get(run_id)

@@ -16,7 +16,7 @@ import math
 import mmap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ from p2p import Call, CallFailed, Method, P2pError, Rpc, RpcRefusal, Tensor
 
 log = logging.getLogger("shoal.collectives")
 
+HEAD_BYTES_MAX = 1 << 20
 MANIFEST_BYTES_MAX = 64 << 20
 PAUSE_S = 0.2
 STRAGGLERS_S = 0.1
@@ -47,9 +48,13 @@ class AskHead:
 
 @dataclass(frozen=True, slots=True)
 class Head:
+    """`decision`: a message of agreement. Whoever takes over the state learns by it that its epoch is decided: those
+    who know may be gone afterwards."""
+
     epoch: int
     digest: bytes
     nbytes: int
+    decision: bytes = field(default=b"", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +82,7 @@ class StateChunk:
     data: Tensor
 
 
-HEAD = Method("collectives/state/head", AskHead, Head, body_bytes_max=4096, deadline_s=5.0)
+HEAD = Method("collectives/state/head", AskHead, Head, body_bytes_max=HEAD_BYTES_MAX, deadline_s=5.0)
 MANIFEST = Method(
     "collectives/state/manifest", AskManifest, Manifest, body_bytes_max=MANIFEST_BYTES_MAX, deadline_s=120.0,
     lane="bulk",
@@ -90,15 +95,17 @@ CHUNK = Method(
 
 class StateServer:
     """Answers for the shelves of a node; `shelf(run, tag)` gives None for chains it does not know. `expect(run, tag,
-    peer, took_s)` hears of those who were overtaken."""
+    peer, took_s)` hears of those who were overtaken; `decision(run, tag)` packs what is known to be decided."""
 
     def __init__(
         self,
         rpc: Rpc,
         shelf: Callable[[str, str], Shelf | None],
         expect: Callable[[str, str, str, float], None] = lambda run, tag, peer, took_s: None,
+        decision: Callable[[str, str], bytes] = lambda run, tag: b"",
     ) -> None:
         self._shelf = shelf
+        self._decision = decision
         self._expect = expect
         rpc.serve(HEAD, self._head)
         rpc.serve(MANIFEST, self._manifest)
@@ -113,7 +120,7 @@ class StateServer:
             raise RpcRefusal("absent", "no state of this chain is published here")
         newest = shelf.newest
         shelf.get(newest.digest, trio.current_time())
-        return Head(newest.epoch, newest.digest, newest.manifest.nbytes)
+        return Head(newest.epoch, newest.digest, newest.manifest.nbytes, self._decision(ask.run, ask.tag))
 
     def _snapshot(self, run: str, tag: str, digest: bytes) -> Snapshot:
         shelf = self._shelf(run, tag)

@@ -76,6 +76,8 @@ HOW A SHELL DRIVES `Chain` (one for each run and tag):
 - Every whole result reported by Reduced or Held stays servable to peers (by digest) until its `Release`, or, to make
   room, until the `Reduce` of a later epoch: whoever has not fetched it by then transfers the state.
 - `Committed` of an epoch that the caller's state already holds (it was transferred meanwhile) is to be ignored.
+- A state is handed on together with `Chain.decision()`, which the receiver's chain is told before the next Enter: all
+  who know that its epoch is decided may be gone afterwards.
 - `Offer.nonce` must be new for each Enter, also across restarts (random or nanoseconds).
 - `incarnation` must be new (random or nanoseconds) whenever there is no `saved`, or saved.left is set; founders
   that create a run use 0. A founder without its journal is a joiner: `config=None` and Met.

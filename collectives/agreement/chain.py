@@ -234,10 +234,12 @@ class Chain(Leading):
     def _advance(self, now_s: float) -> None:
         if self.round is not None and now_s >= self.round.deadline_s:
             self.expire()
-        if self.ledger.decided is None or (self.round is not None and self.round.offer.epoch > self.epoch):
+        if self.ledger.decided is None:
             self.ask(now_s)
             return
-        if self.entered:
+        if self.round is not None and self.round.offer.epoch > self.epoch:
+            self.ask(now_s)
+        elif self.entered:
             self._in_round(now_s)
         if self.lead is not None:
             self.drive(now_s)
@@ -295,7 +297,7 @@ class Chain(Leading):
             times.append(self.retry_at if self.following == self.me else self.poke_at)
         if self.lead is not None:
             times += self._lead_times(self.lead)
-        elif attempt is None and (late := self._late_s()) is not None:
+        elif not self.entered and (late := self._late_s()) is not None:
             times.append(late)
         return min(times, default=None)
 

@@ -191,6 +191,15 @@ class Core:
         self.waiting |= {peer}
         self.grace.learn(took_s)
 
+    def decision(self) -> Commit | None:
+        """What is known to be decided, for whoever takes over a state from here."""
+        decided = self.ledger.decided
+        return (
+            None
+            if decided is None
+            else Commit(decided, tuple(sorted(self.waiting)), self.former, self.earlier)
+        )
+
     def part(self, peers: Iterable[str], config: Config) -> None:
         """Whom to tell what is decided, though they are no members: whoever they know may have left for good."""
         known = [peer for peer in dict.fromkeys(peers) if peer != self.me and config.seat(peer) is None]

@@ -429,7 +429,7 @@ class Leading(Following):
         elif now_s >= lead.resend_at:
             lead.resend_at = now_s + self.settings.resend_s
             lead.resends += 1
-            if self.round is None and lead.resends > RESENDS_ALONE_MAX:
+            if not self.entered and lead.resends > RESENDS_ALONE_MAX:
                 self.lead = None
                 return
             if self._may_pass_over(lead):

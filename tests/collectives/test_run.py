@@ -170,6 +170,29 @@ async def test_a_joiner_fetches_the_state_and_takes_part(autojump_clock, members
     assert all(same(one.tensors, mean_of(taking_part, [1] * len(taking_part), 2)) for one in results)
 
 
+async def test_who_fetches_a_state_learns_with_it_that_its_epoch_is_decided(
+    autojump_clock, members, together, reduce
+):
+    """Those who know may be gone afterwards."""
+    runs = await members.start("a", "b", "c")
+    joiner = await members.join("d", contacts=[runs[0].me])
+    joiner._on_own_letter = lambda peer, letter: None
+    await trio.sleep(1.0)
+
+    async def call(run):
+        await reduce(run, tensors_of(run))
+        await run.publish({"w": torch.ones(10)})
+
+    assert await together(runs, call) == [None] * 3
+    await trio.sleep(1.0)
+    assert joiner.committed() < 1
+    await joiner.fetch_state(deadline_s=30.0)
+    with trio.fail_after(1.0):
+        while joiner.committed() < 1:
+            await joiner._tags["outer"].changed.wait()
+    assert set(joiner.members()) == {run.me for run in runs}
+
+
 async def test_a_member_with_another_state_is_left_out(autojump_clock, members, together, reduce):
     runs = await members.start("a", "b", "c", config=RunConfig(agreement=Settings(members_min=2)))
 

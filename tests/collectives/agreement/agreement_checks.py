@@ -80,7 +80,7 @@ class Checks:
 
     def check_told(self, node, one):
         """A member that was counted is never told Behind while it holds the result and was told that it is decided, nor
-        once it knows that and could have had the bytes from somebody for a while."""
+        once it knows that and could have had the bytes from another member for a while."""
         self.told[node.name, one.nonce] = one.error
         epoch = self.offers[node.name, one.nonce][0] + 1
         value = self.values.get(epoch)
@@ -105,7 +105,8 @@ class Checks:
 
     def holder_for(self, node, epoch, digest):
         """Who holds these bytes and could be asked by `node`, for long enough."""
-        for other in self.nodes.values():
+        for peer in self.values[epoch].declaration.peers:
+            other = self.nodes[peer]
             if other is node or other.gone or other.paused_until > self.now or digest not in other.results:
                 continue
             if not self.reach(node.name, other.name) or (other.name, node.name) in self.blocked:
@@ -120,6 +121,7 @@ class Checks:
         top = max(self.decided)
         if all(node.state_epoch < top for node in self.nodes.values() if not node.gone):
             return "every copy of a decided result was lost at once"
+        top = max(node.chain.epoch for node in self.nodes.values() if not node.gone)
         config = self.decided[top][1]
         seated, resigned = set(), set()
         for node in self.nodes.values():

@@ -377,7 +377,19 @@ class World(Trouble, Checks):
             if there and other is not node and other.state_epoch >= max(node.chain.epoch, node.state_epoch):
                 node.state_epoch, node.state = other.state_epoch, other.state
                 node.lagging = False
+                late_s = self.rng.choice(
+                    (0.0, 0.0, 0.1, 1.0)
+                )  # a caller may be given its state by other means
+                self.do_learn(node.name, other.name, other.chain.decision(), late_s)
                 return
+
+    def do_learn(self, name, source, decision, late_s):
+        """What is decided comes with a state, surely, if not at once."""
+        node = self.nodes[name]
+        if late_s > 0 or not node.up or node.paused_until > self.now:
+            self.at(late_s or 0.2, "learn", name, source, decision, 0.0)
+        else:
+            self.tell(node, ev.Received(source, decision))
 
     def on_committed(self, node, one):
         if one.epoch <= node.last_committed:

@@ -67,6 +67,24 @@ def test_bytes_that_are_not_needed_any_more_do_not_stand_in_the_way_of_the_next_
     assert one.committed(away) == [(3, b"three", True)]
 
 
+def test_a_proposal_goes_on_while_its_caller_waits_to_hear_of_the_decision(table):
+    """The caller was told that its round expired, and took over the state that others made of the proposal."""
+    one = table("abc")
+    first = one.ranked[0]
+    one.enter(limit_s=1.0)
+    one.deliver()
+    one.reduced()
+    one.post = []
+    one.pass_time(1.0, first)
+    one.post = []
+    enter_on(one, first, 1)
+    one.now = one.chains[first].wake_s
+    one.tell(first, ev.Tick())
+    assert one.chains[first].wake_s > one.now
+    one.run(2.0)
+    assert one.committed(first) == [(1, b"result", False)]
+
+
 def counted_and_cut_off(table):
     """All three are counted in epoch 1; the third holds the result and hears no more of it."""
     one = table("abc")

@@ -19,7 +19,6 @@ from typing import Any
 import trio
 from libp2p.abc import IHost, INetConn, INetStream
 from libp2p.network.connection.raw_connection import RawConnection
-from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
 from libp2p.tools.anyio_service import background_trio_service
@@ -80,6 +79,10 @@ class _Link:
     @property
     def relayed(self) -> bool:
         return self.mux.way.kind == "relayed"
+
+    @property
+    def remote_ip(self) -> str:
+        return self.mux.way.remote[0] if self.mux.way.remote else ""
 
 
 class Pinned:
@@ -159,8 +162,12 @@ class Host:
 
     def ways(self, peer: str) -> tuple[Way, ...]:
         """How each proven connection to `peer` runs, the one that new streams take first."""
-        links = sorted((link for link in self._live() if link.peer == peer), key=lambda link: link.relayed)
-        return tuple(link.mux.way for link in links)
+        return tuple(link.mux.way for link in self._best(peer))
+
+    def _best(self, peer: str) -> list[_Link]:
+        """Direct before relayed, and the newest first: a peer that moved has left its older ones."""
+        links = [(link.relayed, -k, link) for k, link in enumerate(self._live()) if link.peer == peer]
+        return [link for _, _, link in sorted(links, key=lambda one: one[:2])]
 
     def port(self) -> int:
         """The TCP port it listens on, 0 where it listens nowhere."""
@@ -240,6 +247,25 @@ class Host:
         with trio.move_on_after(self.config.close_deadline_s):
             for link in links:
                 await link.gone.wait()
+
+    async def _keep_alive(self) -> None:
+        """Mend 10: the library never notices a peer that is gone without a word. Calls do, for a peer as a whole; here
+        each single connection is watched. Time in which this very loop did not run is nobody's silence.
+
+        Can go when the library's connections have a keepalive.
+        """
+        while True:
+            slept_from_s = trio.current_time()
+            await trio.sleep(self.config.quiet_s)
+            now_s = trio.current_time()
+            stalled_s = now_s - slept_from_s - self.config.quiet_s
+            for link in list(self._links.values()):
+                link.mux.heard_s = min(now_s, link.mux.heard_s + stalled_s)
+                silent_s = now_s - link.mux.heard_s
+                if silent_s >= self.config.silence_s:
+                    link.mux.abort(f"nothing came for {silent_s:.1f} s")
+                elif silent_s >= self.config.quiet_s:
+                    link.mux.ask()
 
     def drop_from(self, ips: Collection[str]) -> None:
         """End connections from addresses that this computer has no more: nobody at the other end would say so soon."""
@@ -351,7 +377,7 @@ class Host:
         if link.peer not in self._up:
             self._up.add(link.peer)
             self._emit(PeerEvent(link.peer, "up"))
-        elif others and not link.relayed and all(one.relayed for one in others):
+        elif not link.relayed and all(one.relayed or one.remote_ip != link.remote_ip for one in others):
             self._emit(PeerEvent(link.peer, "moved"))
         self._raw.identify(link.mux.peer_id)
 
@@ -368,10 +394,10 @@ class Host:
         Raises PeerLost (not connected, or lost meanwhile), ProtocolViolation (the peer does not
         serve it), DeadlineExceeded after `deadline_s` (`negotiate_deadline_s` when None).
         """
-        links = [link for link in self._live() if link.peer == peer]
+        links = self._best(peer)
         if not links:
             raise PeerLost(peer, f"not connected to {peer}")
-        return await self._open_on(min(links, key=lambda link: link.relayed), protocol, deadline_s)
+        return await self._open_on(links[0], protocol, deadline_s)
 
     async def _open_on(self, link: _Link, protocol: str, deadline_s: float | None) -> MuxByteStream:
         within_s = self.config.negotiate_deadline_s if deadline_s is None else deadline_s
@@ -408,7 +434,7 @@ class Host:
                 RawConnection(stream, True), ID.from_base58(peer)
             )
             await self._wait_ready(conn)
-        except (OSError, SwarmException, MembershipRefused) as error:
+        except Exception as error:  # the library wraps a socket's errors in many classes
             raise Unreachable({where: root_reason(error)}) from error
         return Pinned(self, self._link(conn.muxed_conn))
 
@@ -554,6 +580,7 @@ async def open_host(
         host._nursery = nursery
         try:
             await _listen(swarm, config)
+            nursery.start_soon(host._keep_alive)
             yield host
         except Exception as error:  # noqa: BLE001 - kept whole, and raised below the nurseries
             failure = error

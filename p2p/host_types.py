@@ -35,6 +35,8 @@ class HostConfig:
     member_deadline_s: float = 5.0
     negotiate_deadline_s: float = 10.0
     close_deadline_s: float = 0.8
+    quiet_s: float = 2.0
+    silence_s: float = 8.0
     events_max: int = 4096
 
     def __post_init__(self) -> None:
@@ -67,7 +69,8 @@ class HostConfig:
 @dataclass(frozen=True, slots=True)
 class PeerEvent:
     """`up` once a peer's first connection is proven, `down` when its last one has died. `moved` in between, when one
-    that was only relayed is there directly: what is opened from now on takes that way, what is open stays."""
+    that was only relayed is there directly, or comes from another address: what is opened from now on takes the new
+    way, what is open stays."""
 
     peer: PeerId
     kind: Literal["up", "moved", "down"]

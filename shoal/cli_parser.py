@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from shoal import __version__
 from shoal.cli_parser_drop import drop_command
 from shoal.cli_parser_member import member_commands
+from shoal.cli_parser_testnet import testnet_commands
 
 TTL_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -111,7 +112,7 @@ def build_parser() -> Parser:
     _plan_command(commands)
     _sim_command(commands)
     _bench_commands(commands)
-    _testnet_commands(commands)
+    testnet_commands(commands, _add, count, positive)
     _demo_command(commands)
     return parser
 
@@ -542,42 +543,6 @@ def _bench_commands(commands: Any) -> None:
         help="let each peer send X Mbit/s at most (default: no limit)",
     )
     _json(allreduce, "the figures")
-
-
-def _testnet_commands(commands: Any) -> None:
-    testnet = _add(commands, "testnet", None, "run a whole mesh of local nodes on this machine")
-    actions = testnet.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
-    up = _add(
-        actions,
-        "up",
-        "shoal.cli_testnet:up",
-        "start N local nodes that serve a model, and leave them running",
-        "Start N nodes on this machine as one mesh, share a model from the first one only, wait until every\n"
-        "layer is served, and leave them running. `shoal testnet down` ends exactly those.",
-        "  shoal testnet up -n 4\n"
-        "  shoal testnet up -n 4 --model ~/models/qwen=qwen --node-memory 900 --copies 2 --json",
-    )
-    up.add_argument("-n", "--nodes", metavar="N", type=count, default=4, help="how many nodes (default: 4)")
-    up.add_argument(
-        "--model",
-        metavar="DIR[=NAME]",
-        default="embedded",
-        help="what they serve (default: the built-in model)",
-    )
-    up.add_argument(
-        "--node-memory", metavar="MIB", type=positive, help="memory each node lends to models, in MiB"
-    )
-    up.add_argument("--copies", metavar="K", type=count, default=1, help="copies of each layer (default: 1)")
-    up.add_argument(
-        "--timeout", metavar="SECONDS", type=positive, default=180.0, help="give up after this (default: 180)"
-    )
-    _json(up, "the nodes")
-    down = _add(actions, "down", "shoal.cli_testnet:down", "end the nodes that `testnet up` started")
-    _json(down, "what was ended")
-    status = _add(actions, "status", "shoal.cli_testnet:status", "show the nodes that `testnet up` started")
-    _json(status, "the nodes")
-    for action in (up, down, status):
-        action.add_argument("--state-dir", metavar="DIR", help="where their logs and records are kept")
 
 
 def _demo_command(commands: Any) -> None:

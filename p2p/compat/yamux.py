@@ -72,6 +72,7 @@ class MendedYamux(IMuxedConn):
         self.secured_conn = conn
         self.peer_id = peer_id
         self.way: Way = getattr(conn, "way", None) or Way()
+        self.heard_s = trio.current_time()
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
         self.on_close: Callable[[], Awaitable[None]] | None = None
@@ -241,6 +242,10 @@ class MendedYamux(IMuxedConn):
         self._busy = True
         self._work.set()
 
+    def ask(self) -> None:
+        """Have the peer send something, so that `heard_s` tells whether it is still there."""
+        self.send_control(PING, SYN, 0, 0)
+
     def schedule(self, stream: MendedStream) -> None:
         """Give `stream` a turn at the writer, unless its window is used up."""
         if self._closing or stream.stream_id in self._queued:
@@ -317,6 +322,7 @@ class MendedYamux(IMuxedConn):
         try:
             while True:
                 chunk = memoryview(await self.secured_conn.read(None))
+                self.heard_s = trio.current_time()
                 if not chunk:
                     self.close_reason = self.close_reason or "the peer closed the connection"
                     return

@@ -8,6 +8,7 @@ connection. It knows streams and their ends; who relays for whom is decided by t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 
@@ -18,10 +19,10 @@ from libp2p.network.exceptions import SwarmException
 
 from p2p.compat.swarm import MendedSwarm
 from p2p.compat.tcp import Endpoint, Way
-from p2p.errors import P2pError, PeerLost, ProtocolViolation
+from p2p.errors import P2pError, PeerLost, ProtocolViolation, RemoteFault
 from p2p.host import ByteStream, Host
 from p2p.identity import PeerId
-from p2p.reach.relay_core import NotRelayed, RelayCore
+from p2p.reach.relay_core import NotRelayed, Pace, RelayCore
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Circuits:
 
     def __init__(self, host: Host, swarm: MendedSwarm, core: RelayCore) -> None:
         self.core = core
+        self._pace = Pace(20, 0.5)
         self._host = host
         self._swarm = swarm
         swarm.hooks.circuit = self._dial
@@ -155,6 +157,8 @@ class Circuits:
         ways = self._host.ways(target)
         if way.kind == "relayed" or not ways or ways[0].kind == "relayed":
             raise NotRelayed("it is not connected to that peer, or to this one, directly")
+        if not self._pace.may(stream.peer, trio.current_time()):
+            raise NotRelayed("asked too often")
         return self.core.open(stream.peer, target, trio.current_time())
 
     async def _carry(self, near: ByteStream, far: ByteStream) -> None:
@@ -163,13 +167,15 @@ class Circuits:
             quiet = trio.CancelScope(deadline=trio.current_time() + IDLE_S)
 
             async def pump(source: ByteStream, sink: ByteStream) -> None:
-                while data := await source.receive_some(PIECE_BYTES):
-                    now_s = trio.current_time()
-                    quiet.deadline = now_s + IDLE_S
-                    wait_s = self.core.wait_s(len(data), now_s)
-                    if wait_s > 0:
-                        await trio.sleep(wait_s)
-                    await sink.send_all(data)
+                # Caught here: beside another task's cancellation it would be in a group that no one handles.
+                with contextlib.suppress(RemoteFault):
+                    while data := await source.receive_some(PIECE_BYTES):
+                        now_s = trio.current_time()
+                        quiet.deadline = now_s + IDLE_S
+                        wait_s = self.core.wait_s(len(data), now_s)
+                        if wait_s > 0:
+                            await trio.sleep(wait_s)
+                        await sink.send_all(data)
                 nursery.cancel_scope.cancel()
 
             with quiet:

@@ -102,7 +102,7 @@ class Reach:
         self._pace, self._pace_all = Pace(4, 5.0), Pace(20, 0.5)
         self._asked_s: dict[PeerId, float] = {}
         self._due_s = 0.0
-        self._told: tuple[Said, tuple[str, ...]] | None = None
+        self._told: tuple[Said, tuple[str, ...], frozenset[str]] | None = None
         rpc.serve(KNOCK, self._on_knock)
         rpc.serve(RESERVE, self._on_reserve)
 
@@ -190,10 +190,11 @@ class Reach:
 
     def _tell(self) -> None:
         """Announce addresses and say what has changed."""
-        self._host.announce(self._addresses())
-        now = (self.said(), self._host.addrs())
+        addresses = self._addresses()
+        now = (self.said(), tuple(addresses), self._own_ips)
         if now != self._told:
             self._told = now
+            self._host.announce(addresses)
             self._changed()
 
     def _addresses(self) -> list[str]:
@@ -257,7 +258,7 @@ class Reach:
         ends = [way.remote for way in self._host.ways(call.peer) if way.kind != "relayed" and way.remote]
         if not ends:
             raise RpcRefusal("unavailable", "there is no direct connection to knock at the other end of")
-        ip = ends[0][0]
+        ip = ends[0][0]  # the newest connection's: the asker may have moved
         ports = [port for port in wish.ports if 0 < port < 65536][:_PORTS_MAX]
         answered: list[int] = []
 

@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
-from libp2p.network.exceptions import SwarmException
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from p2p.addresses import interface_ips
-from p2p.compat.swarm import MendedSwarm
+from p2p.compat.swarm import MendedSwarm, root_reason
 from p2p.compat.tcp import Endpoint
 from p2p.errors import P2pError, RpcRefusal
 from p2p.host import Host
@@ -167,8 +166,8 @@ class Upgrader:
                 with trio.fail_after(self._config.punch_s / max(1, len(targets))):
                     await self._swarm.dial_addr(address, ID.from_base58(peer))
                 return True
-            except (SwarmException, OSError, trio.TooSlowError) as failure:
-                logger.debug("%s does not answer at %s: %s", peer, address, failure)
+            except Exception as failure:  # noqa: BLE001 - the library wraps a socket's errors in many classes
+                logger.debug("%s does not answer at %s: %s", peer, address, root_reason(failure))
         return False
 
 

@@ -14,7 +14,7 @@ from p2p.compat.tcp import Way
 from p2p.errors import PeerLost
 from p2p.reach.punch import Hole, punch
 from p2p.reach.relay import HOP, Circuits
-from p2p.reach.relay_core import RelayCore, RelayLimits
+from p2p.reach.relay_core import Pace, RelayCore, RelayLimits
 from p2p.reach.service import KNOCK, RESERVE, Knock, Reach, Wish
 
 ON_LOOPBACK = HostConfig(listen=("/ip4/127.0.0.1/tcp/0",))
@@ -73,12 +73,12 @@ class Peer:
 
 
 @asynccontextmanager
-async def peers(count, limits=RelayLimits()):  # noqa: B008 - frozen
+async def peers(count, limits=RelayLimits(), config=ON_LOOPBACK):  # noqa: B008 - frozen
     """That many hosts that do not know each other, which live until the block ends."""
     async with trio.open_nursery() as nursery:
 
         async def live(*, task_status):
-            async with open_host(Identity.generate(), "test", bytes(32), ON_LOOPBACK) as host:
+            async with open_host(Identity.generate(), "test", bytes(32), config) as host:
                 rpc = Rpc(host)
                 async with trio.open_nursery() as inner:
                     await inner.start(rpc.run)
@@ -157,6 +157,30 @@ async def test_a_relay_that_changes_a_byte_is_found_out(monkeypatch):
         spoil = True
         with pytest.raises(PeerLost):
             await a.says(b)
+
+
+async def test_a_peer_that_asks_for_circuits_without_end_is_held_up():
+    async with peers(2) as (relay, a):
+        await a.host.connect(relay.host.addrs())
+        relay.core.reserve(a.id, "", trio.current_time())
+        relay.circuits._pace = Pace(2, 60.0)
+        assert [await a.circuits.proven(relay.id) for _ in range(3)] == [True, True, False]
+
+
+async def test_a_stream_that_breaks_while_the_relay_stops_is_no_fault_of_the_relay():
+    class Broken:
+        async def receive_some(self, count):
+            raise PeerLost("b")
+
+    class Silent:
+        async def receive_some(self, count):
+            await trio.sleep_forever()
+
+    async with peers(1) as (relay,):
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await relay.circuits._carry(Broken(), Silent())
+        assert scope.cancelled_caught
 
 
 @pytest.mark.parametrize("wrong", ["no reservation", "not connected"])
@@ -290,6 +314,37 @@ async def test_a_second_node_on_the_port_is_refused_though_the_first_dials_from_
         with pytest.raises(Exception, match="already in use"):
             async with open_host(Identity.generate(), "test", bytes(32), taken):
                 pass
+
+
+async def test_who_comes_from_another_address_is_answered_there():
+    async with peers(2) as (a, b):
+        await a.host.connect(b.host.addrs())
+        assert await b.says(a) == b"hi"
+        with b.host.watch() as events:
+            with trio.fail_after(5):
+                pinned = await a.host.connect_from(("127.0.0.2", 0), b.host.bound()[0], b.id)
+                assert (await events.receive()).kind == "moved"
+        assert [way.remote[0] for way in b.host.ways(a.id)] == ["127.0.0.2", "127.0.0.1"]
+        old = next(link for link in a.host._links if link is not pinned._link.mux)
+        old._deliver = lambda stream, piece: None  # what still comes that way is heard by nobody
+        assert await b.says(a) == b"hi"
+
+
+async def test_a_connection_that_fell_silent_is_ended_though_another_lives():
+    limits = HostConfig(listen=ON_LOOPBACK.listen, quiet_s=0.1, silence_s=0.6)
+    async with peers(2, config=limits) as (a, b):
+        await a.host.connect(b.host.addrs())
+        with trio.fail_after(5):
+            pinned = await a.host.connect_from(("127.0.0.2", 0), b.host.bound()[0], b.id)
+        assert len(b.host.ways(a.id)) == 2
+        pinned._link.mux.send_control = lambda *frame: None
+        pinned._link.mux.schedule = lambda stream: None
+        with b.host.watch() as events, trio.fail_after(5):
+            while len(b.host.ways(a.id)) == 2:  # noqa: ASYNC110 - no event tells of single connections
+                await trio.sleep(0.05)
+            with trio.move_on_after(1.0):
+                pytest.fail(f"{await events.receive()}, where the other connection is well")
+        assert await b.says(a) == await a.says(b) == b"hi"
 
 
 # ---- what members do for one another

@@ -99,6 +99,13 @@ class Peer:
         """To the member itself."""
         self._running().send_signal(number)
 
+    def leave(self) -> None:
+        """Have it end by itself, cleanly."""
+        process = self._running()
+        if process.stdin is not None:
+            process.stdin.close()
+        process.wait(READY_S)
+
     def end(self) -> None:
         """At once, as by a power cut."""
         process, self._process = self._process, None
@@ -131,8 +138,8 @@ class Peer:
 
 
 class NatMesh:
-    """A laboratory with one member a host, the first of which founded the mesh; those `later` are left to be started.
-    Ends what it began."""
+    """A laboratory with one member a host, the first of which founded the mesh; those `later` are left to be started,
+    and the `others` are computers without one. Ends what it began."""
 
     def __init__(
         self,
@@ -142,11 +149,14 @@ class NatMesh:
         *,
         flags: Sequence[str] = (),
         later: Sequence[str] = (),
+        others: Sequence[HostSpec] = (),
     ) -> None:
-        self.lab = NatLab(*plan(homes, publics, link or LinkSpec(delay_s=0.01)))
+        routers, hosts = plan(homes, publics, link or LinkSpec(delay_s=0.01))
+        self.lab = NatLab(routers, [*hosts, *others])
         self.peers: dict[str, Peer] = {}
         self._flags = tuple(flags)
         self._later = tuple(later)
+        self._others = {spec.name for spec in others}
         self._directory = tempfile.TemporaryDirectory(prefix="shoal-nat-")
 
     def __enter__(self) -> NatMesh:
@@ -154,7 +164,9 @@ class NatMesh:
         done = False
         try:
             base = Path(self._directory.name)
-            self.peers = {host: Peer(self.lab, host, base) for host in self.lab.hosts}
+            self.peers = {
+                host: Peer(self.lab, host, base) for host in self.lab.hosts if host not in self._others
+            }
             first, *others = self.peers.values()
             first.start(*self._flags).ready()
             invite = str(first.ask("invite")["invite"])

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 import pytest
 import trio
 
-from p2p import Call, CallFailed, Host, HostConfig, Identity, Method, Rpc, Unreachable, open_host
+from p2p import (
+    Call,
+    CallFailed,
+    Host,
+    HostConfig,
+    Identity,
+    Links,
+    LinksConfig,
+    Method,
+    Rpc,
+    Unreachable,
+    open_host,
+)
 from p2p.compat.tcp import Way
 from p2p.errors import PeerLost
 from p2p.reach.punch import Hole, punch
@@ -90,7 +102,7 @@ async def peers(count, limits=RelayLimits(), config=ON_LOOPBACK):  # noqa: B008 
 
 
 @asynccontextmanager
-async def relayed(count=2, limits=RelayLimits()):  # noqa: B008 - frozen
+async def relayed(count=2, limits=RelayLimits(mbps=1000.0)):  # noqa: B008 - frozen
     """(relay, ends): each end is connected to the relay, holds a reservation, and to the first end through it."""
     async with peers(count + 1, limits) as (relay, *ends):
         for end in ends:
@@ -270,6 +282,43 @@ def _target(peer):
 
     address, _, _ = peer.host.addrs()[0].rpartition("/p2p/")
     return Multiaddr(address), ID.from_base58(peer.id)
+
+
+async def test_a_tensor_link_works_through_a_relay_and_moves_to_the_better_way():
+    async with relayed() as (relay, (a, b)), trio.open_nursery() as nursery:
+        there, here = (
+            Links(peer.host, peer.rpc, _Named(peer.id), LinksConfig(direct=False)) for peer in (b, a)
+        )
+
+        async def echo(link):
+            while True:
+                header, payload = await link.receive()
+                await link.send(header, [bytes(payload)])
+
+        there.serve("echo", echo)
+        for links in (here, there):
+            await nursery.start(links.run)
+
+        async def through(link, count):
+            await link.send(b"h", [bytes(count)])
+            _, payload = await link.receive()
+            return len(payload)
+
+        with trio.fail_after(20):
+            async with here.open(b.id, "echo") as link:
+                assert await through(link, 3_000_000) == 3_000_000
+                assert relay.core.carried_bytes > 6_000_000
+                await a.host.raw.get_network().dial_addr(*_target(b))
+                while relay.core.circuits:
+                    await trio.sleep(0.05)
+                    a.host.shed_relayed(), b.host.shed_relayed()
+                assert await through(link, 3_000_000) == 3_000_000
+        nursery.cancel_scope.cancel()
+
+
+@dataclass(frozen=True)
+class _Named:
+    peer_id: str
 
 
 async def test_both_ends_that_punch_get_one_connection():

@@ -2,80 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from upnp_gateway import DESCRIPTION, WAN, FakeGateway
 
 from p2p.reach import upnp
 from p2p.reach.mapper import PortMapper
 from p2p.reach.upnp import UpnpFailed, answer_of, find_gateway, forward, location_of, service_of, take_back
-
-WAN = "urn:schemas-upnp-org:service:WANIPConnection:1"
-DESCRIPTION = f"""<?xml version="1.0"?><root xmlns="urn:schemas-upnp-org:device-1-0"><device><deviceList><device>
-<serviceList><service><serviceType>urn:schemas-upnp-org:service:Layer3Forwarding:1</serviceType>
-<controlURL>/no</controlURL></service><service><serviceType>{WAN}</serviceType><controlURL>/ctl</controlURL></service>
-</serviceList></device></deviceList></device></root>"""
-
-
-class FakeGateway:
-    """A router on loopback. `taken` are outer ports of others; `permanent` as those that know no leases."""
-
-    def __init__(self) -> None:
-        self.outer_ip = "45.0.1.1"
-        self.taken: set[int] = set()
-        self.permanent = False
-        self.location = ""
-        self.description = DESCRIPTION
-        self.ports: dict[int, tuple[str, int, int]] = {}
-        self.orders: list[str] = []
-
-    async def http(self, stream: trio.SocketStream) -> None:
-        data = b""
-        while b"\r\n\r\n" not in data:
-            data += await stream.receive_some(65536)
-        head, _, body = data.partition(b"\r\n\r\n")
-        length = int(re.search(rb"Content-Length: (\d+)", head)[1])
-        while len(body) < length:
-            body += await stream.receive_some(65536)
-        status, text = self.answer(head.decode(), body.decode())
-        said = text.encode()
-        await stream.send_all(f"HTTP/1.1 {status} -\r\nContent-Length: {len(said)}\r\n\r\n".encode() + said)
-        await trio.sleep(30)  # some keep the connection open
-
-    def answer(self, head: str, body: str) -> tuple[int, str]:
-        if head.startswith("GET /root.xml "):
-            return 200, self.description
-        action = re.search(r'SOAPAction: "(.*)#(\w+)"', head)
-        if not head.startswith("POST /ctl ") or action is None or action[1] != WAN:
-            return 404, "<no/>"
-        self.orders.append(action[2])
-        values = dict(re.findall(r"<(New\w+)>([^<]*)</", body))
-        match action[2]:
-            case "GetExternalIPAddress":
-                return 200, f"<a><NewExternalIPAddress>{self.outer_ip}</NewExternalIPAddress></a>"
-            case "AddPortMapping":
-                port, lease_s = int(values["NewExternalPort"]), int(values["NewLeaseDuration"])
-                if self.permanent and lease_s:
-                    return self.fault(725, "OnlyPermanentLeasesSupported")
-                if port in self.taken:
-                    return self.fault(718, "ConflictInMappingEntry")
-                self.ports[port] = (values["NewInternalClient"], int(values["NewInternalPort"]), lease_s)
-                return 200, "<ok/>"
-            case "DeletePortMapping":
-                self.ports.pop(int(values["NewExternalPort"]))
-                return 200, "<ok/>"
-        return self.fault(401, "Invalid Action")
-
-    def fault(self, code: int, said: str) -> tuple[int, str]:
-        return 500, f"<f><errorCode>{code}</errorCode><errorDescription>{said}</errorDescription></f>"
-
-    async def ssdp(self, sock) -> None:
-        while True:
-            asked, sender = await sock.recvfrom(2048)
-            if asked.startswith(b"M-SEARCH * HTTP/1.1\r\n") and b"ssdp:discover" in asked:
-                await sock.sendto(f"HTTP/1.1 200 OK\r\nLOCATION: {self.location}\r\n\r\n".encode(), sender)
 
 
 @asynccontextmanager

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from testnet.nat import LinkSpec, NatMesh, measure, why_not
+from testnet.nat import HostSpec, LinkSpec, NatMesh, measure, why_not
 from testnet.nat.mesh import plan
 
 REASON = why_not()
@@ -110,6 +114,28 @@ def test_a_forwarded_port_makes_a_home_reachable():
         mesh.peers["h1"].start(mesh.peers["p0"].ask("invite")["invite"]).ready()
         mesh.until(lambda: mesh.status("h1")["reach"]["verdict"] == "public", "h1 is public")
         path_is(mesh, "h2", "h1", "direct")
+
+
+@pytest.mark.slow
+def test_a_router_with_upnp_is_asked_for_the_port_and_the_home_is_reachable():
+    gateway = HostSpec("gw1", "10.1.0.1", "r1")
+    program = Path(__file__).parents[2] / "upnp_gateway.py"
+    with NatMesh(["symmetric", "symmetric"], 1, FAST, later=("h1",), others=(gateway,)) as mesh:
+        command = mesh.lab.command("gw1", sys.executable, str(program), "10.1.0.1", "45.0.1.1")
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+            try:
+                assert json.loads(running.stdout.readline()) == {"ready": True}
+                mesh.peers["h1"].start(mesh.peers["p0"].ask("invite")["invite"]).ready()
+                wish = json.loads(running.stdout.readline())
+                assert wish == {"add": 4001, "ip": "10.1.0.2", "inner_port": 4001}
+                mesh.lab.forward("r1", 4001, "10.1.0.2", 4001)
+                mesh.until(lambda: mesh.status("h1")["reach"]["verdict"] == "public", "h1 is public")
+                path_is(mesh, "h2", "h1", "direct")
+                assert any("/ip4/45.0.1.1/tcp/4001/" in one for one in mesh.status("h1")["addrs"])
+                mesh.peers["h1"].leave()
+                assert json.loads(running.stdout.readline()) == {"free": 4001}
+            finally:
+                running.kill()
 
 
 @pytest.mark.slow

@@ -103,9 +103,7 @@ async def main(own_ip: str, outer_ip: str) -> None:
         sock.setsockopt(trio.socket.IPPROTO_IP, trio.socket.IP_ADD_MEMBERSHIP, group)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(gateway.ssdp, sock)
-            await nursery.start(
-                lambda task_status: trio.serve_tcp(gateway.http, 5000, task_status=task_status)
-            )
+            await nursery.start(partial(trio.serve_tcp, gateway.http, 5000))
             print(json.dumps({"ready": True}), flush=True)
 
 

@@ -22,9 +22,9 @@ class RelayLimits:
     mbps: float = 20.0
     ttl_s: float = 60.0
     reservations_max: int = 64
-    reservations_per_ip_max: int = 8
-    circuits_max: int = 64
-    circuits_per_peer_max: int = 8
+    reservations_per_ip_max: int = 16
+    circuits_max: int = 128
+    circuits_per_peer_max: int = 16
     burst_s: float = 0.1
 
     def __post_init__(self) -> None:

@@ -226,7 +226,7 @@ def test_near_relays_come_first_and_equals_are_spread():
 
 
 def test_a_flood_of_reservations_leaves_room_for_others():
-    core = RelayCore(RelayLimits())
+    core = RelayCore(RelayLimits(reservations_per_ip_max=8))
     for k in range(8):
         core.reserve(f"flood {k}", "45.0.1.1", 0.0)
     with pytest.raises(NotRelayed, match="one address"):

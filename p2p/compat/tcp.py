@@ -103,11 +103,11 @@ class TcpListener(IListener):
     async def _serve_one(self, stream: trio.SocketStream) -> None:
         remote = end_of(stream.socket.getpeername)
         waiting = self.expected.get(remote) if remote is not None else None
-        if waiting is not None:
-            waiting(_taken_from(stream))
-            return
         try:
-            await self._handler(MendedTcpStream(stream))
+            if waiting is not None:
+                waiting(_taken_from(stream))
+            else:
+                await self._handler(MendedTcpStream(stream))
         except Exception as error:  # noqa: BLE001 - one connection must never end the listener
             logger.debug("an inbound connection failed: %s: %s", type(error).__name__, error)
 

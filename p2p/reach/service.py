@@ -18,7 +18,7 @@ from libp2p.peer.id import ID
 from p2p.addresses import CIRCUIT, interface_ips
 from p2p.compat.swarm import MendedSwarm
 from p2p.compat.tcp import Endpoint
-from p2p.errors import P2pError, RemoteFault, RpcRefusal
+from p2p.errors import P2pError, RpcRefusal
 from p2p.host import Host
 from p2p.identity import PeerId
 from p2p.reach.core import NatKind, Probe, Reachability, RelayKeeper, RelayOffer, Reserve
@@ -237,7 +237,7 @@ class Reach:
         ports = [outer_port(self._host)] + ([self.mapped[1]] if self.mapped else [])
         try:
             found = await self._rpc.call(prober, KNOCK, Knock(tuple(ports)))
-        except RemoteFault as failure:
+        except P2pError as failure:
             logger.debug("%s did not knock: %s", prober, failure)
             self._due_s = now_s + config.probe_soon_s
             return

@@ -165,7 +165,7 @@ async def find_gateway() -> Gateway:
             control, service = service_of(body, url)
             check_place(control, ip)
             return Gateway(control, service, local_ip)
-        except (UpnpFailed, OSError, trio.TooSlowError) as failure:
+        except (UpnpFailed, OSError, ValueError, trio.TooSlowError) as failure:
             reason = str(failure) or type(failure).__name__
     raise UpnpFailed(reason)
 
@@ -255,16 +255,18 @@ async def _http(method: str, url: str, body: bytes, headers: Mapping[str, str]) 
         "Connection: close",
     ]
     lines += [f"{name}: {value}" for name, value in headers.items()]
+    data = b""
     with trio.fail_after(HTTP_S):
-        stream = await trio.open_tcp_stream(parts.hostname or "", parts.port or 80)
-        async with stream:
-            await stream.send_all(("\r\n".join(lines) + "\r\n\r\n").encode() + body)
-            data = b""
-            while len(data) <= BODY_BYTES_MAX and not _whole(data):
-                piece = await stream.receive_some(65536)
-                if not piece:
-                    break
-                data += piece
+        async with await trio.open_tcp_stream(parts.hostname or "", parts.port or 80) as stream:
+            try:
+                await stream.send_all(("\r\n".join(lines) + "\r\n\r\n").encode() + body)
+                while len(data) <= BODY_BYTES_MAX and not _whole(data):
+                    piece = await stream.receive_some(65536)
+                    if not piece:
+                        break
+                    data += piece
+            except trio.BrokenResourceError as broken:
+                raise UpnpFailed("it hung up") from broken
             local_ip = str(stream.socket.getsockname()[0])
     head, _, rest = data.partition(b"\r\n\r\n")
     status = re.match(rb"HTTP/1\.[01] (\d{3})", head)

@@ -28,7 +28,7 @@ async def gateway_at_home(monkeypatch):
 
 
 async def _serve(fake, task_status) -> None:
-    await trio.serve_tcp(fake.http, 0, host="127.0.0.1", task_status=task_status)
+    await trio.serve_tcp(lambda stream: fake.http(stream), 0, host="127.0.0.1", task_status=task_status)
 
 
 async def test_a_port_is_forwarded_and_taken_back(monkeypatch):
@@ -65,6 +65,25 @@ async def test_a_router_behind_another_is_of_no_use(monkeypatch, outer_ip):
         with pytest.raises(UpnpFailed, match=r"outer address|another router"):
             await forward(await find_gateway(), 4001, 4001)
         assert fake.ports == {}
+
+
+@pytest.mark.parametrize("control", ["http://[::1/ctl", "http://10.9.9.9/ctl", "ftp://127.0.0.1/ctl"])
+async def test_a_device_that_sends_us_elsewhere_for_orders_is_refused(monkeypatch, control):
+    async with gateway_at_home(monkeypatch) as fake:
+        fake.description = DESCRIPTION.replace("/ctl", control)
+        with pytest.raises(UpnpFailed):
+            await find_gateway()
+
+
+async def test_a_router_that_hangs_up_is_a_failure_and_no_more(monkeypatch):
+    async def hang_up(stream):
+        stream.socket.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        await stream.aclose()
+
+    async with gateway_at_home(monkeypatch) as fake:
+        monkeypatch.setattr(fake, "http", hang_up)
+        with pytest.raises(UpnpFailed):
+            await find_gateway()
 
 
 async def test_the_mapper_tries_when_wanted_renews_and_cleans_up(monkeypatch, autojump_clock):

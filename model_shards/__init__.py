@@ -9,6 +9,7 @@ from model_shards.adapters import AdapterConfig, AdapterIndex, is_adapter
 from model_shards.batcher import Batcher, BatchLimits, Resume, Room, Run
 from model_shards.bench import micro_benchmark
 from model_shards.bench_decode import bench_decode, random_checkpoint
+from model_shards.bench_speculate import bench_speculation
 from model_shards.checkpoint import CheckpointIndex
 from model_shards.config import ModelConfig, supported_families
 from model_shards.draft import Draft
@@ -89,6 +90,7 @@ __all__ = [
     "WeightCache",
     "Window",
     "bench_decode",
+    "bench_speculation",
     "check_form",
     "header_range",
     "is_adapter",

@@ -26,6 +26,7 @@ FORGETTING = 0.9
 SLOPE_ASSUMED = 0.1
 SINGLE_EVERY = 48
 ACCOUNT_TOKENS = 4
+FIRST_TOKENS = 1
 PROBE_AT = 0.5
 
 
@@ -128,7 +129,7 @@ class Pace:
         self._seconds: dict[int, float] = {}
         self._account_s = 0.0
         self._since_single = 0
-        self._hits, self._misses = 1.0, 1.0
+        self._hits, self._misses = 0.5, 1.0
 
     def rows(self, limit: int) -> int:
         """Rows of the next window, from 1 (no guess) to ``limit``."""
@@ -160,7 +161,7 @@ class Pace:
         gained_s = right * single_s - max(0.0, self._pass_s(rows) - single_s) + self._bound * seconds
         least_s, most_s = -ACCOUNT_TOKENS * single_s, ACCOUNT_TOKENS * single_s
         if rows == 1 and before is None:
-            gained_s += most_s / 2
+            gained_s += FIRST_TOKENS * single_s
         self._account_s = min(most_s, max(least_s, self._account_s + gained_s))
         self._since_single = 0 if rows == 1 else self._since_single + 1
         if rows > 1:

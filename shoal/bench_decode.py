@@ -19,7 +19,7 @@ def decode(options: argparse.Namespace) -> int:
     # Torch takes seconds to load: other commands must not wait for it.
     import torch
 
-    from model_shards import ModelError, bench_decode, random_checkpoint
+    from model_shards import ModelError, bench_decode, bench_speculation, random_checkpoint
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -29,15 +29,17 @@ def decode(options: argparse.Namespace) -> int:
             if options.config is not None:
                 directory = Path(scratch)
                 random_checkpoint(options.config, directory)
-            found = bench_decode(
-                directory,
-                dtype=options.dtype,
-                quant=options.quant,
-                device=options.device,
-                batch=options.batch,
-                prompt_tokens=options.prompt_tokens,
-                new_tokens=options.new_tokens,
-            )
+            how = {
+                "dtype": options.dtype,
+                "quant": options.quant,
+                "device": options.device,
+                "prompt_tokens": options.prompt_tokens,
+                "new_tokens": options.new_tokens,
+            }
+            if options.speculate is None:
+                found = bench_decode(directory, batch=options.batch, **how)
+            else:
+                found = bench_speculation(directory, options.speculate, draft=options.draft, **how)
         except (ModelError, OSError) as problem:
             raise ShoalError(str(problem)) from None
     found["peak_rss_mb"] = _peak_rss_bytes() / MIB

@@ -490,6 +490,12 @@ def _bench_decode_command(what: Any) -> None:
     decode.add_argument("--prompt-tokens", metavar="P", type=count, default=128, help="default: 128")
     decode.add_argument("--new-tokens", metavar="N", type=count, default=64, help="default: 64")
     decode.add_argument("--threads", metavar="N", type=count, help="of the processor (default: torch's)")
+    decode.add_argument(
+        "--speculate",
+        choices=("lookup", "draft"),
+        help="one request, with guesses at several tokens a pass and without, in turn",
+    )
+    decode.add_argument("--draft", metavar="DIR", type=Path, help="a small model of the same vocabulary")
     _json(decode, "the figures")
 
 

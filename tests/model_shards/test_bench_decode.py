@@ -6,7 +6,14 @@ import json
 
 import pytest
 
-from model_shards import CheckpointIndex, ConfigError, ModelConfig, bench_decode, random_checkpoint
+from model_shards import (
+    CheckpointIndex,
+    ConfigError,
+    ModelConfig,
+    bench_decode,
+    bench_speculation,
+    random_checkpoint,
+)
 
 SHAPES = {
     "llama": {"tie_word_embeddings": True},
@@ -46,3 +53,24 @@ def test_a_packed_shape_is_refused(tmp_path):
     packing = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
     with pytest.raises(ConfigError, match="quantization_config"):
         random_checkpoint(config_file(tmp_path, "llama", quantization_config=packing), tmp_path / "made")
+
+
+@pytest.mark.parametrize("guesser", ["lookup", "draft"])
+def test_what_guessing_brings_is_measured(tmp_path, guesser):
+    random_checkpoint(config_file(tmp_path, "llama"), tmp_path / "made")
+    draft = tmp_path / "made" if guesser == "draft" else None
+    found = bench_speculation(tmp_path / "made", guesser, draft=draft, prompt_tokens=40, new_tokens=30)
+    figures = ("tokens_per_s", "without", "right", "passes")
+    assert set(found) == {f"{task}_{figure}" for task in ("repetitive", "random") for figure in figures}
+    assert found["repetitive_tokens_per_s"] > 0
+    assert 0 < found["repetitive_passes"] <= 29
+    assert 0 <= found["random_right"] <= 1
+    if guesser == "draft":
+        assert found["repetitive_right"] == 1.0
+
+
+def test_a_draft_is_a_model_and_a_look_up_has_none(tmp_path):
+    with pytest.raises(ConfigError, match="lookup, or draft with"):
+        bench_speculation(tmp_path, "draft")
+    with pytest.raises(ConfigError, match="lookup, or draft with"):
+        bench_speculation(tmp_path, "lookup", draft=tmp_path)

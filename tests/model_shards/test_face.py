@@ -56,6 +56,7 @@ def test_the_face_is_pinned():
         "WeightCache",
         "Window",
         "bench_decode",
+        "bench_speculation",
         "check_form",
         "header_range",
         "is_adapter",

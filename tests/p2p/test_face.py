@@ -62,7 +62,9 @@ ERRORS = {
 
 
 def test_the_face_is_pinned():
-    assert set(p2p.__all__) == HOST_FACE | CALLS_FACE | BLOBS_FACE | LINKS_FACE | REACH_FACE | DHT_FACE | ERRORS
+    assert (
+        set(p2p.__all__) == HOST_FACE | CALLS_FACE | BLOBS_FACE | LINKS_FACE | REACH_FACE | DHT_FACE | ERRORS
+    )
     assert len(set(p2p.__all__)) == len(p2p.__all__)
     for name in p2p.__all__:
         assert getattr(p2p, name) is not None

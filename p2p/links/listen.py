@@ -9,7 +9,7 @@ import errno
 import ipaddress
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
@@ -32,7 +32,9 @@ class Listener:
         self._config = config
         self._on_socket = on_socket
         self._listeners: list[trio.SocketListener] = []
+        self._bound: list[tuple[str, int]] = []
         self._offered: list[str] = []
+        self._ips: set[str] = set()
         self._knocking: Counter[str] = Counter()
 
     async def open(self, host_ips: Sequence[str]) -> None:
@@ -54,19 +56,15 @@ class Listener:
                 continue
             self._listeners.extend(listeners)
             for listener in listeners:
-                bound = listener.socket.getsockname()
-                self._offer(ip, bound[1], host_ips)
-
-    def _offer(self, ip: str, port: int, host_ips: Sequence[str]) -> None:
-        bound = ipaddress.ip_address(ip)
-        known = host_ips or interface_ips()
-        ips: Iterable[str] = known if bound.is_unspecified else [ip]
-        for one in ips:
-            if ipaddress.ip_address(one).version == bound.version:
-                self._offered.append(format_address(one, port))
+                self._bound.append((ip, listener.socket.getsockname()[1]))
+        self.addrs()
 
     def addrs(self) -> list[str]:
-        """IP:PORT for peers to dial."""
+        """IP:PORT for peers to dial, at the addresses that this computer has now: it may have moved."""
+        ips = set(interface_ips())
+        if ips != self._ips:
+            self._ips = ips
+            self._offered = [format_address(one, port) for ip, port in self._bound for one in _reached_at(ip)]
         return list(self._offered)
 
     async def run(self) -> None:
@@ -103,7 +101,21 @@ class Listener:
         for listener in self._listeners:
             listener.socket.close()
         self._listeners.clear()
+        self._bound.clear()
         self._offered.clear()
+
+
+def _reached_at(bound: str) -> list[str]:
+    """The addresses at which a socket bound to `bound` is reached; link-local ones mean nothing elsewhere."""
+    ip = ipaddress.ip_address(bound)
+    if not ip.is_unspecified:
+        return [bound]
+    found = map(ipaddress.ip_address, interface_ips())
+    return [
+        str(one)
+        for one in found
+        if one.version == ip.version and not (one.version == 6 and one.is_link_local)
+    ]
 
 
 def wildcards(host_ips: Sequence[str]) -> list[tuple[str, int]]:

@@ -17,6 +17,8 @@ SERVICE = "collectives/1"
 HELLO_WITHIN_S = 10.0
 WINDOW_BYTES_MIN = 2 << 20
 WINDOW_BYTES_MAX = 8 << 20
+BURST_S = 0.02
+BURST_BYTES_MIN = 64 << 10
 
 Accept = Callable[["Purpose", Link], Awaitable[None]]
 
@@ -58,15 +60,17 @@ async def introduce(link: Link, purpose: Purpose) -> None:
 
 
 class Uplink:
-    """A bucket of bytes that fills at `rate_bps` bits a second and holds `burst_bytes`; 0 is no limit.
+    """A bucket of bytes that fills at `rate_bps` bits a second and holds `burst_bytes` (by default what comes in
+    BURST_S, so that a busy program which wakes up late loses nothing of its rate); 0 is no limit.
 
     It may be overdrawn by one message, which the next ones wait for: the average is exact, whatever their size.
     """
 
-    def __init__(self, rate_bps: float, burst_bytes: float = 64 << 10) -> None:
+    def __init__(self, rate_bps: float, burst_bytes: float | None = None) -> None:
         self._bytes_per_s = rate_bps / 8
-        self._burst_bytes = burst_bytes
-        self._tokens = burst_bytes
+        if burst_bytes is None:
+            burst_bytes = max(BURST_BYTES_MIN, self._bytes_per_s * BURST_S)
+        self._burst_bytes = self._tokens = burst_bytes
         self._filled_s = 0.0
         self._turn = trio.StrictFIFOLock()
 

@@ -136,7 +136,7 @@ class StateExchange:
         if remembers:
             found.check_said(kv.tokens_max + 1, self.span.config.vocab)
         for layer, (keys, values) in enumerate(found.rows, found.start):
-            kv.write(layer, found.first, keys.to(kv.device), values.to(kv.device))
+            kv.put(layer, found.first, keys.to(kv.device), values.to(kv.device))
         position = arrivals.took(found)
         self._arrivals[session] = arrivals
         if remembers and found.said is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from model_shards.errors import LocalFault, NoRoom, ResourceLimit
+from model_shards.kv_int8 import KV_QUANTS, SCALE_BYTES, decode, encode
 from model_shards.parking import Parked, ParkingLot
 from model_shards.prefix import Page, PrefixCache
 
@@ -21,8 +22,25 @@ BLOCK_TOKENS = 16
 RETRY_AFTER_S = 1.0
 
 
+def stored_shape(
+    dtype: torch.dtype, key_width: int, value_width: int, quant: str
+) -> tuple[torch.dtype, int, int]:
+    """(dtype, key width, value width) of rows as they are stored."""
+    if quant == "none":
+        return dtype, key_width, value_width
+    return torch.uint8, key_width + SCALE_BYTES, value_width + SCALE_BYTES
+
+
+def kv_row_bytes(kv_shape: tuple[int, int, int], dtype: torch.dtype, quant: str = "none") -> int:
+    """Bytes that one position of one layer takes in the cache; ``kv_shape`` is the config's."""
+    heads, key_width, value_width = kv_shape
+    stored, key_width, value_width = stored_shape(dtype, key_width, value_width, quant)
+    return heads * (key_width + value_width) * stored.itemsize
+
+
 class KvPool:
-    """Keys [blocks * BLOCK_TOKENS, kv_heads, key_width] and values [.., value_width] in the compute dtype."""
+    """Keys [blocks * BLOCK_TOKENS, kv_heads, key_width] and values [.., value_width] in the compute ``dtype``, or as
+    `kv_int8` stores them. Raises LocalFault for another ``quant``."""
 
     def __init__(
         self,
@@ -32,13 +50,18 @@ class KvPool:
         value_width: int,
         dtype: torch.dtype,
         device: torch.device,
+        quant: str = "none",
     ) -> None:
-        self.block_bytes = BLOCK_TOKENS * kv_heads * (key_width + value_width) * dtype.itemsize
+        if quant not in KV_QUANTS:
+            raise LocalFault(f"kv_quant {quant!r}, expected one of {', '.join(KV_QUANTS)}")
+        self.dtype, self.quantised = dtype, quant == "int8"
+        stored, key_width, value_width = stored_shape(dtype, key_width, value_width, quant)
+        self.block_bytes = BLOCK_TOKENS * kv_heads * (key_width + value_width) * stored.itemsize
         self.blocks = max(0, bytes_max) // self.block_bytes
         rows = self.blocks * BLOCK_TOKENS
         try:
-            self.k = torch.empty(rows, kv_heads, key_width, dtype=dtype, device=device)
-            self.v = torch.empty(rows, kv_heads, value_width, dtype=dtype, device=device)
+            self.k = torch.empty(rows, kv_heads, key_width, dtype=stored, device=device)
+            self.v = torch.empty(rows, kv_heads, value_width, dtype=stored, device=device)
         except RuntimeError as error:
             raise ResourceLimit(
                 f"cannot allocate a KV cache of {bytes_max} bytes on {device}", 60.0
@@ -154,8 +177,13 @@ class SessionKv:
         self._map_layers()
 
     def write(self, layer: int, position: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores rows [n, kv_heads, width] for positions from ``position`` on; ``length`` is advanced
-        apart."""
+        """Keeps rows [n, kv_heads, width] for positions from ``position`` on; ``length`` is advanced apart."""
+        if self._cache.pool.quantised:
+            k, v = encode(k), encode(v)
+        self.put(layer, position, k, v)
+
+    def put(self, layer: int, position: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """As `write`, of rows as they are stored."""
         rows = self._layers[layer - self.start]
         if rows.blocks is None:
             rows.keys[position : position + k.shape[0]] = k
@@ -166,8 +194,15 @@ class SessionKv:
             rows.values.index_copy_(0, at, v)
 
     def read(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [end - first, kv_heads, width] of positions [first, end); views of contiguous
-        rows."""
+        """Keys and values [end - first, kv_heads, width] of positions [first, end); views of contiguous rows that are
+        stored as they are."""
+        keys, values = self.get(layer, first, end)
+        if self._cache.pool.quantised:
+            return decode(keys, self._cache.pool.dtype), decode(values, self._cache.pool.dtype)
+        return keys, values
+
+    def get(self, layer: int, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `read`, of rows as they are stored."""
         rows = self._layers[layer - self.start]
         if rows.blocks is None:
             return rows.keys[first:end], rows.values[first:end]
@@ -195,8 +230,7 @@ class SessionKv:
             source = self.length - 1 + row
             if source != at:
                 for layer in range(self.start, self.end):
-                    keys, values = self.read(layer, source, source + 1)
-                    self.write(layer, at, keys, values)
+                    self.put(layer, at, *self.get(layer, source, source + 1))
         self.loose = 0
         self.advance(len(path), tokens)
 
@@ -240,7 +274,7 @@ class SessionKv:
     def park(self, lot: ParkingLot) -> None:
         """Moves its rows into ``lot`` and frees its blocks. Raises NoRoom with nothing changed."""
         count = self.length + self.loose
-        filled = [rows for layer in range(self.start, self.end) for rows in self.read(layer, 0, count)]
+        filled = [rows for layer in range(self.start, self.end) for rows in self.get(layer, 0, count)]
         self._parked = lot.put(filled)
         self.release()
 
@@ -255,7 +289,7 @@ class SessionKv:
         try:
             rows = iter(lot.read(self._parked))
             for layer, (keys, values) in enumerate(zip(rows, rows, strict=True), self.start):
-                self.write(layer, 0, keys.to(self.device), values.to(self.device))
+                self.put(layer, 0, keys.to(self.device), values.to(self.device))
         except OSError:
             self.release()
             raise

@@ -19,6 +19,7 @@ from model_shards.config import ModelConfig
 from model_shards.dtypes import dtype_named
 from model_shards.errors import LocalFault
 from model_shards.families import TensorSpec, embed_tensors, head_tensors, layer_tensors
+from model_shards.kv import kv_row_bytes
 from model_shards.layers import DecoderLayer, build_layer
 from model_shards.linear import AnyLinear, PackedLinear, RmsNorm, linear_over
 from model_shards.lowrank import Tuned
@@ -174,7 +175,9 @@ def load_span(
         return Span(config, start, end, kind, place, layers, embed, norm, head, reader.ranges_read)
 
 
-def shape_of(config: ModelConfig, index: CheckpointIndex, dtype: str, quant: str = "none") -> dict[str, Any]:
+def shape_of(
+    config: ModelConfig, index: CheckpointIndex, dtype: str, quant: str = "none", kv_quant: str = "none"
+) -> dict[str, Any]:
     """The model's shape as phase 1 of the scheduler wants it: bytes in ``dtype`` and ``quant`` (what serving
     will hold in memory), of one expert of a layer where there are any, floating-point operations of one layer
     for one token (two a weight), and bytes that travel or are cached a token. Reads headers only; raises
@@ -204,5 +207,5 @@ def shape_of(config: ModelConfig, index: CheckpointIndex, dtype: str, quant: str
         "tied": config.tied,
         "layer_flops_per_token": 2.0 * max(used(layer) for layer in range(config.layers)),
         "hidden_bytes": config.hidden * itemsize,
-        "kv_bytes_per_token_per_layer": config.kv_elements * itemsize,
+        "kv_bytes_per_token_per_layer": kv_row_bytes(config.kv_shape, dtype_named(dtype), kv_quant),
     }

@@ -25,7 +25,8 @@ import torch
 from model_shards.config import CONTEXT_MAX, LAYERS_MAX, ModelConfig
 from model_shards.dtypes import dtype_name, is_finite, tensor_from_bytes
 from model_shards.errors import LocalFault, StateError
-from model_shards.kv import SessionKv
+from model_shards.kv import SessionKv, stored_shape
+from model_shards.kv_int8 import scales
 from model_shards.pooling import Pooled
 from model_shards.sampler import Said
 
@@ -39,12 +40,14 @@ _ALIGN = 16
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What one engine's parts have in common: whose rows, of which dtype and shape (heads, key and value widths)."""
+    """What one engine's parts have in common: whose rows, of which dtype and shape (heads, key and value widths) as
+    they are stored; ``quantised`` as `kv_int8` does."""
 
     model: str
     dtype: torch.dtype
     kv_shape: tuple[int, int, int]
     hidden: int
+    quantised: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -53,16 +56,21 @@ class Layout:
         return heads * (key_width + value_width) * self.dtype.itemsize
 
 
-def layout_of(config: ModelConfig, dtype: torch.dtype, identity: str) -> Layout:
+def layout_of(config: ModelConfig, dtype: torch.dtype, identity: str, kv_quant: str = "none") -> Layout:
     """The layout of a model's cache. ``identity`` names its weights, which the config cannot tell apart."""
+    heads, key_width, value_width = config.kv_shape
+    stored, key_width, value_width = stored_shape(dtype, key_width, value_width, kv_quant)
+    if kv_quant != "none":
+        identity = f"{identity} {dtype_name(dtype)}"  # which the stored rows do not show
     shape = (
         identity, config.family, config.layers, config.hidden, config.heads, config.kv_shape, config.vocab,
         config.ropes, config.layer_ropes, config.windows, config.latent, config.sinks,
     )  # fmt: skip
     digest = hashlib.blake2b(repr(shape).encode(), digest_size=8).hexdigest()
     return Layout(
-        f"{config.family}-{config.layers}x{config.hidden}-{digest}", dtype, config.kv_shape, config.hidden
-    )
+        f"{config.family}-{config.layers}x{config.hidden}-{digest}",
+        stored, (heads, key_width, value_width), config.hidden, kv_quant != "none",
+    )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -123,7 +131,7 @@ def encode_part(layout: Layout, part: Part, kv: SessionKv) -> memoryview:
     _START.pack_into(buffer, 0, _MAGIC, VERSION, 0, len(text))
     buffer[_START.size : _START.size + len(text)] = text
     for layer in range(part.start, part.end):
-        for rows in kv.read(layer, part.first, part.last):
+        for rows in kv.get(layer, part.first, part.last):
             target = torch.frombuffer(buffer, dtype=layout.dtype, count=rows.numel(), offset=at)
             target.view(rows.shape).copy_(rows)
             at += rows.nbytes
@@ -209,6 +217,8 @@ def _read_rows(layout: Layout, part: Part, view: memoryview) -> None:
         for width in widths:
             size = count * heads * width * layout.dtype.itemsize
             rows = _numbers(dtype_name(layout.dtype), (count, heads, width), view[at : at + size])
+            if layout.quantised and count and not is_finite(scales(rows)):
+                raise StateError("rows", "scales that are not finite", "finite ones")
             found.append(rows)
             at += size
         part.rows.append((found[0], found[1]))

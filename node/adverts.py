@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from node.config import DTYPES, NAME_PATTERN, QUANTS, TAG_PATTERN, TAGS_MAX
+from node.config import DTYPES, KV_QUANTS, NAME_PATTERN, QUANTS, TAG_PATTERN, TAGS_MAX
 from p2p import RemoteFault, pack_value, unpack_value
 from scheduler import Assignment, ModelShape, Plan, Policy, device_id
 
@@ -78,7 +78,8 @@ class NodeAdvert:
 
 @dataclass(frozen=True, slots=True)
 class ModelAdvert:
-    """A model of the mesh. The dtype and quantisation hold for every host, so that all copies compute alike.
+    """A model of the mesh. The dtype and quantisation, of weights and of the cache, hold for every host, so that all
+    copies compute alike.
 
     `require`, `ends_require` and `avoid` are tags that its hosts must have, those of the first and last layer must
     have, and none may have.
@@ -107,6 +108,7 @@ class ModelAdvert:
     require: tuple[str, ...] = ()
     ends_require: tuple[str, ...] = ()
     avoid: tuple[str, ...] = ()
+    kv_quant: str = "none"
 
     def policy(self) -> Policy:
         """Which tags its hosts must have."""
@@ -304,7 +306,12 @@ def _clean_node(advert: NodeAdvert) -> NodeAdvert | None:
 
 def _clean_model(advert: ModelAdvert) -> ModelAdvert | None:
     named = NAME_PATTERN.fullmatch(advert.name) and MANIFEST_ID.fullmatch(advert.manifest_id)
-    if not named or advert.dtype not in DTYPES[1:] or advert.quant not in QUANTS:
+    if (
+        not named
+        or advert.dtype not in DTYPES[1:]
+        or advert.quant not in QUANTS
+        or advert.kv_quant not in KV_QUANTS
+    ):
         return None
     sane = _all_within(
         (

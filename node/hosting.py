@@ -258,7 +258,13 @@ class Host:
 
         def work() -> tuple[TimedEngine, float, float]:
             lot = ParkingLot(PARKING_SHARE * kv_bytes, self._scratch)
-            engine = TimedEngine(load(), kv_bytes_max=kv_bytes, parking=lot, identity=model.manifest_id)
+            engine = TimedEngine(
+                load(),
+                kv_bytes_max=kv_bytes,
+                parking=lot,
+                identity=model.manifest_id,
+                kv_quant=model.kv_quant,
+            )
             return engine, warm_up(engine), warm_up_prompt(engine)
 
         limiter = self._limiters[wish.device]

@@ -29,19 +29,23 @@ def model_advert(
 ) -> ModelAdvert:
     """The advert of a model under this node's settings. Raises ConfigProblem for one beyond all bounds."""
     dtype = settings.dtype if settings.dtype != "auto" else natural_dtype(index)
+    context_tokens = min(config.context_tokens, CONTEXT_TOKENS_MAX)
     advert = ModelAdvert(
         name=name,
         manifest_id=manifest_id,
         created_s=created_s,
         dtype=dtype,
         quant=settings.quant,
+        kv_quant=settings.kv_quant,
         copies=copies,
         concurrency=settings.concurrency,
-        context_tokens=min(config.context_tokens, CONTEXT_TOKENS_MAX),
-        working_bytes=working_bytes(config, dtype, settings.concurrency),
+        context_tokens=context_tokens,
+        working_bytes=working_bytes(
+            config, dtype, settings.concurrency, 0 if settings.kv_quant == "none" else context_tokens
+        ),
         require=settings.require,
         ends_require=settings.ends_require,
-        **shape_of(config, index, dtype, settings.quant),
+        **shape_of(config, index, dtype, settings.quant, settings.kv_quant),
     )
     if adverts.read(ModelAdvert, adverts.write(advert)) is None:
         raise ConfigProblem("model", name, f"at most {adverts.LAYERS_MAX} layers and sane sizes")
@@ -54,14 +58,16 @@ def natural_dtype(index: CheckpointIndex) -> str:
     return "float32" if dtypes == {"float32"} else "bfloat16"
 
 
-def working_bytes(config: ModelConfig, dtype: str, concurrency: int) -> int:
+def working_bytes(config: ModelConfig, dtype: str, concurrency: int, widened_tokens: int = 0) -> int:
     """Memory that a stage needs beside weights and cache: the widest layer's activations for one piece of a prompt, and
     the logits of the sessions that decode together.
 
     A position holds its state before and after the layer, queries, keys and values, what attention gives, and gate, up
-    and their product (of as many experts as it is sent to).
+    and their product (of as many experts as it is sent to). Of a cache in eight bits a layer's rows for one session of
+    `widened_tokens` are made wide again while attention reads them.
     """
     heads = (2 * config.heads + 2 * config.kv_heads) * config.head_dim
     wide = max(config.intermediate, config.expert_width * config.experts_per_token)
     position = (2 * config.hidden + heads + 3 * wide) * ITEM_BYTES[dtype]
-    return PIECE_TOKENS * position + concurrency * config.vocab * LOGIT_BYTES
+    widened = widened_tokens * config.kv_elements * ITEM_BYTES[dtype]
+    return PIECE_TOKENS * position + concurrency * config.vocab * LOGIT_BYTES + widened

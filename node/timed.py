@@ -39,9 +39,12 @@ class TimedEngine(Engine):
         kv_bytes_max: int,
         parking: ParkingLot | None = None,
         identity: str = "",
+        kv_quant: str = "none",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        super().__init__(span, kv_bytes_max=kv_bytes_max, parking=parking, identity=identity)
+        super().__init__(
+            span, kv_bytes_max=kv_bytes_max, parking=parking, identity=identity, kv_quant=kv_quant
+        )
         self.busy_s = 0.0
         self._clock = clock
         self._layers: dict[str, int] = {}

@@ -95,8 +95,8 @@ class Tuning:
             self._forget(name)
 
     def keep_only(self, known: Collection[str]) -> None:
-        """Let go of what the mesh has no longer."""
-        for name in [name for name in self._used if name not in known]:
+        """Let go of what the mesh has no longer, or what this node has not heard of and nobody is about to use."""
+        for name in [name for name in self._used if name not in known and not self._held[name]]:
             self._forget(name)
 
     def _note(self, adapter: str) -> None:

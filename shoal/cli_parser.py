@@ -210,6 +210,7 @@ def _daemon_flags(parser: Parser) -> None:
     )
     lend.add_argument("--dtype", metavar="TYPE", help="auto, float32 or bfloat16")
     lend.add_argument("--quant", metavar="HOW", help="none, int8 or int4")
+    lend.add_argument("--kv-quant", metavar="HOW", help="of the cache: none, or int8 (half the bytes)")
     lend.add_argument("--threads", metavar="N", type=count, help="processor threads for computing")
     lend.add_argument("--disk", metavar="SIZE", help="disk for models' pieces (default: 200GiB)")
     lend.add_argument("--concurrency", metavar="N", type=count, help="requests at once that room is kept for")

@@ -34,6 +34,7 @@ SAME_NAME = (
     "device",
     "dtype",
     "quant",
+    "kv_quant",
     "memory",
     "disk",
     "copies",

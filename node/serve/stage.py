@@ -28,6 +28,7 @@ from model_shards import (
     tensor_to_bytes,
 )
 from model_shards.sampler import Pick
+from node.adverts import MANIFEST_ID
 from node.serve.choosing import sampling_of
 from node.serve.compute import Abandoned, Compute, Stale
 from node.serve.faults import leaves
@@ -467,8 +468,10 @@ def _check(request: SessionOpen, me: str, caller: str) -> StageRef:
         request.source or request.session,
         *(stage.peer for stage in (*request.stages, *request.heirs, *request.sources)),
     )
-    if not all(0 < len(name) <= ID_CHARS_MAX for name in names) or len(request.adapter) > ID_CHARS_MAX:
+    if not all(0 < len(name) <= ID_CHARS_MAX for name in names):
         raise RpcRefusal("invalid", f"names have 1 to {ID_CHARS_MAX} characters")
+    if request.adapter and not MANIFEST_ID.fullmatch(request.adapter):
+        raise RpcRefusal("invalid", "an adapter is named by its manifest's id")
     if request.prompt_tokens < 1 or request.new_tokens_max < 1:
         raise RpcRefusal("invalid", "a session needs at least one prompt token and one new token")
     if request.prompt_tokens + request.new_tokens_max > TOKENS_MAX:

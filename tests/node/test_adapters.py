@@ -105,6 +105,9 @@ async def test_an_adapter_that_no_stage_has_or_nobody_knows_is_told_and_others_g
             await tokens_of(ring, wish(prompt, model="toy:three"))
         with pytest.raises(Exception, match="asks for adapter '2222"):
             await tokens_of(ring, wish(prompt, model="two"))
+        ring.adapters["odd"] = AdapterAdvert("odd", "../" + ONE, 1, MANIFEST)
+        with pytest.raises(Exception, match="named by its manifest's id"):
+            await tokens_of(ring, wish(prompt, model="odd"))
         assert len(await tokens_of(ring, wish(prompt, model="one"))) == 12
         await ring.quiet()
 
@@ -158,6 +161,8 @@ async def test_adapters_take_spare_memory_only_and_unused_ones_give_way_oldest_f
     async with found.holding(TWO):
         with pytest.raises(NoRoom, match="are spare"):
             await found.adapt(ONE)
+        found.keep_only({ONE})
+        assert engine.adapters == {TWO: 0}
     found.keep_only({ONE})
     assert (engine.adapters, engine.adapter_bytes) == ({}, 0)
     both = tuning_of(engine, source, sum(sizes))

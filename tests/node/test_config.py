@@ -75,6 +75,7 @@ def test_models_layers_and_api_are_parsed(tmp_path):
         ("device", "tpu"),
         ("dtype", "float64"),
         ("quant", "int3"),
+        ("kv_quant", "int4"),
         ("copies", "0"),
         ("copies", "many"),
         ("threads", -1),

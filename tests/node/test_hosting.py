@@ -126,6 +126,20 @@ async def test_each_device_holds_a_span_of_its_own_and_sessions_find_it(files, m
                 host.compute(manifest_id, start, end)
 
 
+async def test_the_cache_is_kept_as_the_model_says(files, models):
+    one, _ = models
+    narrow = replace(
+        one, kv_quant="int8", kv_bytes_per_token_per_layer=one.kv_bytes_per_token_per_layer * 9 // 16
+    )
+    async with hosted(files, 1 << 30) as watched:
+        watched.host.want(narrow, 0, (2, 4), 1)
+        await watched.until(host_name(ONE, 0), "ready")
+        engine = watched.host.compute(ONE, 2, 4).engine
+        engine.open("s", 2, 4, 16)
+        heads, key_width, value_width = files.config.kv_shape
+        assert engine.kv_bytes_used() == 2 * 16 * heads * (key_width + value_width + 4)
+
+
 async def test_measured_times_reach_the_advert(files, models, monkeypatch):
     monkeypatch.setattr(hosting, "PUBLISH_EVERY_S", 0.02)
     one, _ = models

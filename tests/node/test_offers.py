@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from model_shards import CheckpointIndex, ModelConfig, load_span
-from node import embedded
+from node import adverts, embedded
+from node.adverts import ModelAdvert
 from node.config import DaemonConfig
 from node.offers import model_advert, working_bytes
 from scheduler import memory_needed
@@ -36,6 +37,20 @@ def test_what_a_span_is_said_to_need_is_what_it_takes(files, dtype, quant, span)
     cache = said.kv_bytes_per_token_per_layer * said.context_tokens * 3 * (span[1] - span[0])
     norms = (2 * (span[1] - span[0]) + (span[1] == 8)) * config.hidden * {"float32": 4, "bfloat16": 2}[dtype]
     assert memory_needed(said.shape(), *span) == loaded.weight_bytes + norms + cache + said.working_bytes
+
+
+def test_a_cache_in_eight_bits_is_said_to_take_half_and_what_widening_it_takes(files):
+    config, _ = files
+    plain, narrow = (advert(files, dtype="bfloat16", kv_quant=kind) for kind in ("none", "int8"))
+    heads, key_width, value_width = config.kv_shape
+    assert plain.kv_bytes_per_token_per_layer == 2 * heads * (key_width + value_width)
+    assert narrow.kv_bytes_per_token_per_layer == heads * (key_width + 2 + value_width + 2)
+    assert narrow.kv_bytes_per_token_per_layer < 0.54 * plain.kv_bytes_per_token_per_layer
+    layer = plain.context_tokens * plain.kv_bytes_per_token_per_layer
+    assert narrow.working_bytes == plain.working_bytes + layer
+    assert memory_needed(narrow.shape(), 0, 8) < memory_needed(plain.shape(), 0, 8)
+    assert adverts.read(ModelAdvert, adverts.write(narrow)) == narrow
+    assert adverts.read(ModelAdvert, adverts.write(replace(narrow, kv_quant="int3"))) is None
 
 
 def test_working_space_grows_with_the_width_of_a_layer_and_with_who_decodes_together(files):

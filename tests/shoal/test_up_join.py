@@ -21,6 +21,8 @@ FLAGS = [
     *(
         "--dtype",
         "float32",
+        "--kv-quant",
+        "int8",
         "--quant",
         "int8",
         "--threads",
@@ -62,6 +64,7 @@ def test_every_flag_arrives(shoal, started):
         layers=(0, 4),
         dtype="float32",
         quant="int8",
+        kv_quant="int8",
         serve=False,
         memory_bytes=6 << 20,
         disk_bytes=1 << 30,

@@ -102,7 +102,7 @@ class DaemonConfig:
     split_gain: float = 0.15
     relay_mbps: float = 20.0
     upnp: bool = True
-    speculate: str = "lookup"
+    speculate: str = "off"
     rpc_silence_s: float = 3.0
     suspect_grace_s: float = 2.0
     node_ttl_s: float = 20.0

@@ -280,16 +280,14 @@ class Batcher:
         return {name: seat for name, seat in self._seats.items() if seat.work and seat.parked == parked}
 
     def _resumable(self, free: int, *, only_urgent: bool) -> str | None:
-        """Who comes back first: the longest parked of the most urgent, never past one that is wanted more."""
+        """Who comes back first: the most urgent, then the longest open, of those for whom there is room. The smaller do
+        not starve the larger: nobody new comes in who is not more urgent than those that are parked, see `room`."""
         waiting = [
             (seat.priority, seat.order, name)
             for name, seat in self._heads(parked=True).items()
             if not (only_urgent and self._yields(seat))
         ]
-        if not waiting:
-            return None
-        name = min(waiting)[2]
-        return name if self._seats[name].blocks <= free else None
+        return next((name for _, _, name in sorted(waiting) if self._seats[name].blocks <= free), None)
 
     def _begin(self, names: list[str], *, yields: bool, chunk: bool) -> Run:
         self._running = {name: self._seats[name].work.popleft() for name in names}

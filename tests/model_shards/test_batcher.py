@@ -272,3 +272,16 @@ def test_a_window_that_no_batch_holds_is_the_callers_mistake(count, rows):
     core.opened("a", 1, 1, 0, 50, 0.0)
     with pytest.raises(LocalFault, match="window"):
         core.submitted("a", count, 0.0, rows=rows)
+
+
+def test_of_the_parked_whoever_has_room_comes_back():
+    """The larger one waits for room that nobody leaves: an idle device serves the smaller one meanwhile."""
+    core = Batcher(BLOCKS, LIMITS)
+    for name, blocks in (("large", 30), ("small", 1)):
+        core.opened(name, 2, blocks, 16, 32, 0.0)
+        core.submitted(name, 1, 0.0)
+        core.parked(name, blocks)
+    assert core.next(30, 1.0) == Resume("large")
+    assert core.next(29, 1.0) == Resume("small")
+    assert core.next(0, 1.0) is None
+    assert core.room(2, 5, 34, 1.0).refused_s is not None, "a newcomer waits for both"

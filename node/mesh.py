@@ -41,6 +41,7 @@ from node.reaching import Reaching
 from node.serve.gateway import MeshGateway, serve_config
 from node.serve.returns import Returns
 from node.serve.stage import StageService
+from node.settling import Settling
 from node.sharing import Sharing
 from node.standing import Standing, open_roster
 from node.suspects import Suspects
@@ -66,7 +67,6 @@ from scheduler import Assignment, SchedulerError, device_id, node_of
 log = logging.getLogger("shoal.mesh")
 VERSION = "0.1.0"
 TICK_S = 1.0
-SETTLE_S = 1.5
 JOIN_WAIT_S = 8.0
 LINKS_EVERY_S = 10.0
 BYE_S = 0.8
@@ -142,7 +142,7 @@ class MeshNode:
         self._changed = trio.Event()
         self._seen: Atlas | None = None
         self._seen_s = 0.0
-        self._settled_s = float("inf")
+        self._settling = Settling()
         self._seqs: dict[PeerId, int] = {}
         self.probe = Probe(self.rpc, lambda: METERED in self.tags)
         self.reaching = Reaching(host, self.rpc, self.gossip, self.view, config, self._publish_node)
@@ -170,7 +170,7 @@ class MeshNode:
             nursery.start_soon(self._keep_planning)
             nursery.start_soon(self._keep_links)
             others = bool(self.membership.addrs or self.directory.remembered())
-            self._settled_s = trio.current_time() + (SETTLE_S if others else 0.0)
+            self._settling.begin(trio.current_time(), others=others)
             task_status.started()
             await trio.sleep_forever()
 
@@ -183,7 +183,7 @@ class MeshNode:
             try:
                 peer = await self.host.connect(addrs, deadline_s=3.0)
                 log.info("joined the mesh through %s", peer)
-                self._settled_s = trio.current_time() + SETTLE_S
+                self._settling.joined(trio.current_time())
                 return True
             except P2pError as failed:
                 problem = failed
@@ -422,8 +422,10 @@ class MeshNode:
     def _on_peer(self, event: PeerEvent) -> None:
         if event.kind == "up":
             self.suspects.up(event.peer)
+            self._settling.met(trio.current_time())
         elif event.kind == "down":
             self.suspects.down(event.peer, trio.current_time())
+            self._settling.lost(trio.current_time())
             log.info("lost %s", event.peer)
             if any(node_of(host) == event.peer for hosts in self.atlas().hosts.values() for host in hosts):
                 self.gateway.lost(event.peer)  # it did not say goodbye
@@ -451,14 +453,16 @@ class MeshNode:
     async def _plan_once(self) -> None:
         """One look at the mesh. A large one is planned on a thread, so that the connections stay alive meanwhile."""
         now = trio.current_time()
+        settled = self._settling.look(now, self.gossip.now_s())
         self._note_renewals(now)
         self.offering.look()
         atlas = self._read_atlas(self.suspects.gone(now))
         self.suspects.forget(atlas.nodes_known)
-        look = partial(self.planning.handle, atlas, may_plan=now >= self._settled_s, now_s=now)
+        look = partial(self.planning.handle, atlas, may_plan=settled, now_s=now)
         large = len(atlas.nodes) > INLINE_NODES_MAX
         for publish in await trio.to_thread.run_sync(look) if large else look():
             self._say(adverts.PLAN, publish.manifest_id, publish.advert, self.config.model_ttl_s)
+        self._settling.looked(self.gossip.now_s())
         if self.planning.fences != self._fences:
             self._fences = self.planning.fences
             spans = {
@@ -468,7 +472,8 @@ class MeshNode:
             self._data.remember_plans(self.membership.mesh_id, self._fences, spans)
         if not self.config.serve:
             return
-        self.hosts.keep_only({model.manifest_id for model in atlas.models.values()})
+        if settled:
+            self.hosts.keep_only({model.manifest_id for model in atlas.models.values()})
         for model in atlas.models.values():
             plan = self.planning.plans.get(model.manifest_id)
             for device in range(len(self.hardware.devices)):
@@ -488,6 +493,7 @@ class MeshNode:
         for peer, seq in seqs.items():
             if self._seqs.get(peer) != seq:
                 self.suspects.heard(peer, now)
+                self._settling.met(now)
         self._seqs = seqs
 
     def _to_probe(self, peers: Collection[PeerId], known: Collection[str]) -> list[str]:

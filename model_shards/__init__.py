@@ -33,6 +33,7 @@ from model_shards.errors import (
 from model_shards.grammar import Grammar, Grammars, check_form
 from model_shards.kv import BLOCK_TOKENS
 from model_shards.lowrank import Adapter
+from model_shards.pages import ask_for_huge_pages
 from model_shards.parking import ParkingLot
 from model_shards.safetensors_header import TensorInfo, header_range
 from model_shards.sampler import Sampling
@@ -42,6 +43,8 @@ from model_shards.steps import Step, StepResult
 from model_shards.tokens import IncrementalDecoder, StopMatcher, Tokenizer
 from model_shards.weight_cache import WeightCache
 from model_shards.windows import WINDOW_ROWS_MAX, Verdict, Window
+
+ask_for_huge_pages()
 
 __all__ = [
     "BLOCK_TOKENS",

@@ -128,5 +128,5 @@ def test_the_peak_while_loading_is_the_span_and_one_tensor(tmp_path, kind, quant
     grown, held, read = map(int, run.stdout.split())
     assert read > 10 << 20
     assert held > 15 << 20
-    # The C library keeps holes between freed matrices; they do not grow with the model.
-    assert grown < held + tensor + (1 << 20)
+    # The C library keeps holes between freed matrices, and huge pages are whole; neither grows with the model.
+    assert grown < held + tensor + (4 << 20)

@@ -63,4 +63,4 @@ class RowsExact:
 
 def _kinds(linears: Iterable[AnyLinear]) -> list[AnyLinear]:
     """One of each kind and shape: kernels are chosen by these."""
-    return list({(type(linear), linear.shape): linear for linear in linears}.values())
+    return list({(type(linear), type(linear.weight), linear.shape): linear for linear in linears}.values())

@@ -15,6 +15,7 @@ from model_shards.attention import Attention, Batch
 from model_shards.config import ModelConfig
 from model_shards.errors import LocalFault
 from model_shards.experts import Experts, FeedForward, Router
+from model_shards.integers import PackedInt8
 from model_shards.latent import LatentAttention
 from model_shards.linear import (
     AnyLinear,
@@ -152,7 +153,7 @@ class _Builder:
             biases = list(self._plain(part + ".bias"))
         if isinstance(whole, PackedStack):
             return [PackedLinear(weight, bias) for weight, bias in zip(whole.weights, biases, strict=True)]
-        if isinstance(whole, PackedWeight):
+        if isinstance(whole, PackedWeight | PackedInt8):
             raise LocalFault(f"{part} is never packed")
         if isinstance(whole, torch.Tensor):
             return [Linear(whole[at * rows : (at + 1) * rows], biases[at]) for at in range(count)]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from model_shards.config import ModelConfig
 from model_shards.errors import LocalFault
+from model_shards.integers import PackedInt8
 from model_shards.lowrank import Tuned
 from model_shards.packed import PackedStack, PackedWeight
 from model_shards.quant import QuantWeight
@@ -68,7 +69,7 @@ class PackedLinear:
 
     __slots__ = ("bias", "weight")
 
-    def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, weight: PackedWeight | PackedInt8, bias: torch.Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
 
@@ -93,7 +94,7 @@ def linear_over(weight: Part, bias: Part | None = None) -> AnyLinear:
         raise LocalFault("a bias is never quantised")
     if isinstance(weight, PackedStack):
         raise LocalFault("experts' matrices are no one matrix")
-    if isinstance(weight, PackedWeight):
+    if isinstance(weight, PackedWeight | PackedInt8):
         return PackedLinear(weight, bias)
     return Linear(weight, bias) if isinstance(weight, torch.Tensor) else QuantLinear(weight, bias)
 

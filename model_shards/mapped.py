@@ -13,16 +13,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model_shards.dtypes import tensor_to_bytes
-
 
 def mapped_table(table: torch.Tensor, directory: Path | None = None) -> torch.Tensor:
-    """``table`` (two bytes a number) as a tensor over a file in ``directory``, gone with the tensor. Raises OSError."""
+    """``table`` (two bytes a number, or int8) as a tensor over a file in ``directory``, gone with the tensor. Raises
+    OSError."""
     file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - lives as long as the tensor
     try:
-        file.write(tensor_to_bytes(table)[2])
+        file.write(table.contiguous().view(torch.uint8).numpy().data)
         file.flush()
-        numbers = np.memmap(file, dtype=np.int16, mode="r+", shape=tuple(table.shape))
+        numbers = np.memmap(
+            file,
+            dtype=np.int8 if table.dtype == torch.int8 else np.int16,
+            mode="r+",
+            shape=tuple(table.shape),
+        )
     except OSError:
         file.close()
         raise

@@ -24,11 +24,10 @@ from model_shards.layers import DecoderLayer, build_layer
 from model_shards.linear import AnyLinear, PackedLinear, RmsNorm, linear_over
 from model_shards.lowrank import Tuned
 from model_shards.mapped import mapped_table
-from model_shards.packed import PackedWeight, packs
 from model_shards.quant import QUANTS, Int8Weight
 from model_shards.reader import TensorReader
 from model_shards.weight_cache import WeightCache
-from model_shards.weights import Part, held_bytes, load_parts
+from model_shards.weights import Part, held_bytes, load_parts, packed_matrix
 
 
 @dataclass(slots=True)
@@ -167,12 +166,19 @@ def load_span(
             if isinstance(weight, torch.Tensor):
                 norm = RmsNorm(weight, config.norm_eps, kind, config.norm_offset, wide=config.wide_norms)
             matrix = parts.pop("head") if "head" in parts else parts.pop("embed")
-            if isinstance(matrix, torch.Tensor) and packs(matrix):
-                if embed is not None and config.tied:
-                    embed = mapped_table(matrix, scratch)
-                matrix = PackedWeight(matrix)
-            head = linear_over(matrix)
+            projection = packed_matrix(matrix)
+            if projection is not matrix and embed is not None and config.tied:
+                embed = _looked_up(matrix, scratch)
+            head = linear_over(projection)
         return Span(config, start, end, kind, place, layers, embed, norm, head, reader.ranges_read)
+
+
+def _looked_up(table: Part, scratch: Path | None) -> Part:
+    """``table`` with its rows in a file: only single ones are read."""
+    if isinstance(table, Int8Weight):
+        table.q = mapped_table(table.q, scratch)
+        return table
+    return mapped_table(table, scratch) if isinstance(table, torch.Tensor) else table
 
 
 def shape_of(

@@ -15,12 +15,14 @@ import torch
 from model_shards.checkpoint import CheckpointIndex
 from model_shards.dtypes import dtype_name
 from model_shards.families import TensorSpec
+from model_shards.integers import PackedInt8, packs_integers
 from model_shards.packed import PACKED_MIN, PackedStack, PackedWeight, packing_pays, packs
 from model_shards.packing import Packing, Stored, kept_group, locate
 from model_shards.quant import (
     BLOCK_ROWS,
     CHUNK_ROWS,
     Int4Weight,
+    Int8Weight,
     QuantWeight,
     int4_bytes,
     kernel_takes,
@@ -33,7 +35,7 @@ from model_shards.weight_cache import WeightCache
 
 CHUNK_ELEMENTS = 1 << 18
 
-Part = torch.Tensor | QuantWeight | PackedWeight | PackedStack
+Part = torch.Tensor | QuantWeight | PackedWeight | PackedInt8 | PackedStack
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +113,17 @@ def load_parts(
 def packed(value: Part, spec: TensorSpec) -> Part:
     """``value`` packed if it is a matrix that is only multiplied with, and faster so. Rows of an embedding are looked
     up, experts are cut out of their stack, and plain parts are looked into."""
-    if spec.plain or spec.part == "embed" or spec.part.startswith("experts.") or not packs(value):
+    if spec.plain or spec.part == "embed" or spec.part.startswith("experts."):
         return value
-    return PackedWeight(value) if isinstance(value, torch.Tensor) else value
+    return packed_matrix(value)
+
+
+def packed_matrix(value: Part) -> Part:
+    """``value`` packed if it is a matrix and products with it are faster so."""
+    if isinstance(value, Int8Weight):
+        pays = packs_integers(value.shape, value.scale.dtype, value.q.device)
+        return PackedInt8(value.q, value.scale) if pays else value
+    return PackedWeight(value) if isinstance(value, torch.Tensor) and packs(value) else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model_shards import CheckpointIndex, LocalFault, ModelConfig, WeightCache, load_span
+from model_shards.integers import PackedInt8
 
 TOKENS = [1, 5, 42, 17, 90, 3, 3, 61, 28]
 ROOM = 64 << 20
@@ -38,7 +39,13 @@ def tensors_of(span):
     weights = [linear.weight for linear in linears]
     weights += [span.embed_weight] if span.embed_weight is not None else []
     weights += [span.head.weight] if span.head is not None else []
-    return [tensor for weight in weights for tensor in weight.tensors().values()]
+    return [tensor for weight in weights for tensor in _held(weight)]
+
+
+def _held(weight):
+    if isinstance(weight, PackedInt8):
+        return [weight.packed.to_dense(), weight.scale]
+    return list(weight.tensors().values())
 
 
 def same(ours, theirs):

@@ -10,7 +10,7 @@ import trio
 from rings import CUTS, MANIFEST, ring_of, tokens_of, wish
 
 from node.errors import Overloaded
-from node.serve import stage
+from node.serve.relay import Above
 from node.serve.selection import Selector
 
 BUSY_S = 60.0
@@ -85,13 +85,13 @@ async def test_a_request_that_would_come_too_late_everywhere_is_refused(model, p
 
 
 async def test_a_chain_with_a_stage_that_does_not_say_is_gone_on_with(model, alone, prompt, monkeypatch):
-    plain = stage._Above.say
+    plain = Above.say
 
     async def say(self, note):
         if not note.queues_s:
             await plain(self, note)
 
-    monkeypatch.setattr(stage._Above, "say", say)
+    monkeypatch.setattr(Above, "say", say)
     monkeypatch.setattr(Selector, "instead", lambda *args: pytest.fail("nobody said anything"))
     async with ring_of(model, CUTS["two"]) as ring:
         assert [event.token for event in await tokens_of(ring, wish(prompt))] == alone(wish(prompt))

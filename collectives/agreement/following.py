@@ -108,6 +108,7 @@ class Following(Core):
         use, but for the one I voted for."""
         for digest in self.ledger.useless(self.pending.value.digest if self.pending is not None else b""):
             self.out.append(Release(self.epoch + 1, digest))
+        self.ledger.begin()
         self.declaration = declaration
         self.last_declared = declaration
         self.done = None

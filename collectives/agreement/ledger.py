@@ -93,6 +93,14 @@ class Ledger:
         self.held &= keep
         return gone
 
+    def begin(self) -> None:
+        """A reduction begins, and the bytes of what is decided are let go: should the next result be the same bytes,
+        they must come anew."""
+        if self.decided is not None and self.decided.value is not None:
+            digest = self.decided.value.digest
+            if self.vote is None or self.vote.value.digest != digest:
+                self.held.discard(digest)
+
     def decide(self, decided: Decided) -> set[bytes]:
         """Moves on to the next epoch; gives the digests that nobody needs any more."""
         keep = decided.value.digest if decided.value is not None else b""

@@ -294,3 +294,19 @@ def test_a_joiner_that_stands_alone_names_all_it_misses(table):
     error = one.said("j", ev.Failed)[0].error
     assert error.missing == one.ranked
     assert "and others" in str(error)
+
+
+def test_the_same_bytes_twice_are_fetched_where_a_reduction_let_the_first_ones_go(table):
+    one = table("abc")
+    away = one.ranked[2]
+    rest = one.ranked[:2]
+    for epoch in (1, 2):
+        one.enter(limit_s=30.0)
+        one.run(1.0)
+        one.reduced(*(one.ranked if epoch == 1 else rest), digest=b"same")
+        one.deliver()
+    assert one.committed(rest[0]) == [(1, b"same", True), (2, b"same", True)]
+    assert one.committed(away) == [(1, b"same", True)], "it was reducing when it heard of the second one"
+    assert [fetch.value.digest for fetch in one.said(away, ev.Fetch)] == [b"same"]
+    one.tell(away, ev.Held(2, b"same"))
+    assert one.committed(away) == [(1, b"same", True), (2, b"same", True)]

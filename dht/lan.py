@@ -101,7 +101,7 @@ class Lan:
             await trio.sleep(self._refresh_s)
             notice = self._notice()
         try:
-            zeroconf = await trio.to_thread.run_sync(self._open)
+            zeroconf = await trio.to_thread.run_sync(self._open, notice)
         except OSError as problem:
             log.info("nodes on this LAN are not looked for: %s", problem)
             return
@@ -111,11 +111,13 @@ class Lan:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1.0):
                 await trio.to_thread.run_sync(zeroconf.close, abandon_on_cancel=True)
 
-    def _open(self) -> Zeroconf:
+    def _open(self, notice: Notice) -> Zeroconf:
+        ips = sorted({addr.split("/")[2] for addr in notice.addrs})
         try:
-            zeroconf = Zeroconf(ip_version=IPVersion.All)
+            zeroconf = Zeroconf(interfaces=ips)
         except OSError:
-            zeroconf = Zeroconf(ip_version=IPVersion.V4Only)
+            fours = [ip for ip in ips if ":" not in ip]
+            zeroconf = Zeroconf(interfaces=fours, ip_version=IPVersion.V4Only)
         ServiceBrowser(zeroconf, SERVICE, handlers=[self._changed])
         return zeroconf
 

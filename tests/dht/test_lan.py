@@ -77,7 +77,7 @@ def test_what_is_not_ours_or_says_nothing_is_passed_over(changes):
 
 async def test_a_node_that_only_listens_on_loopback_says_nothing(autojump_clock, monkeypatch):
     opened = []
-    monkeypatch.setattr(Lan, "_open", lambda self: opened.append(self))
+    monkeypatch.setattr(Lan, "_open", lambda self, notice: opened.append(notice))
     lan = Lan(Identity.generate().peer_id, "m", lambda: ["/ip4/127.0.0.1/tcp/5/p2p/x"], opened.append)
     with trio.move_on_after(500):
         await lan.run()
@@ -85,7 +85,7 @@ async def test_a_node_that_only_listens_on_loopback_says_nothing(autojump_clock,
 
 
 async def test_without_multicast_the_node_goes_on(autojump_clock, monkeypatch, caplog):
-    def refused(self):
+    def refused(self, notice):
         raise OSError("no such device")
 
     monkeypatch.setattr(Lan, "_open", refused)

@@ -60,6 +60,8 @@ def set_up_logging(level: str) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.ERROR, handlers=[handler], force=True)
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)  # what matters of it, p2p says itself
-    logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # it warns of each packet where multicast is not had
+    logging.getLogger("zeroconf").setLevel(
+        logging.CRITICAL
+    )  # it warns of each packet where multicast is not had
     for name in OURS:
         logging.getLogger(name).setLevel(level.upper())

@@ -13,8 +13,8 @@ import pytest
 
 from model_shards.pages import VARIABLE
 
-# The C library keeps holes between freed matrices, other ones in each run (from -6 to 8 MiB were seen), which do not grow
-# with the model: the least of three runs counts.
+# The C library keeps holes between freed matrices, other ones in each run (from -6 to 8 MiB were seen), which do not
+# grow with the model: the least of three runs counts.
 SLACK_BYTES = 6 << 20
 PROGRAM = """
 import sys

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from model_shards import ModelError
 from node.errors import GatewayError, Overloaded, StageLost
-from p2p import CallFailed, PeerLost, RemoteFault
+from node.serve.compute import Abandoned
+from p2p import CallFailed, PeerLost, RemoteFault, RpcRefusal
 
 
 def leaves(problem: BaseException) -> Iterator[BaseException]:
@@ -42,3 +44,21 @@ def raise_single(group: BaseExceptionGroup[BaseException]) -> None:
     if len(found) == 1:
         raise found[0] from None
     raise group
+
+
+def refusal_of(problem: BaseException) -> RpcRefusal | None:
+    """What to tell the stage before (and through it the gateway) about the first fault in `problem`."""
+    for leaf in leaves(problem):
+        if isinstance(leaf, RpcRefusal):
+            return leaf
+        if isinstance(leaf, CallFailed):
+            return RpcRefusal(
+                leaf.code, leaf.message, leaf.retry_after_s, detail=leaf.detail or {"peer": leaf.peer}
+            )
+        if isinstance(leaf, PeerLost):
+            return RpcRefusal("unavailable", str(leaf), detail={"peer": leaf.peer})
+        if isinstance(leaf, RemoteFault):
+            return RpcRefusal("unavailable", str(leaf))
+        if isinstance(leaf, ModelError | Abandoned):
+            return RpcRefusal("invalid", str(leaf))
+    return None

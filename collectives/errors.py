@@ -10,10 +10,12 @@
             Superseded              another round of the same tag is open, or the run is being left
         RemoteFault                 a peer's doing: bytes that do not decode, a part that does not match its hash
             BadContribution         non-finite or far too large values, an altered part
+            PiecesLost              too few pieces of a copy are left; `bad` names who lied or had none
         ResourceLimit               a configured bound was reached
         LocalFault                  this node's doing: wrong arguments, a journal that cannot be written
             NonFinite               the caller's own tensors hold NaN or infinity
             JournalError            the journal cannot be read or written
+            CheckpointProblem       a checkpoint cannot be written, or is not whole
 
 It knows nothing of trio, sockets or torch.
 """
@@ -87,6 +89,14 @@ class BadContribution(RemoteFault):
         self.why = why
 
 
+class PiecesLost(RemoteFault):
+    """Fewer pieces of a copy are to be had than it takes. `bad`: by peer, why it was done without."""
+
+    def __init__(self, message: str, bad: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.bad = dict(bad or {})
+
+
 class ResourceLimit(CollectiveError):
     """A configured bound was reached."""
 
@@ -101,3 +111,12 @@ class NonFinite(LocalFault):
 
 class JournalError(LocalFault):
     """The journal cannot be read or written."""
+
+
+class CheckpointProblem(LocalFault):
+    """A checkpoint cannot be written, or what lies at `path` is not a whole one."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason

@@ -64,7 +64,7 @@ class Journal:
             file.truncate(good)
             file.seek(good)
             os.fsync(file.fileno())
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         except OSError as error:
             raise JournalError(f"the journal {path} cannot be opened: {error}") from error
         return cls(path, values, file, good)
@@ -177,11 +177,11 @@ def _rewritten(path: Path, values: dict[str, bytes], old: BinaryIO) -> tuple[Bin
     else:
         os.replace(spare, path)
         old.close()
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     return file, len(data)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """So that a new name survives a power cut; where directories cannot be opened, the system does it alone."""
     if os.name == "nt":
         return

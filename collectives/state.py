@@ -45,6 +45,12 @@ class StateEntry:
     shape: tuple[int, ...]
     sha256: bytes
 
+    @classmethod
+    def of(cls, key: str, tensor: torch.Tensor) -> StateEntry:
+        """That of a contiguous CPU tensor."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls(key, dtype, tuple(tensor.shape), hashlib.sha256(byte_view(tensor)).digest())
+
     @property
     def nbytes(self) -> int:
         return _DTYPES[self.dtype].itemsize * math.prod(self.shape)
@@ -87,7 +93,7 @@ def decode_manifest(data: bytes, digest: bytes, peer: str) -> StateManifest:
         manifest = unpack_value(StateManifest, data)
     except (ProtocolViolation, P2pError) as error:
         raise BadContribution(peer, "mismatch", f"{peer} sent no manifest: {error}") from error
-    problem = _problem(manifest)
+    problem = manifest_problem(manifest)
     if problem is None and manifest.digest() != digest:
         problem = "its digest is another"
     if problem is not None:
@@ -95,7 +101,7 @@ def decode_manifest(data: bytes, digest: bytes, peer: str) -> StateManifest:
     return manifest
 
 
-def _problem(manifest: StateManifest) -> str | None:
+def manifest_problem(manifest: StateManifest) -> str | None:
     """Why this cannot be a state's manifest; sizes are checked before anybody allocates for them."""
     if len(manifest.entries) > KEYS_MAX:
         return f"{len(manifest.entries)} keys"
@@ -143,8 +149,7 @@ class Snapshot:
             copy = torch.empty(tensor.shape, dtype=tensor.dtype)
             copy.copy_(tensor)
             tensors[key] = copy
-            sha256 = hashlib.sha256(byte_view(copy)).digest()
-            entries.append(StateEntry(key, dtype, tuple(tensor.shape), sha256))
+            entries.append(StateEntry.of(key, copy))
         chunks = b"".join(_chunk_hashes([byte_view(tensors[entry.key]) for entry in entries]))
         return cls(epoch, StateManifest(tuple(entries), chunks), tensors)
 

@@ -68,7 +68,8 @@ class GenerateRequest:
     begin to answer within `first_token_s`. Background work runs where nobody else wants anything. `likely_tokens` of
     `max_tokens` are probably made (0: all). `form` and `form_text` keep the answer to a JSON schema, any
     object or a regular expression. The rest is as in model_shards.Sampling; `top_logprobs` asks each event for that
-    many likeliest tokens. With a `pool` the one event is the prompt's embedding.
+    many likeliest tokens. With a `pool` the one event is the prompt's embedding. `made` is the beginning of the
+    answer where another gateway gave it: it counts among `max_tokens`, and the first event comes after it.
     """
 
     request_id: str
@@ -94,6 +95,7 @@ class GenerateRequest:
     logit_bias: tuple[tuple[int, float], ...] = ()
     top_logprobs: int = 0
     pool: Literal["", "last_hidden", "mean"] = ""
+    made: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,12 @@ class TextStream:
         self.logprob = 0.0
         self.finish: Finish | None = None
 
+    def replay(self, tokens: Sequence[int]) -> None:
+        """Take the first tokens of an answer, whose text was shown elsewhere; `finish` says if they are all of it."""
+        for index, token in enumerate(tokens):
+            if self.finish is None:
+                self.push(TokenEvent(token, index, None, None))
+
     def push(self, event: TokenEvent) -> Piece:
         """Take the next event and return what can be shown now."""
         if self.finish is not None:

@@ -25,6 +25,7 @@ from shoal.errors import (
     DaemonRefused,
     DaemonSilent,
     ResourceLimit,
+    ShoalError,
     UsageProblem,
 )
 
@@ -137,7 +138,7 @@ class DaemonClient:
                     return
                 document = _object(data)
                 if "error" in document:
-                    raise _refusal(200, document, None)
+                    raise refusal(200, document, None)
                 yield document
             raise DaemonSilent(f"{self._where} ended the stream before it was done")
 
@@ -173,7 +174,7 @@ class DaemonClient:
                 raise DaemonAbsent(f"{self._where} cannot be reached ({_reason(problem)}); {hint}") from None
             raise DaemonSilent(f"{self._where} stopped answering ({_reason(problem)})") from None
 
-    def _failure(self, response: http.client.HTTPResponse, path: str) -> Exception:
+    def _failure(self, response: http.client.HTTPResponse, path: str) -> ShoalError:
         body = response.read(LINE_BYTES_MAX)
         try:
             document = _object(body)
@@ -183,7 +184,7 @@ class DaemonClient:
             return DaemonGarbled(
                 f"what answers at {self.api} does not know {path}: not a Shoal daemon, or an older one"
             )
-        return _refusal(response.status, document, response.getheader("Retry-After"))
+        return refusal(response.status, document, response.getheader("Retry-After"))
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
         with self._plain_errors():
@@ -228,7 +229,8 @@ def _object(data: bytes) -> dict[str, Any]:
     return document
 
 
-def _refusal(status: int, document: Mapping[str, Any], retry_after: str | None) -> Exception:
+def refusal(status: int, document: Mapping[str, Any], retry_after: str | None) -> ShoalError:
+    """The error that an answer with this status and OpenAI-shaped document stands for."""
     error = document.get("error")
     if isinstance(error, str):
         error = {"message": error}

@@ -33,11 +33,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """A choice, or a piece of one: its text, why it ended (None: it goes on), its tokens' log-probabilities."""
+    """A choice, or a piece of one: its text, why it ended (None: it goes on), its tokens' log-probabilities, and the
+    tokens' ids where they were asked for."""
 
     text: str
     finish: str | None
     logprobs: dict[str, Any] | None = None
+    tokens: tuple[int, ...] | None = None
+
+    def with_tokens(self, choice: dict[str, Any]) -> dict[str, Any]:
+        """The choice's document with the ids, by vLLM's name."""
+        return choice if self.tokens is None else choice | {"token_ids": list(self.tokens)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ class Answer:
                 choice["message"] = {"role": "assistant", "content": one.text, "refusal": None}
             else:
                 choice["text"] = one.text
-            choices.append(choice)
+            choices.append(one.with_tokens(choice))
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return self._document(name, choices) | {"usage": usage.document()}
 
@@ -74,10 +80,12 @@ class Answer:
         """The chunks for a piece of text and perhaps its end: none where there is nothing to say."""
         text, finish, logprobs = told.text, told.finish, told.logprobs
         if self.kind == "completion":
-            return [self._chunk(index, {"text": text}, finish, logprobs)] if text or finish else []
+            content = told.with_tokens({"text": text})
+            return [self._chunk(index, content, finish, logprobs)] if text or finish else []
         chunks = []
         if text:
-            chunks.append(self._chunk(index, {"delta": {"content": text}}, logprobs=logprobs))
+            content = told.with_tokens({"delta": {"content": text}})
+            chunks.append(self._chunk(index, content, logprobs=logprobs))
         if finish:
             chunks.append(self._chunk(index, {"delta": {}}, finish))
         return chunks

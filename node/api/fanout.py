@@ -84,7 +84,7 @@ class Fanout:
                 await self._take(choice, events, running)
         except Overloaded:
             self._active -= 1
-            if choice.text.tokens or self._active == 0:
+            if choice.text.tokens > len(choice.request.made) or self._active == 0:
                 raise
             return False
         self._active -= 1

@@ -53,13 +53,17 @@ class Prepared:
     likelihoods: tuple[Likelihoods, ...] | None
     shown: int
     tried: int
+    token_ids: bool
 
     def told(self, index: int, *pieces: Piece) -> Told:
         """What the answer says of these pieces of choice number `index`."""
         logprobs = None
         if self.likelihoods is not None:
             logprobs = self.likelihoods[index].document([event for piece in pieces for event in piece.events])
-        return Told("".join(piece.text for piece in pieces), pieces[-1].finish, logprobs)
+        tokens = None
+        if self.token_ids:
+            tokens = tuple(event.token for piece in pieces for event in piece.events)
+        return Told("".join(piece.text for piece in pieces), pieces[-1].finish, logprobs, tokens)
 
     def best(self) -> list[int]:
         """The choices to show: of those `tried` for each prompt the `shown` ones with the highest log-probability a
@@ -169,36 +173,28 @@ class Generation:
         identity = f"{prefix}-{secrets.token_hex(12)}"
         seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
         _known_tokens("logit_bias", [token for token, _ in options.logit_bias], tokenizer.vocab_size)
+        _known_tokens("continue_token_ids", options.made, tokenizer.vocab_size)
+        if options.made and len(prompts) > 1:
+            raise invalid(
+                "prompt", len(prompts), "one prompt where continue_token_ids says how its answer began"
+            )
         choices: list[Choice] = []
         for prompt in prompts:
             max_tokens = _room(info, len(prompt), options.max_tokens, param)
             for _ in range(options.best_of):
                 index = len(choices)
-                asked = GenerateRequest(
-                    request_id=f"{identity}-{index}",
-                    model=info.name,
-                    prompt=prompt,
-                    max_tokens=max_tokens,
-                    temperature=options.temperature,
-                    top_p=options.top_p,
-                    top_k=options.top_k,
-                    seed=(seed + index) % (1 << SEED_BITS),
-                    ignore_eos=options.ignore_eos,
-                    deadline_s=terms.deadline_s,
-                    client=terms.client,
-                    priority=terms.priority,
-                    first_token_s=terms.first_token_s,
-                    likely_tokens=self._config.likely_tokens if options.max_tokens is None else 0,
-                    form=options.form,
-                    form_text=options.form_text,
-                    min_p=options.min_p,
-                    repetition_penalty=options.repetition_penalty,
-                    presence_penalty=options.presence_penalty,
-                    frequency_penalty=options.frequency_penalty,
-                    logit_bias=options.logit_bias,
-                    top_logprobs=options.logprobs or 0,
+                asked = _asked(
+                    info.name,
+                    f"{identity}-{index}",
+                    prompt,
+                    max_tokens,
+                    seed + index,
+                    options,
+                    terms,
+                    self._config.likely_tokens,
                 )
                 text = TextStream(tokenizer, options.stops, max_tokens, prompt)
+                _go_on(text, options.made)
                 choices.append(Choice(index, asked, text))
         answer = Answer(
             kind="chat" if kind == "chat" else "completion",
@@ -219,6 +215,7 @@ class Generation:
             likely,
             options.choices,
             options.best_of,
+            options.token_ids,
         )
 
     async def _respond(self, prepared: Prepared) -> Response:
@@ -241,6 +238,51 @@ def _known_tokens(param: str, tokens: Sequence[int], vocab_size: int) -> None:
     for token in tokens:
         if token >= vocab_size:
             raise invalid(param, token, f"token ids below {vocab_size}, this model's vocabulary")
+
+
+def _asked(
+    model: str,
+    request_id: str,
+    prompt: tuple[int, ...],
+    max_tokens: int,
+    seed: int,
+    options: Options,
+    terms: Terms,
+    likely_tokens: int,
+) -> GenerateRequest:
+    """The request to the mesh for one choice."""
+    return GenerateRequest(
+        request_id=request_id,
+        model=model,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=seed % (1 << SEED_BITS),
+        ignore_eos=options.ignore_eos,
+        deadline_s=terms.deadline_s,
+        client=terms.client,
+        priority=terms.priority,
+        first_token_s=terms.first_token_s,
+        likely_tokens=likely_tokens if options.max_tokens is None else 0,
+        form=options.form,
+        form_text=options.form_text,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        logit_bias=options.logit_bias,
+        top_logprobs=options.logprobs or 0,
+        made=options.made,
+    )
+
+
+def _go_on(text: TextStream, made: tuple[int, ...]) -> None:
+    """Bring the text to where another gateway left it."""
+    text.replay(made)
+    if text.finish is not None:
+        raise invalid("continue_token_ids", len(made), "the tokens of an answer that is not at its end")
 
 
 def _room(info: ModelInfo, prompt_tokens: int, wanted: int | None, param: str) -> int:

@@ -32,7 +32,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class Options:
     """What both endpoints share. `max_tokens` None: what the context leaves. `seed` None: choose one. `logprobs`: how
     many likeliest tokens to tell beside each, None where no log-probabilities are asked for. Of `best_of` answers to a
-    prompt the `choices` likeliest are given."""
+    prompt the `choices` likeliest are given. `made`: the first tokens of an answer which another gateway began."""
 
     model: str
     max_tokens: int | None
@@ -56,6 +56,8 @@ class Options:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     best_of: int = 1
+    token_ids: bool = False
+    made: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ def parse_completion(body: dict[str, Any], config: ApiConfig) -> CompletionReque
     _refuse_unless(fields, "suffix", ("",), "leave it out")
     best_of = fields.integer("best_of", options.choices, options.choices, config.choices_max)
     best_of = best_of or options.choices
+    if options.made and best_of > 1:
+        raise invalid("best_of", best_of, "1 where continue_token_ids says how the one answer began")
     if options.stream and best_of > options.choices:
         raise invalid("best_of", best_of, "the value of n where the answer is streamed")
     return CompletionRequest(
@@ -134,7 +138,21 @@ def _options(fields: Fields, config: ApiConfig, logprobs: int | None) -> Options
         logit_bias=_logit_bias(fields),
         logprobs=logprobs,
         best_of=choices or 1,
+        token_ids=fields.flag("return_token_ids", False),
+        made=_made(fields, choices or 1),
     )
+
+
+def _made(fields: Fields, choices: int) -> tuple[int, ...]:
+    """`continue_token_ids`: the tokens of the answer that the client has already, from another gateway."""
+    value = fields.raw("continue_token_ids")
+    if value is None:
+        return ()
+    if not isinstance(value, list) or len(value) > TOKENS_MAX:
+        raise invalid("continue_token_ids", value, "a list of token ids")
+    if choices != 1:
+        raise invalid("n", choices, "1 where continue_token_ids says how the one answer began")
+    return _tokens("continue_token_ids", value)
 
 
 def _chat_logprobs(fields: Fields) -> int | None:

@@ -252,6 +252,7 @@ class MeshGateway:
             patience_s = max(CHAIN_WAIT_S, arrived_s + (ticket.target_s or 0.0) - trio.current_time())
             give_up_s = trio.current_time() + patience_s
             work = _Work(request, model, PRIORITIES[request.priority], give_up_s, arrived_s, adapter=adapter)
+            work.made += request.made
             send, receive = trio.open_memory_channel[TokenEvent](EVENTS_BUFFERED)
             outcome = _Outcome()
             try:

@@ -119,7 +119,7 @@ class FakeGateway:
                 raise self.script
             yield TokenEvent(0, 0, None, "stop", (), row)
             return
-        index = 0
+        index = len(request.made)
         for item in self.script(request) if callable(self.script) else self.script:
             await trio.lowlevel.checkpoint()
             if isinstance(item, trio.Event):

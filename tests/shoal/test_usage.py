@@ -28,7 +28,10 @@ COMMANDS = [
 
 
 def test_public_face():
-    assert sorted(package.__all__) == ["__version__"]
+    assert {"Client", "AsyncClient", "ShoalError", "__version__"} <= set(package.__all__)
+    assert all(hasattr(package, name) for name in package.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Server'"):
+        _ = package.Server
 
 
 def test_error_tree_in_the_docstring_names_every_error():

@@ -109,7 +109,6 @@ _LENGTHS = {
     Kind.PING: (_TOKEN.size, _TOKEN.size),
     Kind.PONG: (_TOKEN.size, _TOKEN.size),
 }
-_WITHOUT_CALL = (Kind.PING, Kind.PONG)
 
 
 class FrameParser:
@@ -165,15 +164,15 @@ class FrameParser:
 
     def _start(self, header: tuple[int, int, int, int, int]) -> None:
         number, flags, zero, length, call = header
-        kind = _KINDS.get(number)
-        if kind is None:
+        found = _BY_NUMBER.get(number)
+        if found is None:
             raise ProtocolViolation(f"frame kind {number}")
-        least, most = _LENGTHS[kind]
+        kind, least, most = found
         if not least <= length <= most:
             raise ProtocolViolation(f"a {kind.name} frame of {length} bytes")
         if zero or flags & ~(FIRST | END) or (flags and kind is not Kind.DATA):
             raise ProtocolViolation(f"a {kind.name} frame with flags {flags:#x}")
-        if (call == 0) != (kind in _WITHOUT_CALL):
+        if (call == 0) != (kind is Kind.PING or kind is Kind.PONG):
             raise ProtocolViolation(f"a {kind.name} frame of call {call}")
         if kind is Kind.DATA and not length and flags != END:
             raise ProtocolViolation("a DATA frame that says nothing")
@@ -201,7 +200,8 @@ class FrameParser:
         return _parse_open(call, body)
 
 
-_KINDS = {int(kind): kind for kind in Kind}
+# By plain numbers, since an enum's own hash is a call each time.
+_BY_NUMBER = {int(kind): (kind, *_LENGTHS[kind]) for kind in Kind}
 
 
 def _parse_open(call: int, body: bytes) -> Open:

@@ -184,6 +184,10 @@ class Host:
         """Connected peers of whom at least one connection was made from their side."""
         return frozenset(link.peer for link in self._live() if not link.mux.is_initiator)
 
+    def streams_open(self) -> int:
+        """Streams of all kinds, both ends' making, on all connections."""
+        return sum(len(mux.streams) for mux in self._links)
+
     def _live(self) -> Iterator[_Link]:
         return (link for link in self._links.values() if link.proven and not link.mux.is_closed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import trio
 
@@ -73,6 +74,9 @@ class PipeStream:
         flow.bytes -= len(piece)
         flow.lot.unpark_all()
         return piece
+
+    def feed_to(self, sink: Callable[[bytes | memoryview], None]) -> bool:
+        return False
 
     async def aclose(self) -> None:
         self._out.ended = True

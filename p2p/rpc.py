@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+import outcome
 import trio
 
 from p2p.errors import (
@@ -34,7 +35,7 @@ from p2p.rpc_core import Budget, CoreLimits, LaneCore
 from p2p.rpc_lane import Channel, Lane, Port, decode_or_fail
 from p2p.rpc_serve import Served, answer
 from p2p.rpc_state import REQUEST_WINDOW_BYTES, CallState, MessageLimits
-from p2p.rpc_types import LANES, Call, LaneName, Method, RpcConfig, limits_of
+from p2p.rpc_types import LANES, Call, LaneName, Method, RpcConfig
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ _RTT_WEIGHT = 0.125
 _RATE_WEIGHT = 0.3
 _RATE_SAMPLE_BYTES = 1 << 20
 _RATE_IDLE_S = 0.1
+_ALARM_EVERY_S = 0.005
+_IDLE_TASKS_MAX = 16
 
 
 class RpcHost(Protocol):
@@ -118,6 +121,7 @@ class Rpc:
         self._nursery: trio.Nursery | None = None
         self._running = trio.Event()
         self._next_token = 1
+        self._alarm = trio.CancelScope()
         for lane in LANES:
             host.handle(_PROTOCOL[lane], self._acceptor(lane))
 
@@ -160,7 +164,7 @@ class Rpc:
             lane = await self._room_on(lane, method, deadline)
         port = self._open(lane, method, deadline)
         try:
-            port.queue(encoded, limits_of(method))
+            port.queue(encoded, method.limits)
             lane.core.end(port.state)
             lane.flush()
             received = await port.get()
@@ -193,12 +197,12 @@ class Rpc:
         within_s = min(method.deadline_s if deadline_s is None else deadline_s, DEADLINE_S_MAX)
         port = self._open(lane, method, trio.current_time() + within_s)
         try:
-            await port.put(encoded, limits_of(method))
+            await port.put(encoded, method.limits)
             if method.upstream is None:
                 lane.core.end(port.state)
                 lane.flush()
             upstream = None if method.upstream is None else codec_of(method.upstream)
-            yield Channel(port, codec_of(method.reply), upstream, limits_of(method))
+            yield Channel(port, codec_of(method.reply), upstream, method.limits)
         finally:
             port.close()
 
@@ -208,7 +212,7 @@ class Rpc:
             raise lane.failure.with_traceback(None)
         within_s = max(deadline - trio.current_time(), 1e-3)
         window_bytes = self.config.lane_window_bytes(method.lane)
-        return Port(lane, lane.core.open(method.name, deadline, within_s, limits_of(method), window_bytes))
+        return Port(lane, lane.core.open(method.name, deadline, within_s, method.limits, window_bytes))
 
     # ---- what is known of peers
 
@@ -238,6 +242,7 @@ class Rpc:
                 self._nursery = nursery
                 await nursery.start(self._watch)
                 nursery.start_soon(self._heartbeats)
+                nursery.start_soon(self._deadlines)
                 self._running.set()
                 task_status.started()
                 await trio.sleep_forever()
@@ -291,6 +296,23 @@ class Rpc:
         for lane in list(link.lanes()):
             lane.fail(failure)
 
+    # ---- deadlines: one alarm for all calls, since a timer of its own costs a call more than its frames
+
+    def _on_deadline(self, deadline: float) -> None:
+        if deadline < self._alarm.deadline:
+            self._alarm.deadline = deadline
+
+    async def _deadlines(self) -> None:
+        while True:
+            with self._alarm:
+                await trio.sleep_forever()
+            now = trio.current_time()
+            lanes = [lane for link in self._links.values() for lane in link.lanes()]
+            for lane in [lane for lane in lanes if lane.next_deadline <= now]:
+                lane.pass_deadlines(now)
+            due = min((lane.next_deadline for lane in lanes), default=math.inf)
+            self._alarm = trio.CancelScope(deadline=max(due, now + _ALARM_EVERY_S))
+
     # ---- heartbeats
 
     async def _heartbeats(self) -> None:
@@ -336,11 +358,10 @@ class Rpc:
         lane.core.ping(token)
         lane.flush()
 
-    def _on_heard(self, lane: Lane, count: int, pongs: list[int]) -> None:
+    def _on_heard(self, lane: Lane, count: int, pongs: list[int], now: float) -> None:
         link = self._links.get(lane.peer)
         if link is None:
             return
-        now = trio.current_time()
         link.heard_s = now
         link.rate.add(count, now)
         for token in pongs:
@@ -387,8 +408,9 @@ class Rpc:
         )
         core = LaneCore(serves=serves, limits=limits, budget=link.budget, lookup=self._lookup)
         return Lane(
-            link.peer, name, core, self.config.read_bytes_max, self._on_begun, self._on_heard, self._on_fault
-        )
+            link.peer, name, core, self.config.read_bytes_max, self._on_begun, self._on_heard, self._on_fault,
+            self._on_deadline,
+        )  # fmt: skip
 
     async def _run_out(self, link: _Link, lane: Lane) -> None:
         try:
@@ -460,27 +482,47 @@ class Rpc:
         method = served.method
         large = method.upstream is not None or method.payload_bytes_max > REQUEST_WINDOW_BYTES
         window_bytes = self.config.lane_window_bytes(method.lane) if large else REQUEST_WINDOW_BYTES
-        return limits_of(method), window_bytes
+        return method.limits, window_bytes
 
     def _on_begun(self, lane: Lane, state: CallState) -> None:
-        if lane.nursery is not None:
-            lane.nursery.start_soon(self._run_handler, lane, state)
+        if lane.idle:
+            trio.lowlevel.reschedule(lane.idle.pop(), outcome.Value(state))
+        elif lane.nursery is not None:
+            lane.nursery.start_soon(self._serve_calls, lane, state)
 
-    async def _run_handler(self, lane: Lane, state: CallState) -> None:
-        """One served call, within its deadline and until its caller leaves."""
-        port = Port(lane, state)
-        refusal: Refusal | None = None
-        with trio.CancelScope(deadline=state.deadline) as scope:
-            port.scope = scope
-            if not state.over:
-                refusal = await answer(self._served[state.method], port)
+    async def _serve_calls(self, lane: Lane, first: CallState) -> None:
+        """One call, and then others that come while few such tasks are idle: a new one a call costs more than that.
+
+        A call is cancelled at its deadline and when its caller leaves; then the scope is another one.
+        """
+        state: CallState | None = first
+        while True:
+            with trio.CancelScope() as scope:
+                while not scope.cancel_called:
+                    if state is None:
+                        if len(lane.idle) >= _IDLE_TASKS_MAX:
+                            return
+                        state = await lane.next_begun()
+                    port = Port(lane, state)
+                    refusal: Refusal | None = None
+                    if not state.over:
+                        port.scope = scope
+                        refusal = await answer(self._served[state.method], port)
+                        port.scope = None
+                    self._answered(lane, state, refusal)
+                    state = None
+            if state is not None:
+                self._answered(lane, state, Refusal("deadline", "the handler took too long"), at_once=True)
+                state = None
+
+    def _answered(
+        self, lane: Lane, state: CallState, refusal: Refusal | None, *, at_once: bool = False
+    ) -> None:
         state.owner = None
-        if scope.cancelled_caught:
-            lane.core.refuse(state, Refusal("deadline", "the handler took too long"), at_once=True)
-        elif refusal is not None:
-            lane.core.refuse(state, refusal)
-        else:
+        if refusal is None:
             lane.core.end(state)
+        else:
+            lane.core.refuse(state, refusal, at_once=at_once)
         lane.flush()
 
 

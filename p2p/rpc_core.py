@@ -46,6 +46,7 @@ class Fed:
     begun: list[CallState] = field(default_factory=list)
     changed: dict[CallState, None] = field(default_factory=dict)
     pongs: list[int] = field(default_factory=list)
+    opened: list[CallState] = field(default_factory=list)
 
 
 Lookup = Callable[[str], tuple[MessageLimits, int] | None]
@@ -224,7 +225,7 @@ class LaneCore:
                 case frames.Piece():
                     self._on_piece(event, fed)
                 case frames.Open() if self._serves:
-                    self._on_open(event, now)
+                    self._on_open(event, now, fed)
                 case frames.Credit():
                     self._on_credit(event, fed)
                 case frames.Cancel() if self._serves:
@@ -245,6 +246,8 @@ class LaneCore:
                     fed.pongs.append(event.token)
                 case _:
                     raise ProtocolViolation(f"a {type(event).__name__} frame from the wrong end")
+        for call in fed.opened:  # only now: a request that came whole needs no credit
+            self._grant(call)
         if len(self._control) > self.limits.control_frames_max:
             raise ProtocolViolation("the peer asks for more answers than it reads")
         return fed
@@ -255,7 +258,7 @@ class LaneCore:
             raise ProtocolViolation(f"call {call_id} was never opened")
         return self.calls.get(call_id)
 
-    def _on_open(self, event: frames.Open, now: float) -> None:
+    def _on_open(self, event: frames.Open, now: float, fed: Fed) -> None:
         if event.call <= self._last_id:
             raise ProtocolViolation(f"call {event.call} was opened after call {self._last_id}")
         self._last_id = event.call
@@ -281,7 +284,7 @@ class LaneCore:
             allowance_bytes=REQUEST_WINDOW_BYTES,
         )
         self.calls[call.id] = call
-        self._grant(call)
+        fed.opened.append(call)
 
     def _on_credit(self, event: frames.Credit, fed: Fed) -> None:
         call = self._find(event.call)

@@ -7,6 +7,7 @@ ends; it does not know methods' handlers, heartbeats or which lanes a peer has.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
@@ -49,8 +50,9 @@ class Lane:
         core: LaneCore,
         read_bytes_max: int,
         on_begun: Callable[[Lane, CallState], None],
-        on_heard: Callable[[Lane, int, list[int]], None],
+        on_heard: Callable[[Lane, int, list[int], float], None],
         on_fault: Callable[[PeerId, ProtocolViolation], None],
+        on_deadline: Callable[[float], None],
     ) -> None:
         self.peer = peer
         self.name = name
@@ -59,6 +61,9 @@ class Lane:
         self.room = trio.lowlevel.ParkingLot()
         self.nursery: trio.Nursery | None = None
         self.is_open = False
+        self.idle: list[trio.lowlevel.Task] = []
+        # No call's deadline is before this; of those that have ended in time it may be one.
+        self.next_deadline = math.inf
         self._stream: ByteStream | None = None
         # Set while the writer has something to send: nobody else may write then.
         self._stuck: bytes | None = None
@@ -67,6 +72,7 @@ class Lane:
         self._on_begun = on_begun
         self._on_heard = on_heard
         self._on_fault = on_fault
+        self._on_deadline = on_deadline
 
     async def run(self, stream: ByteStream) -> None:
         """Until the stream ends or `fail` is called. Never raises for what the peer does."""
@@ -125,6 +131,38 @@ class Lane:
         if self.room:
             self.room.unpark(count=max(0, self.core.limits.calls_max - len(self.core.calls)))
 
+    async def next_begun(self) -> CallState:
+        """Be one of the idle tasks, of which the last one is given the next call to serve."""
+        task = trio.lowlevel.current_task()
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            if task in self.idle:
+                self.idle.remove(task)
+                return trio.lowlevel.Abort.SUCCEEDED
+            return trio.lowlevel.Abort.FAILED  # it has a call already
+
+        self.idle.append(task)
+        state: CallState = await trio.lowlevel.wait_task_rescheduled(abort)
+        return state
+
+    def await_deadline(self, deadline: float) -> None:
+        """Have `pass_deadlines` called then."""
+        if deadline < self.next_deadline:
+            self.next_deadline = deadline
+            self._on_deadline(deadline)
+
+    def pass_deadlines(self, now: float) -> None:
+        """Tell the ports whose calls have run out of time."""
+        self.next_deadline = math.inf
+        for call in list(self.core.calls.values()):
+            if call.deadline > now:
+                self.next_deadline = min(self.next_deadline, call.deadline)
+            elif isinstance(call.owner, Port) and not call.owner.late:
+                call.owner.late = True
+                call.owner.lot.unpark_all()
+                if call.owner.scope is not None:
+                    call.owner.scope.cancel()
+
     def _wake(self, call: CallState) -> None:
         port: Port | None = call.owner
         if port is not None:
@@ -133,19 +171,33 @@ class Lane:
                 port.scope.cancel()
 
     async def _read(self, stream: ByteStream) -> None:
-        core = self.core
         try:
-            while data := await stream.receive_some(self._read_bytes_max):
-                fed = core.feed(data, trio.current_time())
-                for call in fed.begun:
-                    self._on_begun(self, call)
-                for call in fed.changed:
-                    self._wake(call)
-                self._on_heard(self, len(data), fed.pongs)
-                self.make_room()
-                self.flush()
+            if stream.feed_to(self._take):
+                await stream.receive_some(1)
+            else:
+                while data := await stream.receive_some(self._read_bytes_max):
+                    self._take(data)
         except RemoteFault as failure:
             self.fail(failure)
+
+    def _take(self, data: bytes | memoryview) -> None:
+        """Act on what came."""
+        if self.failure is not None:
+            return
+        core = self.core
+        try:
+            now = trio.current_time()
+            fed = core.feed(data, now)
+        except RemoteFault as failure:
+            self.fail(failure)
+            return
+        for call in fed.begun:
+            self._on_begun(self, call)
+        for call in fed.changed:
+            self._wake(call)
+        self._on_heard(self, len(data), fed.pongs, now)
+        self.make_room()
+        self.flush()
 
     async def _write(self, stream: ByteStream) -> None:
         """What did not fit at once, and all that is queued meanwhile."""
@@ -163,14 +215,16 @@ class Lane:
 class Port:
     """One call's end of a lane. Any of its waits raises DeadlineExceeded when the call's deadline passes."""
 
-    __slots__ = ("lane", "lot", "scope", "state")
+    __slots__ = ("lane", "late", "lot", "scope", "state")
 
     def __init__(self, lane: Lane, state: CallState) -> None:
         self.lane = lane
         self.state = state
         self.lot = trio.lowlevel.ParkingLot()
         self.scope: trio.CancelScope | None = None
+        self.late = False
         state.owner = self
+        lane.await_deadline(state.deadline)
 
     def close(self) -> None:
         """The caller leaves: the other side is told, unless it has ended."""
@@ -228,12 +282,11 @@ class Port:
             await self._wait()
 
     async def _wait(self) -> None:
-        with trio.CancelScope(deadline=self.state.deadline) as scope:
-            await self.lot.park()
-        if scope.cancelled_caught:
+        if self.late:
             raise DeadlineExceeded(
                 f"{self.state.method}: {self.lane.peer} did not answer before the deadline"
             )
+        await self.lot.park()
 
     def _why_over(self) -> P2pError | None:
         """The error that ended the call, if one did."""

@@ -14,7 +14,7 @@ from p2p.errors import CallFailed, EndOfChannel, PeerLost, RemoteFault, Resource
 from p2p.frames import Refusal
 from p2p.messages import codec_of
 from p2p.rpc_lane import Channel, Port, decode_or_fail
-from p2p.rpc_types import Call, Method, limits_of
+from p2p.rpc_types import Call, Method
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,11 @@ async def answer(served: Served, port: Port) -> Refusal | None:
         request = decode_or_fail(port, codec_of(method.request), received)
         if served.channel:
             upstream = None if method.upstream is None else codec_of(method.upstream)
-            channel: Channel[Any, Any] = Channel(port, upstream, codec_of(method.reply), limits_of(method))
+            channel: Channel[Any, Any] = Channel(port, upstream, codec_of(method.reply), method.limits)
             await served.handler(call, request, channel)
         else:
             reply = await served.handler(call, request)
-            port.queue(codec_of(method.reply).encode(reply), limits_of(method))
+            port.queue(codec_of(method.reply).encode(reply), method.limits)
         return None
     except Exception as problem:  # handlers are anyone's code; what is not understood is logged whole
         refusal = refusal_of(problem)

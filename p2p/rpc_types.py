@@ -5,7 +5,7 @@ Plain values, checked when they are made. Nothing here sends or receives.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Literal, TypeVar
 
 from p2p.errors import LocalFault
@@ -27,7 +27,8 @@ class Method(Generic[Q, A]):
     """A kind of call: its messages, and the most that each of them may measure.
 
     `upstream` is the type of what a caller may send after the request; `reply` of what it receives. The limits hold
-    for every single message, in both directions. `lane` bulk keeps large transfers out of the way of small calls.
+    for every single message, in both directions; `limits` repeats them. `lane` bulk keeps large transfers out of the
+    way of small calls.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Method(Generic[Q, A]):
     payload_bytes_max: int = 0
     deadline_s: float = 10.0
     lane: LaneName = "small"
+    limits: MessageLimits = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < len(self.name) <= METHOD_CHARS_MAX:
@@ -57,11 +59,7 @@ class Method(Generic[Q, A]):
         for kind in (self.request, self.reply, self.upstream):
             if kind is not None:
                 codec_of(kind)
-
-
-def limits_of(method: Method[Any, Any]) -> MessageLimits:
-    """What one message of a method may measure."""
-    return MessageLimits(method.body_bytes_max, method.payload_bytes_max)
+        object.__setattr__(self, "limits", MessageLimits(self.body_bytes_max, self.payload_bytes_max))
 
 
 @dataclass(frozen=True, slots=True)

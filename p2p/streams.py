@@ -5,6 +5,7 @@ Knows how the muxer's errors translate into ours. It does not know protocols or 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF, MuxedStreamError
@@ -33,6 +34,10 @@ class ByteStream(Protocol):
 
     async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:
         """At least one byte and at most `max_bytes`; b"" once the peer has ended its side."""
+
+    def feed_to(self, sink: Callable[[bytes | memoryview], None]) -> bool:
+        """Give `sink` at once what comes from now on, in pieces that it must not keep; `receive_some` then tells only
+        of the end. False where this cannot be, and nothing is changed."""
 
     async def aclose(self) -> None:
         """End our side after what is queued, and stop reading."""
@@ -73,6 +78,10 @@ class MuxByteStream:
             return b""
         except (MuxedStreamError, MuxedConnUnavailable) as error:
             raise self._lost(error) from error
+
+    def feed_to(self, sink: Callable[[bytes | memoryview], None]) -> bool:
+        self._stream.feed_to(sink)
+        return True
 
     async def send_eof(self) -> None:
         """End our side and go on reading."""

@@ -380,6 +380,9 @@ class MemoryStream:
             flow.lot.unpark_all()
         return True
 
+    def feed_to(self, sink: Callable[[bytes | memoryview], None]) -> bool:
+        return False
+
     async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")

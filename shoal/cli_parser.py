@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from shoal import __version__
 from shoal.cli_parser_drop import drop_command
 from shoal.cli_parser_member import member_commands
+from shoal.cli_parser_rpc import bench_rpc_command
 from shoal.cli_parser_testnet import testnet_commands
 
 TTL_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -515,6 +516,7 @@ def _bench_commands(commands: Any) -> None:
     )
     _json(plan, "the figures")
     _bench_decode_command(what)
+    bench_rpc_command(what, _add, count)
     allreduce = _add(
         what,
         "allreduce",

@@ -190,13 +190,13 @@ class MendedSwarm(Swarm):
     async def knock(self, addr: tuple[str, int], peer_id: ID) -> None:
         """Whether `peer_id` answers at `addr`: a connection of its own, that proves the peer's key and ends. Raises
         OSError or SwarmException. The deadline is the caller's."""
-        stream = await trio.open_tcp_stream(*addr)
+        stream = MendedTcpStream(await trio.open_tcp_stream(*addr))
         try:
-            await self.upgrader.upgrade_security(RawConnection(MendedTcpStream(stream), True), True, peer_id)
+            await self.upgrader.upgrade_security(RawConnection(stream, True), True, peer_id)
         except SecurityUpgradeFailure as error:
             raise SwarmException(f"{peer_id} did not prove itself at {addr}") from error
         finally:
-            stream.socket.close()
+            stream.close_now()
 
     async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> INetConn:
         """Caps on the peer's open streams, summed over its connections, are attached here."""

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 from libp2p.abc import IMuxedConn, ISecureConn
@@ -47,6 +47,22 @@ from p2p.compat.yamux_frames import (
 from p2p.compat.yamux_stream import MendedStream
 
 logger = logging.getLogger(__name__)
+
+_NOTHING = memoryview(b"")
+# So many times after something came, a stream's write is sent on the spot. What more is written before something
+# comes again waits for the writer, which sends it together.
+_TURNS = 3
+
+
+class Packets(Protocol):
+    """What an encrypted connection offers beside `read` and `write`. Raises what those raise."""
+
+    @property
+    def is_direct(self) -> bool: ...
+    def seal(self, data: bytes | memoryview) -> memoryview: ...
+    def send_now(self, sealed: memoryview) -> memoryview: ...
+    async def send(self, sealed: memoryview) -> None: ...
+    async def read_packets(self) -> list[bytes]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +107,12 @@ class MendedYamux(IMuxedConn):
         self._flushed = trio.Event()
         self._closing = False
         self._busy = False
+        # Set where packets can leave without a turn of the scheduler, see `flush`.
+        self._packets: Packets | None = getattr(conn, "packets", None)
+        self._sealed: memoryview = _NOTHING
+        self._writing = False
+        self._corked = False
+        self._turns_left = _TURNS
         self._scope = trio.CancelScope()
         self._accept_send, self._accept_receive = trio.open_memory_channel[MendedStream](
             self.limits.streams_max
@@ -240,14 +262,15 @@ class MendedYamux(IMuxedConn):
             return
         self._control.append(pack_header(kind, flags, stream_id, length))
         self._busy = True
-        self._work.set()
+        if not self._corked:
+            self._work.set()
 
     def ask(self) -> None:
         """Have the peer send something, so that `heard_s` tells whether it is still there."""
         self.send_control(PING, SYN, 0, 0)
 
-    def schedule(self, stream: MendedStream) -> None:
-        """Give `stream` a turn at the writer, unless its window is used up."""
+    def schedule(self, stream: MendedStream, *, now: bool = False) -> None:
+        """Give `stream` a turn at the writer, unless its window is used up; on the spot if `now` and possible."""
         if self._closing or stream.stream_id in self._queued:
             return
         if (stream.pending and stream.send_window_bytes > 0) or (
@@ -256,23 +279,75 @@ class MendedYamux(IMuxedConn):
             self._queued.add(stream.stream_id)
             self._ready.append(stream)
             self._busy = True
+            if now:
+                self.flush()
+            elif not self._corked:
+                self._work.set()
+
+    def send_frame(self, stream: MendedStream, data: bytes) -> bool:
+        """The short way of most small messages: one frame, sent before this returns, where nothing else is queued."""
+        size = len(data)
+        if (
+            self._busy
+            or self._corked
+            or not self._turns_left
+            or self._packets is None
+            or not self._packets.is_direct
+            or size > stream.send_window_bytes
+            or size > self.limits.frame_bytes_max
+        ):
+            return False
+        self._turns_left -= 1
+        stream.send_window_bytes -= size
+        try:
+            frame = pack_header(DATA, 0, stream.stream_id, size) + data
+            self._sealed = self._packets.send_now(self._packets.seal(frame))
+        except Exception as error:  # noqa: BLE001 - as in the writer
+            self.abort(f"writing failed: {error}")
+            return True
+        if self._sealed:
+            self._busy = True
             self._work.set()
+        return True
+
+    def flush(self) -> None:
+        """Send what is queued here and now as far as the socket takes it; the writer sees to the rest."""
+        packets = self._packets
+        if self._corked:
+            return
+        if packets is not None and packets.is_direct and not self._writing and self._turns_left:
+            self._turns_left -= 1
+            try:
+                while (self._control or self._ready) and not self._sealed:
+                    self._sealed = packets.send_now(packets.seal(self._next_batch()))
+            except Exception as error:  # noqa: BLE001 - as in the writer
+                self.abort(f"writing failed: {error}")
+        if self._control or self._ready or self._sealed:
+            self._work.set()
+        elif not self._writing:
+            self._busy = False
 
     async def _write_loop(self) -> None:
+        packets = self._packets
         while True:
-            while not self._control and not self._ready:
+            while not self._control and not self._ready and not self._sealed:
                 self._busy = False
+                self._turns_left = _TURNS
                 self._flushed.set()
                 self._flushed = trio.Event()
                 self._work = trio.Event()
                 await self._work.wait()
-            self._busy = True
-            batch = self._next_batch()
+            self._busy = self._writing = True
             try:
-                await self.secured_conn.write(batch)
+                if packets is None:
+                    await self.secured_conn.write(self._next_batch())
+                else:
+                    sealed, self._sealed = self._sealed or packets.seal(self._next_batch()), _NOTHING
+                    await packets.send(sealed)
             except Exception as error:  # noqa: BLE001 - whatever the socket or cipher raises ends it
                 self.abort(f"writing failed: {error}")
                 return
+            self._writing = False
 
     def _next_batch(self) -> bytes:
         parts: list[bytes | memoryview] = []
@@ -315,32 +390,26 @@ class MendedYamux(IMuxedConn):
     # ---- reading: never writes, never waits for the application
 
     async def _read_loop(self) -> None:
-        buffer = bytearray()
-        target: MendedStream | None = None
-        body_left = 0
-        body_flags = 0
+        parser = self._parse()
+        next(parser)
         try:
+            packets = [await self.secured_conn.read(None)]
             while True:
-                chunk = memoryview(await self.secured_conn.read(None))
                 self.heard_s = trio.current_time()
-                if not chunk:
-                    self.close_reason = self.close_reason or "the peer closed the connection"
-                    return
-                while chunk:
-                    if body_left:
-                        piece = chunk[:body_left]
-                        chunk = chunk[len(piece) :]
-                        body_left -= len(piece)
-                        self._deliver(target, piece)
-                        if not body_left:
-                            self._after_frame(target, body_flags)
-                        continue
-                    need = HEADER_BYTES - len(buffer)
-                    buffer += chunk[:need]
-                    chunk = chunk[need:]
-                    if len(buffer) == HEADER_BYTES:
-                        target, body_flags, body_left = self._on_header(bytes(buffer))
-                        buffer.clear()
+                self._corked = True
+                for packet in packets:
+                    if not packet:
+                        self.close_reason = self.close_reason or "the peer closed the connection"
+                        return
+                    parser.send(memoryview(packet))
+                self._corked = False
+                self._turns_left = _TURNS
+                if self._busy:
+                    self.flush()
+                if self._packets is not None:
+                    packets = await self._packets.read_packets()
+                else:
+                    packets = [await self.secured_conn.read(None)]
         except FrameError as error:
             logger.info("yamux: %s: %s; closing its connection", self.peer_id, error)
             self.close_reason = f"protocol error: {error}"
@@ -348,7 +417,34 @@ class MendedYamux(IMuxedConn):
         except Exception as error:  # noqa: BLE001 - a peer's bytes must never end more than its connection
             self.close_reason = self.close_reason or f"reading failed: {error or type(error).__name__}"
 
-    def _on_header(self, header: bytes) -> tuple[MendedStream | None, int, int]:
+    def _parse(self) -> Generator[None, memoryview, None]:
+        """Frames out of the pieces that are sent to it, however they were cut. Raises FrameError."""
+        header = bytearray()
+        while True:
+            chunk = yield
+            while chunk:
+                if not header and len(chunk) >= HEADER_BYTES:
+                    target, flags, left = self._on_header(chunk[:HEADER_BYTES])
+                    chunk = chunk[HEADER_BYTES:]
+                else:
+                    need = HEADER_BYTES - len(header)
+                    header += chunk[:need]
+                    chunk = chunk[need:]
+                    if len(header) < HEADER_BYTES:
+                        continue
+                    target, flags, left = self._on_header(header)
+                    header = bytearray()
+                while left:
+                    while not chunk:
+                        chunk = yield
+                    piece = chunk[:left]
+                    chunk = chunk[left:]
+                    left -= len(piece)
+                    self._deliver(target, piece)
+                    if not left:
+                        self._after_frame(target, flags)
+
+    def _on_header(self, header: memoryview | bytearray) -> tuple[MendedStream | None, int, int]:
         """Act on a frame; for data, returns (stream, flags, bytes of body that follow)."""
         kind, flags, stream_id, length = unpack_header(header)
         if kind == PING:
@@ -398,6 +494,9 @@ class MendedYamux(IMuxedConn):
         self.unread_bytes += len(piece)
         if stream.discarding:
             self.credit(stream, len(piece))
+            return
+        if stream.sink is not None:
+            stream.drop_in(piece)
             return
         stream.put(piece)
         if self.unread_bytes > self.limits.unread_bytes_max:

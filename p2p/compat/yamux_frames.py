@@ -26,7 +26,7 @@ def pack_header(kind: int, flags: int, stream_id: int, length: int) -> bytes:
     return _HEADER.pack(0, kind, flags, stream_id, length)
 
 
-def unpack_header(header: bytes) -> tuple[int, int, int, int]:
+def unpack_header(header: bytes | bytearray | memoryview) -> tuple[int, int, int, int]:
     """(kind, flags, stream_id, length). Raises FrameError."""
     version, kind, flags, stream_id, length = _HEADER.unpack(header)
     if version != 0:

@@ -7,8 +7,10 @@ Reads and writes only touch queues, so that they may be cancelled anywhere; the 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,8 @@ from p2p.compat.yamux_frames import INITIAL_WINDOW_BYTES, RST, WINDOW_UPDATE
 
 if TYPE_CHECKING:
     from p2p.compat.yamux import MendedYamux
+
+logger = logging.getLogger(__name__)
 
 _JOIN_BYTES = 16 << 10
 
@@ -44,12 +48,12 @@ class MendedStream(IMuxedStream):
         self.was_reset = False
         self.discarding = False
         self.discard_deadline = math.inf
-        self._changed = trio.Event()
+        self.sink: Callable[[bytes | memoryview], None] | None = None
+        self._changed = trio.lowlevel.ParkingLot()
 
     def wake(self) -> None:
         """Let every waiting reader and writer look again."""
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.unpark_all()
 
     @property
     def is_closed(self) -> bool:
@@ -63,8 +67,26 @@ class MendedStream(IMuxedStream):
                 raise MuxedStreamReset("the stream was reset")
             if self.fin_received or self.discarding:
                 raise MuxedStreamEOF("the stream ended")
-            await self._changed.wait()
+            await self._changed.park()
         return self._take(n if n is not None and n >= 0 else self.unread_bytes)
+
+    def feed_to(self, sink: Callable[[bytes | memoryview], None]) -> None:
+        """Give `sink` what comes from now on, at once and instead of readers, who see the stream's end only. It must
+        not keep a view of what it is given. Should it raise, the stream is reset."""
+        self.sink = sink
+        if self.unread:
+            self.drop_in(self._take(self.unread_bytes), counted=True)
+
+    def drop_in(self, piece: bytes | memoryview, *, counted: bool = False) -> None:
+        """Hand a piece to the sink."""
+        try:
+            if self.sink is not None:
+                self.sink(piece)
+        except Exception:  # what a peer sends must never end more than its stream
+            logger.exception("what came from %s could not be taken", self.conn.peer_id)
+            self.abort()
+        if not counted:
+            self.conn.credit(self, len(piece))
 
     def put(self, piece: memoryview) -> None:
         """Take a piece from the reader. Small ones are joined, so that a byte never pins a packet."""
@@ -113,23 +135,23 @@ class MendedStream(IMuxedStream):
                 self.conn.schedule(self)
             if not rest:
                 break
-            await self._changed.wait()
+            await self._changed.park()
 
     def write_nowait(self, data: bytes) -> bool:
         """Queue all of `data`, if there is room for it now; else False, and nothing is queued."""
         room = self.conn.limits.pending_write_bytes_max - self.pending_bytes
         if self.was_reset or self.fin_wanted or len(data) > room:
             return False
-        if data:
+        if data and not (not self.pending and self.conn.send_frame(self, data)):
             self.pending.append(memoryview(data))
             self.pending_bytes += len(data)
-            self.conn.schedule(self)
+            self.conn.schedule(self, now=True)
         return True
 
     async def drain(self) -> None:
         """Wait until all that was written has been handed to the socket's writer."""
         while self.pending_bytes and not self.was_reset:
-            await self._changed.wait()
+            await self._changed.park()
 
     async def close_write(self) -> None:
         """Half-close: what is queued still goes out, then a FIN."""

@@ -42,12 +42,12 @@ async def punch(swarm: MendedSwarm, hole: Hole, within_s: float) -> bool:
 
     async def take(stream: trio.SocketStream) -> None:
         nonlocal made
+        wrapped = MendedTcpStream(stream, "punched")
         try:
-            wrapped = MendedTcpStream(stream, "punched")
             await swarm.take_over(wrapped, ID.from_base58(hole.peer), initiator=hole.begins)
         except Exception as error:  # noqa: BLE001 - whatever answered there may make the upgrade raise anything
             logger.debug("what answered through the hole to %s: %s", hole.peer, root_reason(error))
-            await stream.aclose()
+            await wrapped.close()
             return
         made = True
         nursery.cancel_scope.cancel()

@@ -394,7 +394,11 @@ async def test_nothing_is_left_of_ten_thousand_calls(memory_peers, network):
     other.serve(ADD, odd)
     other.serve_channel(COUNT, tick)
     peer = other.host.peer_id
-    await one.call(peer, ADD, Number(1))
+    async with (
+        trio.open_nursery() as nursery
+    ):  # as many at once as will be: some tasks stay for the next calls
+        for _ in range(64):
+            nursery.start_soon(one.call, peer, ADD, Number(1))
     await trio.testing.wait_all_tasks_blocked()
     before = (
         network.streams_open(),
@@ -441,6 +445,7 @@ async def test_nothing_is_left_of_ten_thousand_calls(memory_peers, network):
 async def test_nothing_is_left_of_a_lost_peer(memory_peers, network):
     one, other = await memory_peers(2)
     other.serve(ADD, add_one)
+    await one.call(other.host.peer_id, ADD, Number(1))  # whose task stays for the next call
     await trio.testing.wait_all_tasks_blocked()
     alone = trio.lowlevel.current_statistics().tasks_living
     for _ in range(5):

@@ -100,7 +100,9 @@ def reachability(facts: Facts) -> str:
         through = f"through {relays} relay{'s' if relays > 1 else ''}" if relays else "by nobody"
         return f"not directly: members tried {at}; {through}"
     reached = sum(peer.dialled == "by them" for peer in facts.peers)
-    return "unknown" if not reached else f"{reached} members connected to this node"
+    if not reached:
+        return "unknown"
+    return f"{reached} member{'' if reached == 1 else 's'} connected to this node"
 
 
 def clock_behind_s(peers: Sequence[PeerFacts]) -> float | None:

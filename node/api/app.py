@@ -6,7 +6,6 @@ documents.
 
 from __future__ import annotations
 
-import html
 import logging
 
 import trio
@@ -14,39 +13,29 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from node.api.answers import dump
 from node.api.config import ApiConfig
 from node.api.control import ControlApi
 from node.api.generation import Generation, model_document
-from node.api.guard import Guard, problem_response
+from node.api.guard import PAGES, Guard, problem_response
 from node.api.problems import ApiProblem, from_error, internal_problem
+from node.dashboard import HEADERS, KINDS, asset
 from node.errors import NodeError, UnknownModel
 from node.gateway import Control, Gateway
 from node.metrics import CONTENT_TYPE, Metrics
 
 log = logging.getLogger("shoal.http")
 
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport"
-content="width=device-width"><title>Shoal</title> <style>body{{font:16px/1.5
-system-ui,sans-serif;max-width:40rem;margin:3rem auto;padding:0 1rem}} code{{background:#8882;padding:.1em
-.3em}}</style> <h1>Shoal</h1> <p>This computer is a node of a Shoal mesh: it serves language models together
-with others. Any OpenAI client can use it; its base URL is this address followed by <code>/v1</code>.</p>
-<ul>{models}</ul> <p><a href="/v1/models">models</a> · <a href="/mesh">mesh</a> · <a
-href="/metrics">metrics</a> · <a href="/health">health</a></p></html>
-"""
-
 
 class _Status:
     """The endpoints that only show."""
 
-    def __init__(self, gateway: Gateway, metrics: Metrics, config: ApiConfig) -> None:
+    def __init__(self, gateway: Gateway, metrics: Metrics) -> None:
         self._gateway = gateway
         self._metrics = metrics
-        self._config = config
 
     async def models(self, _: Request) -> Response:
         documents = [model_document(info) for info in self._gateway.models()]
@@ -71,13 +60,13 @@ class _Status:
     async def mesh(self, _: Request) -> Response:
         return _json(self._gateway.mesh())
 
-    async def page(self, _: Request) -> Response:
-        shown = []
-        # The page is open to whoever reaches this address; with keys set, models are shown to key holders only.
-        for info in () if self._config.api_keys else self._gateway.models():
-            state = "ready" if info.ready else info.detail
-            shown.append(f"<li><code>{html.escape(info.name)}</code> {html.escape(state)}</li>")
-        return HTMLResponse(PAGE.format(models="".join(shown)))
+
+async def _page(request: Request) -> Response:
+    """A file of the dashboard. It holds nothing of this mesh, so it is open to whoever reaches this address."""
+    name = request.path_params.get("name", "index.html")
+    if name not in KINDS:
+        raise HTTPException(404)
+    return Response(asset(name), media_type=KINDS[name], headers=HEADERS)
 
 
 def _json(document: object) -> Response:
@@ -122,11 +111,12 @@ def build_app(
     config = config or ApiConfig()
     stopping = trio.Event()
     generation = Generation(gateway, metrics, config, stopping)
-    status = _Status(gateway, metrics, config)
+    status = _Status(gateway, metrics)
     orders = ControlApi(control, config)
     app = Starlette(
         routes=[
-            Route("/", status.page, methods=["GET"]),
+            Route("/", _page, methods=["GET"]),
+            Route(PAGES + "{name}", _page, methods=["GET"]),
             Route("/health", status.health, methods=["GET"]),
             Route("/metrics", status.metrics, methods=["GET"]),
             Route("/mesh", status.mesh, methods=["GET"]),

@@ -24,6 +24,7 @@ from node.api.config import ApiConfig
 from node.api.problems import ApiProblem
 
 OPEN_PATHS = ("/", "/health")
+PAGES = "/dashboard/"
 CONTROL_PREFIX = "/shoal/"
 REQUEST_ID = re.compile(r"^[A-Za-z0-9._:-]{1,128}$")
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
@@ -160,7 +161,7 @@ class Guard:
 
     def _check_sender(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"]
-        if path in OPEN_PATHS:
+        if path in OPEN_PATHS or path.startswith(PAGES):
             return
         local = is_loopback((scope.get("client") or ("",))[0])
         if self._config.api_keys:

@@ -29,7 +29,7 @@ WELL = Facts(
 
 def test_a_node_that_is_well_has_no_findings():
     assert findings(WELL) == []
-    assert document(WELL)["reachability"] == "1 members connected to this node"
+    assert document(WELL)["reachability"] == "1 member connected to this node"
 
 
 @pytest.mark.parametrize(

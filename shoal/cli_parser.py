@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
+from shoal.cli_parser_bench import bench_commands
 from shoal.cli_parser_drop import drop_command
 from shoal.cli_parser_member import member_commands
-from shoal.cli_parser_rpc import bench_rpc_command
 from shoal.cli_parser_testnet import testnet_commands
 
 TTL_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -112,7 +111,7 @@ def build_parser() -> Parser:
     drop_command(commands, _add, _where)
     _plan_command(commands)
     _sim_command(commands)
-    _bench_commands(commands)
+    bench_commands(commands, _add, _json, count, positive)
     testnet_commands(commands, _add, count, positive)
     _demo_command(commands)
     return parser
@@ -467,91 +466,6 @@ def _sim_mesh_flags(sim: argparse.ArgumentParser) -> None:
         default=0.25,
         help="target for each further token (default: 0.25 s)",
     )
-
-
-def _bench_decode_command(what: Any) -> None:
-    decode = _add(
-        what,
-        "decode",
-        "shoal.bench_decode:decode",
-        "reading prompts and writing tokens with a whole model on this machine",
-        "Load a model, read prompts and decode greedily, and print tokens a second beside how fast weights were\n"
-        "read and how fast this machine can read. With --config a random model of that shape is made.",
-        "  shoal bench decode --model ~/models/Qwen3-8B --quant int4\n"
-        "  shoal bench decode --config config.json --batch 16 --json",
-    )
-    source = decode.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", metavar="DIR", type=Path, help="a Hugging Face model directory")
-    source.add_argument("--config", metavar="FILE", type=Path, help="a config.json: weights are random")
-    decode.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="default: bfloat16"
-    )
-    decode.add_argument("--quant", choices=("none", "int8", "int4"), default="none", help="default: none")
-    decode.add_argument("--device", metavar="D", default="cpu", help="a torch device (default: cpu)")
-    decode.add_argument("--batch", metavar="B", type=count, default=1, help="requests at once (default: 1)")
-    decode.add_argument("--prompt-tokens", metavar="P", type=count, default=128, help="default: 128")
-    decode.add_argument("--new-tokens", metavar="N", type=count, default=64, help="default: 64")
-    decode.add_argument("--threads", metavar="N", type=count, help="of the processor (default: torch's)")
-    decode.add_argument(
-        "--speculate",
-        choices=("lookup", "draft"),
-        help="one request, with guesses at several tokens a pass and without, in turn",
-    )
-    decode.add_argument("--draft", metavar="DIR", type=Path, help="a small model of the same vocabulary")
-    _json(decode, "the figures")
-
-
-def _bench_commands(commands: Any) -> None:
-    bench = _add(commands, "bench", None, "measure how fast something is on this machine")
-    what = bench.add_subparsers(dest="what", metavar="WHAT", required=True, title="what")
-    plan = _add(
-        what,
-        "plan",
-        "shoal.bench_plan:plan",
-        "planning and routing over meshes of 40, 1,000 and 10,000 nodes",
-        examples="  shoal bench plan --json\n  shoal bench plan --nodes 1000",
-    )
-    plan.add_argument(
-        "--nodes", metavar="N", type=count, default=10_000, help="leave out larger meshes (default: 10000)"
-    )
-    _json(plan, "the figures")
-    _bench_decode_command(what)
-    bench_rpc_command(what, _add, count)
-    allreduce = _add(
-        what,
-        "allreduce",
-        "shoal.bench_allreduce:allreduce",
-        "the mean of tensors over separate processes, encrypted, on loopback",
-        "Start N processes on this machine that average tensors through real, encrypted links, and print how\n"
-        "long a round takes (agreement and votes included), how exact it is and what it costs.",
-        "  shoal bench allreduce --peers 4 --mib 64\n"
-        "  shoal bench allreduce --peers 4 --codec int8 --rate-mbit 100 --json",
-    )
-    allreduce.add_argument("--peers", metavar="N", type=count, default=2, help="processes (default: 2)")
-    allreduce.add_argument(
-        "--mib",
-        metavar="M",
-        type=positive,
-        default=64.0,
-        help="fp32 tensors of each peer, in MiB (default: 64)",
-    )
-    allreduce.add_argument(
-        "--codec",
-        choices=("fp32", "bf16", "int8", "int4", "topk"),
-        default="fp32",
-        help="how the numbers travel (default: fp32)",
-    )
-    allreduce.add_argument(
-        "--rounds", metavar="R", type=count, default=7, help="rounds measured (default: 7)"
-    )
-    allreduce.add_argument(
-        "--rate-mbit",
-        "--link-mbps",
-        metavar="X",
-        type=positive,
-        help="let each peer send X Mbit/s at most (default: no limit)",
-    )
-    _json(allreduce, "the figures")
 
 
 def _demo_command(commands: Any) -> None:

@@ -149,12 +149,20 @@ class Outer:
             if one.merge_at is not None and self.clock >= one.merge_at:
                 self._merge(one)
 
-    def due(self) -> tuple[str, ...]:
-        """Fragments whose round is to begin now. While one is on its way its next is put off."""
+    def due(self, *, last: bool = False) -> tuple[str, ...]:
+        """Fragments whose round is to begin now. While one is on its way its next is put off. `last`: the run ends, and
+        whatever is in no mean yet has its round."""
+        if last:
+            for one in self._fragments.values():
+                if one.merge_at is not None:
+                    self._merge(one)
         return tuple(
             one.tag
             for one in self._fragments.values()
-            if not one.in_air and one.merge_at is None and one.tokens > 0 and self._turn(one) > one.asked
+            if not one.in_air
+            and one.merge_at is None
+            and one.tokens > 0
+            and (last or self._turn(one) > one.asked)
         )
 
     def offer(self, tag: str, gradients: Sequence[torch.Tensor] | None = None) -> Offer:
@@ -203,7 +211,7 @@ class Outer:
         else:
             one.tokens = max(0.0, one.tokens - counted.weight)
             one.base, one.merge_at = list(base), counted.clock + self.strategy.delay
-            if not moved:  # nothing to put on top: exactly the anchor
+            if not moved and not self.strategy.delay:  # nothing to put on top: exactly the anchor
                 torch._foreach_copy_(one.local, one.anchor)
                 one.base, one.merge_at = [], None
             elif self.clock >= one.merge_at:

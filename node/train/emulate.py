@@ -277,6 +277,7 @@ def _model(setting: Setting) -> TrainModel:
         seed=inner.seed,
         precision=inner.precision,
         recompute=inner.recompute,
+        compiled=inner.compile,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +62,150 @@ def config_values(recipe: ModelRecipe, vocab: int, end_id: int | None) -> dict[s
         "eos_token_id": end_id,
         "pad_token_id": None,
         "torch_dtype": "float32",
+        # Families differ in their default, and so do we and transformers; Gemma 3 has two.
+        **({} if recipe.family == "gemma3_text" else {"rope_theta": 10000.0}),
         **recipe.more,
     }
 
 
-class TrainModel:
-    """Made by `make_model`. `params` by part name are what an optimizer trains; `named` are their rows by Hugging Face
-    name."""
+Rows = tuple[torch.Tensor, torch.Tensor]
+Params = Mapping[str, torch.Tensor]
+
+
+class Forward:
+    """The model as a function of its parameters, by part name. `plain` leaves gradients to autograd, which a compiler
+    does better with than with those that are written out."""
 
     def __init__(
-        self, config: ModelConfig, values: Mapping[str, Any], *, precision: str, recompute: bool
+        self, config: ModelConfig, dtype: torch.dtype, recompute: bool = False, plain: bool = False
+    ) -> None:
+        self.config, self.dtype, self.recompute, self.plain = config, dtype, recompute, plain
+
+    def loss(
+        self, params: Params, tokens: torch.Tensor, rotary: list[Rows], masks: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """Mean cross-entropy in nats of predicting each next token; `tokens` int64 [batch, n + 1]."""
+        logits = self.logits(params, tokens[:, :-1], rotary, masks)
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
+
+    def logits(
+        self, params: Params, tokens: torch.Tensor, rotary: list[Rows], masks: Mapping[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """int64 [batch, n] -> float32 [batch, n, vocab]. `masks` by sliding window."""
+        config = self.config
+        embed = params["embed"].to(self.dtype)
+        x = F.embedding(tokens, embed)
+        if config.embed_scale is not None:
+            x = x * torch.tensor(config.embed_scale, dtype=self.dtype)
+        for layer in range(config.layers):
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(
+                    self._layer,
+                    params,
+                    layer,
+                    x,
+                    rotary,
+                    masks,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                x = self._layer(params, layer, x, rotary, masks)
+        x = self._norm(x, params["norm"])
+        scores = F.linear(x, embed if config.tied else params["head"].to(self.dtype)).float()
+        if config.logit_cap is not None:
+            scores = torch.tanh(scores / config.logit_cap) * config.logit_cap
+        return scores
+
+    def _linear(self, params: Params, x: torch.Tensor, part: str) -> torch.Tensor:
+        bias = params[part + ".bias"].to(self.dtype) if part + ".bias" in params else None
+        return F.linear(x, params[part + ".weight"].to(self.dtype), bias)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMS norm over the last dimension (arXiv 1910.07467); Gemma's in float32, of 1 + weight. A weight [heads, dim]
+        norms each head by its own."""
+        config = self.config
+        offset = config.norm_offset or config.wide_norms
+        if weight.dim() > 1:
+            unit = F.rms_norm(x.float(), x.shape[-1:], None, config.norm_eps)
+            return (unit * (weight + config.norm_offset)).to(x.dtype)
+        given = x.float() if offset else x
+        weight = weight + config.norm_offset if offset else weight.to(x.dtype)
+        if self.plain:
+            return F.rms_norm(given, x.shape[-1:], weight, config.norm_eps).to(x.dtype)
+        return rms_norm(given, weight, config.norm_eps).to(x.dtype)
+
+    def _layer(
+        self,
+        params: Params,
+        layer: int,
+        x: torch.Tensor,
+        rotary: list[Rows],
+        masks: Mapping[int, torch.Tensor],
+    ) -> torch.Tensor:
+        at, config = f"{layer}.", self.config
+        mixed = self._attention(params, layer, self._norm(x, params[at + "attn_norm"]), rotary, masks)
+        x = x + (self._norm(mixed, params[at + "attn_post_norm"]) if config.post_norms else mixed)
+        both = self._linear(params, self._norm(x, params[at + "mlp_norm"]), at + "gate_up")
+        if config.activation == "silu" and not self.plain:
+            inner = swiglu(both)
+        else:
+            gate, up = both.chunk(2, -1)
+            inner = ACTIVATIONS[config.activation](gate) * up
+        inner = self._linear(params, inner, at + "down")
+        return x + (self._norm(inner, params[at + "mlp_post_norm"]) if config.post_norms else inner)
+
+    def _attention(
+        self,
+        params: Params,
+        layer: int,
+        x: torch.Tensor,
+        rotary: list[Rows],
+        masks: Mapping[int, torch.Tensor],
+    ) -> torch.Tensor:
+        """Causal grouped-query attention; [batch, n, hidden] -> the same."""
+        config, at = self.config, f"{layer}."
+        batch, count, _ = x.shape
+        heads, kv_heads = config.heads, config.kv_heads
+        fused = self._linear(params, x, at + "qkv").view(batch, count, heads + 2 * kv_heads, config.head_dim)
+        qk, v = torch.split(fused, [heads + kv_heads, kv_heads], 2)
+        if config.qk_norm:
+            norms = (params[at + "q_norm"].expand(heads, -1), params[at + "k_norm"].expand(kv_heads, -1))
+            qk = self._norm(qk, torch.cat(norms))
+        rope = config.layer_ropes[layer]
+        if rope is not None:
+            qk = _rotate(qk, *rotary[rope])
+        q, k = torch.split(qk.transpose(1, 2), [heads, kv_heads], 1)
+        window = config.windows[layer]
+        mask = None if window is None or window >= count else masks[window]
+        mixed = attend(q, k, v.transpose(1, 2), mask, config.attention_scale, config.attention_cap)
+        return self._linear(params, mixed.transpose(1, 2).reshape(batch, count, -1), at + "out")
+
+
+@lru_cache(maxsize=8)
+def _compiled(config: ModelConfig, dtype: torch.dtype, recompute: bool) -> Any:
+    """Compiled once for all models of a shape."""
+    return torch.compile(Forward(config, dtype, recompute, plain=True).loss, dynamic=False)
+
+
+class TrainModel:
+    """Made by `make_model`. `params` by part name are what an optimizer trains; `named` are their rows by Hugging Face
+    name. `compiled`: the loss through torch.compile, which takes a minute at first and needs a C++ compiler."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        values: Mapping[str, Any],
+        *,
+        precision: str = "float32",
+        recompute: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.config = config
         self.values = dict(values)
-        self.recompute = recompute
-        self._dtype = DTYPES[precision]
+        dtype = DTYPES[precision]
+        self._forward = Forward(config, dtype, recompute)
+        self._loss = _compiled(config, dtype, recompute) if compiled else self._forward.loss
         self._specs = _specs(config)
         rows: dict[str, int] = {}
         for part, spec in self._specs:
@@ -87,8 +217,8 @@ class TrainModel:
             spec.name: self.params[part].detach()[spec.row : spec.row + spec.shape[0]]
             for part, spec in self._specs
         }
-        self._ropes = [RotaryTable(rope, self._dtype, torch.device("cpu")) for rope in config.ropes]
-        self._masks: dict[tuple[int, int], torch.Tensor] = {}
+        self._ropes = [RotaryTable(rope, dtype, torch.device("cpu")) for rope in config.ropes]
+        self._masks: tuple[int, dict[int, torch.Tensor]] = (0, {})
 
     @property
     def count(self) -> int:
@@ -106,95 +236,30 @@ class TrainModel:
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy in nats of predicting each next token; `tokens` int64 [batch, n + 1]."""
-        logits = self.logits(tokens[:, :-1])
-        return F.cross_entropy(logits.view(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
+        count = tokens.shape[1] - 1
+        found: torch.Tensor = self._loss(self.params, tokens, self._rotary(count), self._windows(count))
+        return found
+
+    def plain_loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The same, never compiled: for batches of sizes that come once."""
+        count = tokens.shape[1] - 1
+        return self._forward.loss(self.params, tokens, self._rotary(count), self._windows(count))
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """int64 [batch, n] -> float32 [batch, n, vocab]."""
-        config, count = self.config, tokens.shape[1]
-        weights = {name: self._cast(name) for name in ("embed", "head") if name in self.params}
-        x = F.embedding(tokens, weights["embed"])
-        if config.embed_scale is not None:
-            x = x * torch.tensor(config.embed_scale, dtype=self._dtype)
-        rotary = [table.rows(0, count) for table in self._ropes]
-        for layer in range(config.layers):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(self._layer, layer, x, rotary, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = self._layer(layer, x, rotary)
-        x = self._norm(x, self.params["norm"])
-        scores = F.linear(x, weights["embed"] if config.tied else weights["head"]).float()
-        if config.logit_cap is not None:
-            scores = torch.tanh(scores / config.logit_cap) * config.logit_cap
-        return scores
+        count = tokens.shape[1]
+        return self._forward.logits(self.params, tokens, self._rotary(count), self._windows(count))
 
-    def _cast(self, part: str) -> torch.Tensor:
-        return self.params[part].to(self._dtype)
+    def _rotary(self, count: int) -> list[Rows]:
+        return [table.rows(0, count) for table in self._ropes]
 
-    def _linear(self, x: torch.Tensor, part: str) -> torch.Tensor:
-        bias = self._cast(part + ".bias") if part + ".bias" in self.params else None
-        return F.linear(x, self._cast(part + ".weight"), bias)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMS norm over the last dimension (arXiv 1910.07467); Gemma's in float32, of 1 + weight."""
-        config = self.config
-        if weight.dim() > 1:
-            unit = F.rms_norm(x.float(), x.shape[-1:], None, config.norm_eps)
-            return (unit * (weight + config.norm_offset)).to(x.dtype)
-        if config.norm_offset or config.wide_norms:
-            return rms_norm(x.float(), weight + config.norm_offset, config.norm_eps).to(x.dtype)
-        return rms_norm(x, weight.to(x.dtype), config.norm_eps)
-
-    def _layer(
-        self, layer: int, x: torch.Tensor, rotary: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> torch.Tensor:
-        at = f"{layer}."
-        mixed = self._attention(layer, self._norm(x, self.params[at + "attn_norm"]), rotary)
-        if self.config.post_norms:
-            mixed = self._norm(mixed, self.params[at + "attn_post_norm"])
-        x = x + mixed
-        both = self._linear(self._norm(x, self.params[at + "mlp_norm"]), at + "gate_up")
-        if self.config.activation == "silu":
-            inner = swiglu(both)
-        else:
-            gate, up = both.chunk(2, -1)
-            inner = ACTIVATIONS[self.config.activation](gate) * up
-        inner = self._linear(inner, at + "down")
-        if self.config.post_norms:
-            inner = self._norm(inner, self.params[at + "mlp_post_norm"])
-        return x + inner
-
-    def _attention(
-        self, layer: int, x: torch.Tensor, rotary: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> torch.Tensor:
-        """Causal grouped-query attention; [batch, n, hidden] -> the same."""
-        config, at = self.config, f"{layer}."
-        batch, count, _ = x.shape
-        heads, kv_heads = config.heads, config.kv_heads
-        fused = self._linear(x, at + "qkv").view(batch, count, heads + 2 * kv_heads, config.head_dim)
-        qk, v = torch.split(fused, [heads + kv_heads, kv_heads], 2)
-        if config.qk_norm:
-            norms = (
-                self.params[at + "q_norm"].expand(heads, -1),
-                self.params[at + "k_norm"].expand(kv_heads, -1),
-            )
-            qk = self._norm(qk, torch.cat(norms))
-        rope = config.layer_ropes[layer]
-        if rope is not None:
-            qk = _rotate(qk, *rotary[rope])
-        q, k = torch.split(qk.transpose(1, 2), [heads, kv_heads], 1)
-        window = config.windows[layer]
-        mask = None if window is None or window >= count else self._mask(count, window)
-        mixed = attend(q, k, v.transpose(1, 2), mask, config.attention_scale, config.attention_cap)
-        return self._linear(mixed.transpose(1, 2).reshape(batch, count, -1), at + "out")
-
-    def _mask(self, count: int, window: int) -> torch.Tensor:
-        """[n, n], True where a query may look."""
-        mask = self._masks.get((count, window))
-        if mask is None:
-            mask = torch.ones(count, count, dtype=torch.bool).tril().triu(1 - window)
-            self._masks = {(count, window): mask, **dict(list(self._masks.items())[:3])}
-        return mask
+    def _windows(self, count: int) -> dict[int, torch.Tensor]:
+        """For each sliding window shorter than the text: [n, n], True where a query may look."""
+        if self._masks[0] != count:
+            whole = torch.ones(count, count, dtype=torch.bool).tril()
+            shorter = {one for one in self.config.windows if one is not None and one < count}
+            self._masks = (count, {window: whole.triu(1 - window) for window in shorter})
+        return self._masks[1]
 
 
 def make_model(
@@ -205,6 +270,7 @@ def make_model(
     seed: int = 1,
     precision: str = "float32",
     recompute: bool = False,
+    compiled: bool = False,
 ) -> TrainModel:
     """From scratch: normal weights of deviation 0.02, divided by sqrt(2 layers) where they end a branch (GPT-2);
     the same seed gives the same bits. Or from the recipe's checkpoint. Raises ConfigProblem, and model_shards'
@@ -220,7 +286,7 @@ def make_model(
         raise ConfigProblem(
             "data.tokenizer", f"{vocab} tokens", f"at most {config.vocab}, which the model knows"
         )
-    model = TrainModel(config, values, precision=precision, recompute=recompute)
+    model = TrainModel(config, values, precision=precision, recompute=recompute, compiled=compiled)
     with torch.no_grad():
         if recipe.checkpoint is not None:
             _load(model, recipe.checkpoint)

@@ -59,7 +59,6 @@ class Worker:
         self.steps = 0
         self._parameters = list(model.params.values())
         self._optimizers = _optimizers(model, recipe)
-        self._loss = torch.compile(model.loss, dynamic=False) if recipe.compile else model.loss
 
     def outer(self, recipe: OuterRecipe) -> Outer:
         """This worker's part of the run's strategy."""
@@ -98,7 +97,7 @@ class Worker:
         for _ in range(recipe.accumulate):
             batch = self.corpus.batch(recipe.seed, self.claim, self.drawn, recipe.batch)
             self.drawn += 1
-            loss = self._loss(batch)
+            loss = self.model.loss(batch)
             (loss if recipe.accumulate == 1 else loss / recipe.accumulate).backward()  # type: ignore[no-untyped-call]
             total += loss.item() / recipe.accumulate
             tokens += batch.shape[0] * (batch.shape[1] - 1)
@@ -169,7 +168,7 @@ class Worker:
 @torch.no_grad()
 def evaluate(model: TrainModel, windows: torch.Tensor, rows: int = 32) -> float:
     """Mean loss over windows int64 [n, sequence + 1], `rows` at a time, in nats a token; nan if there are none."""
-    losses = [model.loss(part).item() * len(part) for part in torch.split(windows, rows)]
+    losses = [model.plain_loss(part).item() * len(part) for part in torch.split(windows, rows)]
     return sum(losses) / len(windows) if len(windows) else float("nan")
 
 

@@ -182,6 +182,12 @@ def _diloco(what: Any, tools: Tools) -> None:
     bench.add_argument(
         "--precision", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16"
     )
+    _diloco_more(bench, tools)
+    tools.json(bench, "the figures")
+
+
+def _diloco_more(bench: Any, tools: Tools) -> None:
+    """What is measured besides."""
     bench.add_argument("--seed", metavar="S", type=int, default=1, help="default: 1")
     bench.add_argument(
         "--threads", metavar="N", type=tools.count, default=1, help="of the processor (default: 1)"
@@ -217,4 +223,3 @@ def _diloco(what: Any, tools: Tools) -> None:
         default=5.0,
         help="until its replacement trains (default: 5 s)",
     )
-    tools.json(bench, "the figures")

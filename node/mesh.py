@@ -113,7 +113,8 @@ class MeshNode:
         self._data = data
         self._store = BlobStore(data.blobs_path, quota_bytes=config.disk_bytes)
         self._life = secrets.token_hex(6)
-        self.library = Library(identity, self._store, BlobExchange(self.rpc, self._store), self._sources)
+        self.blobs = BlobExchange(self.rpc, self._store, links=self.links)
+        self.library = Library(identity, self._store, self.blobs, self._sources)
         self.hosts = Hosts(self.library, hardware.devices, self._publish_host, scratch=data.scratch_path())
         self.offering = Offering(
             identity, membership.mesh_id, data, self._store, self.gossip,

@@ -4,8 +4,10 @@ Only `p2p`'s face is for others; this one is for p2p itself.
 """
 
 from p2p.blobs.errors import BlobUnavailable, SourceChanged, StoreFault
-from p2p.blobs.exchange import BlobExchange, ExchangeConfig
+from p2p.blobs.exchange import BlobExchange
+from p2p.blobs.fetch import Dropped, FetchState
 from p2p.blobs.manifest import Chunk, FileEntry, Manifest, build_manifest
+from p2p.blobs.protocol import ExchangeConfig
 from p2p.blobs.store import BlobStore
 
 __all__ = [
@@ -13,7 +15,9 @@ __all__ = [
     "BlobStore",
     "BlobUnavailable",
     "Chunk",
+    "Dropped",
     "ExchangeConfig",
+    "FetchState",
     "FileEntry",
     "Manifest",
     "SourceChanged",

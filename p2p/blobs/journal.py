@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 _RECORD = struct.Struct("!II")
@@ -61,10 +62,11 @@ class Journal:
         self.present.discard(number)
         self.unsynced.discard(number)
 
-    def synced(self) -> None:
-        """All data marked so far is on the disk."""
-        self._append(_SYNCED, flush=True)
-        self.unsynced.clear()
+    def synced(self, numbers: Collection[int]) -> None:
+        """The data of these chunks is on the disk. What was marked meanwhile is marked again after the word."""
+        later = self.unsynced - set(numbers)
+        self._append(_SYNCED, *sorted(later), flush=True)
+        self.unsynced = later
 
     def _append(self, *values: int, flush: bool = False) -> None:
         records = b"".join(_RECORD.pack(value, self._check(value)) for value in values)

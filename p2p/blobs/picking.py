@@ -69,6 +69,7 @@ class Picker:
         self._stalled_s = stalled_s
         self._asked: dict[int, _Asked] = {}
         self._order: list[int] = []
+        self._head = 0
         self._sorted_s = -math.inf
         self._stale = True
 
@@ -126,7 +127,10 @@ class Picker:
         last = first
         size = self._length(first)
         chunks_max = 1 if source.cautious else self._run_chunks_max
+        fresh = self._unasked(first)
         while last + 1 - first < chunks_max and self._free(last + 1, source, now):
+            if self._unasked(last + 1) != fresh:
+                break
             size += self._length(last + 1)
             if size > self._run_bytes_max:
                 break
@@ -163,27 +167,39 @@ class Picker:
 
     def _first(self, source: Source, now: float) -> int | None:
         if self._stale and (now - self._sorted_s >= _SORT_EVERY_S or not self._order):
-            self._order = self._by_rarity()
+            self._order, self._head = self._by_rarity(), 0
             self._sorted_s = now
             self._stale = False
+        order, stalled = self._order, None
+        while self._head < len(order) and order[self._head] not in self.missing:
+            self._head += 1
         gone = 0
-        found = None
-        for number in self._order:
+        for index in range(self._head, len(order)):
+            number = order[index]
             if number not in self.missing:
                 gone += 1
-            elif self._free(number, source, now):
-                found = number
+            elif self._unasked(number) and source.has(number):
                 break
-        if gone > 64:
-            self._order = [number for number in self._order if number in self.missing]
-        return found
+            elif stalled is None and self._free(number, source, now):
+                stalled = number
+        else:
+            number = (
+                -1 if stalled is None else stalled
+            )  # before the last chunks, nobody is asked what another was
+        if gone > 64 + len(self.missing) // 8:
+            self._order, self._head = [one for one in order if one in self.missing], 0
+        return None if number < 0 else number
+
+    def _unasked(self, number: int) -> bool:
+        asked = self._asked.get(number)
+        return asked is None or not asked.peers
 
     def _free(self, number: int, source: Source, now: float) -> bool:
         if number not in self.missing or not source.has(number):
             return False
-        asked = self._asked.get(number)
-        if asked is None or not asked.peers:
+        if self._unasked(number):
             return True
+        asked = self._asked[number]
         return source.peer not in asked.peers and now - asked.since_s >= self._stalled_s
 
     def _by_rarity(self) -> list[int]:

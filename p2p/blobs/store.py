@@ -14,12 +14,13 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from blake3 import blake3
 
 from p2p.blobs.errors import SourceChanged, StoreFault
+from p2p.blobs.files import flush, read_at, write_at
 from p2p.blobs.journal import Journal
 from p2p.blobs.manifest import Chunk, Manifest
 from p2p.errors import LocalFault, P2pError, ProtocolViolation, ResourceLimit
@@ -42,6 +43,7 @@ class _Held:
     source: Path | None
     have_bytes: int
     lock: threading.RLock
+    syncing: threading.Lock = field(default_factory=threading.Lock)
     unsynced_bytes: int = 0
     ready: bool = False
 
@@ -61,6 +63,7 @@ class BlobStore:
         self._root = root
         self._quota_bytes = quota_bytes
         self._held: dict[str, _Held] = {}
+        self._reserved_bytes = 0
         self._lock = threading.RLock()
         with _disk(root):
             root.mkdir(parents=True, exist_ok=True)
@@ -160,8 +163,8 @@ class BlobStore:
         return bytes(bits)
 
     def used_bytes(self) -> int:
-        """What fetched chunks take of the quota."""
-        return sum(held.have_bytes for held in list(self._held.values()))
+        """What fetched chunks take of the quota, those included that are just being written."""
+        return self._reserved_bytes + sum(held.have_bytes for held in list(self._held.values()))
 
     def check_room(self, more_bytes: int) -> None:
         """Raises ResourceLimit where `more_bytes` would not fit into the quota."""
@@ -177,65 +180,94 @@ class BlobStore:
 
     def write_chunk(self, manifest: Manifest, file: str, index: int, data: bytes | memoryview) -> None:
         """Verify and keep one chunk. Raises ProtocolViolation for wrong bytes, ResourceLimit when full."""
-        self.write_chunks(manifest, manifest.first_chunk[manifest.by_name[file]] + index, [data])
+        self.write_run(manifest, manifest.first_chunk[manifest.by_name[file]] + index, 1, data)
 
-    def write_chunks(
-        self, manifest: Manifest, first: int, datas: list[bytes] | list[memoryview] | list[bytes | memoryview]
-    ) -> None:
-        """Verify and keep chunks with the global numbers from `first` on. All of them or none are marked."""
+    def write_run(self, manifest: Manifest, first: int, count: int, data: bytes | memoryview) -> None:
+        """Verify and keep `count` chunks with the global numbers from `first` on; `data` is all of them. All or none
+        are marked. Raises ProtocolViolation for wrong bytes, ResourceLimit when the quota or the disk is full."""
         held = self._get(manifest.id)
-        numbers = range(first, first + len(datas))
-        for number, data in zip(numbers, datas, strict=True):
-            _verify(manifest, number, data)
+        pieces = _verified(manifest, first, count, memoryview(data))
         with held.lock:
             if held.source is not None:
                 return
-            new = [number for number in numbers if number not in held.journal.present]
+            new = [number for number in range(first, first + count) if number not in held.journal.present]
             new_bytes = sum(manifest.chunk(number)[1].length for number in new)
-            self.check_room(new_bytes)
             if not held.ready:
                 self._make_files(held)
-            with _disk(held.root):
-                for number in new:
-                    entry, chunk = manifest.chunk(number)
-                    with held.path(entry.name).open("r+b") as file:
-                        file.seek(chunk.offset)
-                        file.write(datas[number - first])
-                held.journal.add(new)
-            held.have_bytes += new_bytes
-            held.unsynced_bytes += new_bytes
-            if held.unsynced_bytes >= _SYNC_EVERY_BYTES:
-                self.sync(manifest.id)
+        with self._lock:
+            self.check_room(new_bytes)
+            self._reserved_bytes += new_bytes
+        try:
+            if new:
+                for name, offset, piece in pieces:
+                    with _disk(held.root):
+                        write_at(held.path(name), offset, piece)
+            with held.lock, _disk(held.root):
+                fresh = [number for number in new if number not in held.journal.present]
+                held.journal.add(fresh)
+                fresh_bytes = sum(manifest.chunk(number)[1].length for number in fresh)
+                held.have_bytes += fresh_bytes
+                held.unsynced_bytes += fresh_bytes
+                due = held.unsynced_bytes >= _SYNC_EVERY_BYTES
+                if due:
+                    held.unsynced_bytes = 0
+        finally:
+            with self._lock:
+                self._reserved_bytes -= new_bytes
+        if due:
+            self.sync(manifest.id)
 
     def sync(self, manifest_id: str) -> None:
-        """Flush what was written to the disk, so that a power cut does not cost it."""
+        """Flush what was written to the disk, so that a power cut does not cost it. Others write on meanwhile."""
         held = self._get(manifest_id)
-        with held.lock, _disk(held.root):
-            if held.source is not None or not held.journal.unsynced:
+        with held.syncing, _disk(held.root):
+            with held.lock:
+                covered = set(held.journal.unsynced)
+                held.unsynced_bytes = 0
+            if held.source is not None or not covered:
                 return
-            for name in {held.manifest.chunk(number)[0].name for number in held.journal.unsynced}:
-                with held.path(name).open("r+b") as file:
-                    os.fsync(file.fileno())
-            held.journal.synced()
-            held.unsynced_bytes = 0
+            for name in {held.manifest.chunk(number)[0].name for number in covered}:
+                flush(held.path(name))
+            with held.lock:
+                held.journal.synced(covered)
 
     def read_chunk(self, manifest_id: str, number: int) -> bytes:
         """A verified chunk by its global number. Raises SourceChanged, or LocalFault where it is not here."""
+        manifest = self._get(manifest_id).manifest
+        size = manifest.chunk(number)[1].length if 0 <= number < manifest.chunk_count else 0
+        into = bytearray(size)
+        self.read_run(manifest_id, number, 1, memoryview(into))
+        return bytes(into)
+
+    def read_run(self, manifest_id: str, first: int, count: int, into: memoryview) -> None:
+        """`count` verified chunks by their global numbers from `first` on, into a buffer of their size. Raises
+        SourceChanged, or LocalFault where one is not here."""
         held = self._get(manifest_id)
-        if not self.has_chunk(manifest_id, number) or number >= held.manifest.chunk_count:
-            raise LocalFault(f"chunk {number} of {held.manifest.name} is not here")
-        entry, chunk = held.manifest.chunk(number)
-        path = held.path(entry.name)
-        with _disk(path), path.open("rb") as file:
-            file.seek(chunk.offset)
-            data = file.read(chunk.length)
-        if len(data) == chunk.length and blake3(data).digest() == chunk.hash:
-            return data
+        manifest = held.manifest
+        for number in range(first, first + count):
+            if not self.has_chunk(manifest_id, number) or not 0 <= number < manifest.chunk_count:
+                raise LocalFault(f"chunk {number} of {manifest.name} is not here")
+        whole = True
+        for name, offset, piece in _pieces(manifest, first, count, into):
+            path = held.path(name)
+            with _disk(path):
+                whole = read_at(path, offset, piece) and whole
+        bad = [
+            number
+            for number, piece in _chunks(manifest, first, count, into)
+            if not _right(manifest, number, piece)
+        ]
+        if whole and not bad:
+            return
+        path = held.path(manifest.chunk((bad or [first])[0])[0].name)
         if held.source is not None:
             raise SourceChanged(f"{path} is no longer what was published; publish it again")
         with held.lock, _disk(held.root):
-            self._forget(held, number)
-        raise LocalFault(f"chunk {number} of {path} was damaged on the disk; it will be fetched again")
+            for number in bad:
+                self._forget(held, number)
+        raise LocalFault(
+            f"chunk {(bad or [first])[0]} of {path} was damaged on the disk; it will be fetched again"
+        )
 
     # ---- inside
 
@@ -283,12 +315,53 @@ class BlobStore:
             held.ready = True
 
 
-def _verify(manifest: Manifest, number: int, data: bytes | memoryview) -> None:
-    entry, chunk = manifest.chunk(number)
-    if len(data) != chunk.length or blake3(data).digest() != chunk.hash:
+def _chunks(manifest: Manifest, first: int, count: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """(global number, its bytes) of the chunks that `data` holds one after another."""
+    at = 0
+    for number in range(first, first + count):
+        length = manifest.chunk(number)[1].length
+        yield number, data[at : at + length]
+        at += length
+
+
+def _pieces(
+    manifest: Manifest, first: int, count: int, data: memoryview
+) -> list[tuple[str, int, memoryview]]:
+    """(file, offset, bytes), one for each file that the run touches."""
+    found: list[tuple[str, int, memoryview]] = []
+    at = begin = 0
+    for number in range(first, first + count):
+        entry, chunk = manifest.chunk(number)
+        if not found or found[-1][0] != entry.name:
+            found.append((entry.name, chunk.offset, data[at:at]))
+            begin = at
+        at += chunk.length
+        found[-1] = (entry.name, found[-1][1], data[begin:at])
+    return found
+
+
+def _right(manifest: Manifest, number: int, data: memoryview) -> bool:
+    chunk = manifest.chunk(number)[1]
+    return len(data) == chunk.length and bool(blake3(data).digest() == chunk.hash)
+
+
+def _verified(
+    manifest: Manifest, first: int, count: int, data: memoryview
+) -> list[tuple[str, int, memoryview]]:
+    """The run's pieces by file. Raises ProtocolViolation for bytes that are not those of the manifest."""
+    pieces = _pieces(manifest, first, count, data)
+    if sum(manifest.chunk(number)[1].length for number in range(first, first + count)) != len(data):
         raise ProtocolViolation(
-            f"bytes [{chunk.offset}, {chunk.end}) of {entry.name} do not have the hash of {manifest.name}'s manifest"
+            f"{len(data)} bytes cannot have the hashes of {count} chunks of {manifest.name}"
         )
+    for number, piece in _chunks(manifest, first, count, data):
+        if not _right(manifest, number, piece):
+            entry, chunk = manifest.chunk(number)
+            raise ProtocolViolation(
+                f"bytes [{chunk.offset}, {chunk.end}) of {entry.name} do not have the hash that the manifest of "
+                f"{manifest.name} says"
+            )
+    return pieces
 
 
 def _intact(held: _Held, number: int) -> bool:

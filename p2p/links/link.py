@@ -451,9 +451,11 @@ class Link:
                     break
                 self._on_record(head, buffer[at:end], path.heard_s)
                 at = end
-                if self.inbox.ready is not None and have - at >= HEAD_BYTES:
+                if self.inbox.ready is not None:
                     unyielded_bytes = -count
-                    await trio.lowlevel.checkpoint()  # let the receiver ask for the next one
+                    await (
+                        trio.lowlevel.checkpoint()
+                    )  # let the receiver ask for the next one, which saves a copy
             if at:
                 buffer[: have - at] = buffer[at:have]
                 have -= at

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import trio
@@ -10,20 +11,24 @@ from p2p import (
     BlobExchange,
     BlobStore,
     BlobUnavailable,
+    CallFailed,
     ExchangeConfig,
     Identity,
+    Links,
+    LinksConfig,
     LocalFault,
     ResourceLimit,
     RpcRefusal,
     build_manifest,
     pack_value,
 )
-from p2p.blobs import exchange as protocol
+from p2p.blobs import protocol
 from p2p.messages import codec_of
 
 IDENTITY = Identity(bytes(range(32)))
 BIG = 1 << 40
-CONFIG = ExchangeConfig(run_bytes_max=40_000)
+CONFIG = ExchangeConfig(run_bytes_max=40_000, link_run_bytes_max=40_000)
+LINKS = LinksConfig(listen=())
 
 
 @pytest.fixture
@@ -40,13 +45,23 @@ def manifest(source):
     return build_manifest(source, "m", IDENTITY, chunk_bytes_max=10_000)
 
 
+@pytest.fixture(params=["calls", "link"])
+def lane(request):
+    """How chunks travel: by calls, as where no link can be had, or on links."""
+    return request.param
+
+
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, lane, nursery):
     """An exchange with a store of its own for an Rpc."""
 
     def made(rpc, config=CONFIG, quota_bytes=BIG):
         store = BlobStore(tmp_path / f"blobs-{rpc.host.peer_id}", quota_bytes=quota_bytes)
-        return BlobExchange(rpc, store, config)
+        links = None
+        if lane == "link":
+            links = Links(rpc.host, rpc, SimpleNamespace(peer_id=rpc.host.peer_id), LINKS)
+            nursery.start_soon(links.run)
+        return BlobExchange(rpc, store, config, links)
 
     return made
 
@@ -73,7 +88,7 @@ def test_the_golden_bytes_of_the_exchanges_messages():
     }
     for message, raw in golden.items():
         assert pack_value(message).hex() == raw
-    encoded = codec_of(protocol.Bytes).encode(protocol._bytes(b"xyz"))
+    encoded = codec_of(protocol.Bytes).encode(protocol.raw(b"xyz"))
     assert (encoded.body.hex(), b"".join(encoded.payload)) == ("9192a575696e743803", b"xyz")
 
 
@@ -112,13 +127,13 @@ async def test_several_sources_share_the_work(memory_peers, make, manifest, sour
     for rpc in givers:
         giver = make(rpc)
         giver.store.publish(manifest, source)
-        read = giver._read
+        read = giver.store.read_run
 
-        def counted(manifest, numbers, read=read, rpc=rpc):
-            served[rpc.host.peer_id] += len(numbers)
-            return read(manifest, numbers)
+        def counted(manifest_id, first, count, into, read=read, rpc=rpc):
+            served[rpc.host.peer_id] += count
+            return read(manifest_id, first, count, into)
 
-        monkeypatch.setattr(giver, "_read", counted)
+        monkeypatch.setattr(giver.store, "read_run", counted)
     taker = make(last)
     await taker.fetch(manifest, whole(manifest), lambda: ids(*givers))
     assert same(taker, manifest, source)
@@ -139,23 +154,24 @@ async def test_peers_that_have_parts_complete_one_another(memory_peers, make, ma
 
 @pytest.mark.parametrize("wrong", ["bytes", "length"])
 async def test_a_source_of_wrong_bytes_is_dropped_and_named(
-    memory_peers, make, manifest, source, wrong, caplog
+    memory_peers, make, manifest, source, wrong, caplog, monkeypatch
 ):
     good, bad, last = await memory_peers(3)
-    for rpc in (good, bad):
-        make(rpc).store.publish(manifest, source)
-
-    async def lie(call, request):
-        size = sum(manifest.chunk(n)[1].length for n in range(request.first, request.first + request.count))
-        return protocol._bytes(bytes(size if wrong == "bytes" else size + 1))
-
-    served = bad._served["blobs.chunks"]
-    bad._served["blobs.chunks"] = type(served)(served.method, lie, False)
+    make(good).store.publish(manifest, source)
+    liar = make(bad)
+    liar.store.publish(manifest, source)
+    size_of = liar._serving._size
+    if wrong == "bytes":
+        monkeypatch.setattr(liar.store, "read_run", lambda manifest_id, first, count, into: None)
+    else:
+        monkeypatch.setattr(liar._serving, "_size", lambda wanted: size_of(wanted) + 1)
+        monkeypatch.setattr(liar.store, "read_run", lambda manifest_id, first, count, into: None)
     taker = make(last)
     await taker.fetch(manifest, whole(manifest), lambda: ids(bad, good))
     assert same(taker, manifest, source)
     named = [r.message for r in caplog.records if bad.host.peer_id in r.message and "no source" in r.message]
     assert named
+    assert [(one.peer, one.name) for one in taker.dropped()] == [(bad.host.peer_id, "m")]
     assert not any(good.host.peer_id in r.message for r in caplog.records if r.levelname == "WARNING")
 
 
@@ -196,7 +212,7 @@ async def test_an_interrupted_fetch_goes_on_where_it_was(memory_peers, make, man
 
 async def test_what_no_peer_has_is_said(memory_peers, make, manifest, source):
     one, other = await memory_peers(2)
-    config = ExchangeConfig(patience_s=0.05, refresh_s=0.01)
+    config = ExchangeConfig(patience_s=0.05, refresh_s=0.01, link_run_bytes_max=40_000)
     half, taker = make(one), make(other, config)
     with pytest.raises(BlobUnavailable, match="does not know"):
         await taker.fetch(manifest, whole(manifest), lambda: ids(one))
@@ -206,7 +222,7 @@ async def test_what_no_peer_has_is_said(memory_peers, make, manifest, source):
     assert "[0, 5000)" in caught.value.missing
     half.store.open(manifest)
     data = (source / "a").read_bytes()
-    half.store.write_chunks(manifest, 0, [data[:10_000]])
+    half.store.write_run(manifest, 0, 1, data[:10_000])
     with pytest.raises(BlobUnavailable) as caught:
         await taker.fetch(manifest, {"a": [(0, 30_000)]}, lambda: ids(one))
     assert caught.value.missing.startswith("bytes [10000, 20000) and 10000 bytes more")
@@ -228,6 +244,7 @@ async def test_a_changed_chunk_of_a_source_does_not_cost_its_neighbours(memory_p
     assert caught.value.file == "a"
 
 
+@pytest.mark.parametrize("lane", ["calls"])
 async def test_a_busy_source_is_asked_again_later(memory_peers, make, manifest, source):
     one, other = await memory_peers(2)
     giver = make(one, ExchangeConfig(served_per_peer_max=1, busy_retry_after_s=0.01))
@@ -243,7 +260,7 @@ async def test_a_busy_source_is_asked_again_later(memory_peers, make, manifest, 
     taker = make(other, ExchangeConfig(run_bytes_max=40_000, refresh_s=0.01))
     await taker.fetch(manifest, whole(manifest), lambda: ids(one))
     assert same(taker, manifest, source)
-    assert giver._serving == {}
+    assert giver._serving._calls == {}
     assert 26 < len(asked) < 120
 
 
@@ -261,10 +278,10 @@ async def test_a_disk_that_fills_up_ends_a_fetch(memory_peers, make, manifest, s
     make(one).store.publish(manifest, source)
     taker = make(other)
 
-    def full(manifest, first, datas):
+    def full(manifest, first, count, data):
         raise ResourceLimit("no room left")
 
-    monkeypatch.setattr(taker.store, "write_chunks", full)
+    monkeypatch.setattr(taker.store, "write_run", full)
     with pytest.raises(ResourceLimit, match="no room"):
         await taker.fetch(manifest, whole(manifest), lambda: ids(one))
 
@@ -274,7 +291,7 @@ async def test_requests_beyond_the_limits_are_refused(memory_peers, make, manife
     one, other = await memory_peers(2)
     make(one).store.publish(manifest, source)
     wanted = protocol.ChunksWanted(manifest.id, first, count)
-    with pytest.raises(protocol.CallFailed) as caught:
+    with pytest.raises(CallFailed) as caught:
         await other.call(one.host.peer_id, protocol.CHUNKS, wanted)
     assert caught.value.code == "invalid"
 

@@ -19,6 +19,7 @@ from p2p import (
     StoreFault,
     build_manifest,
 )
+from p2p.blobs import files
 from p2p.blobs import store as store_module
 from p2p.blobs.journal import Journal
 
@@ -80,7 +81,7 @@ def test_everything_is_there_after_a_restart(tmp_path, source, manifest):
     store = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
     store.open(manifest)
     for number in (0, 3):
-        store.write_chunks(manifest, number, [chunk_data(source, manifest, number)])
+        store.write_run(manifest, number, 1, chunk_data(source, manifest, number))
     again = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
     assert again.manifests() == (manifest,)
     assert again.have_bytes(manifest.id) == 2000
@@ -92,14 +93,14 @@ def test_everything_is_there_after_a_restart(tmp_path, source, manifest):
 def test_a_journals_unverifiable_tail_is_cut_off(tmp_path, source, manifest, tail):
     store = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
     store.open(manifest)
-    store.write_chunks(manifest, 0, [chunk_data(source, manifest, 0)])
+    store.write_run(manifest, 0, 1, chunk_data(source, manifest, 0))
     journal = tmp_path / "blobs" / manifest.id / "journal"
     whole = journal.read_bytes()
     journal.write_bytes(whole + tail)
     again = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
     assert again.have_bytes(manifest.id) == 1000
     assert journal.read_bytes() == whole
-    again.write_chunks(manifest, 1, [chunk_data(source, manifest, 1)])
+    again.write_run(manifest, 1, 1, chunk_data(source, manifest, 1))
     assert BlobStore(tmp_path / "blobs", quota_bytes=BIG).have_bytes(manifest.id) == 2000
 
 
@@ -117,9 +118,9 @@ def test_a_journal_cut_anywhere_keeps_its_whole_records(tmp_path, cut):
 def test_marked_data_that_never_reached_the_disk_is_found_unless_it_was_synced(tmp_path, source, manifest):
     store = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
     directory = store.open(manifest)
-    store.write_chunks(manifest, 0, [chunk_data(source, manifest, 0)])
+    store.write_run(manifest, 0, 1, chunk_data(source, manifest, 0))
     store.sync(manifest.id)
-    store.write_chunks(manifest, 1, [chunk_data(source, manifest, number) for number in (1, 2)])
+    store.write_run(manifest, 1, 2, b"".join(chunk_data(source, manifest, number) for number in (1, 2)))
     with (directory / "a").open("r+b") as file:
         file.seek(1000)
         file.write(bytes(1000))
@@ -128,12 +129,47 @@ def test_marked_data_that_never_reached_the_disk_is_found_unless_it_was_synced(t
     assert again.have_bytes(manifest.id) == 1500
 
 
+def test_what_is_written_while_others_are_flushed_does_not_count_as_flushed(
+    tmp_path, source, manifest, monkeypatch
+):
+    store = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
+    store.open(manifest)
+    store.write_run(manifest, 0, 1, chunk_data(source, manifest, 0))
+    flush = store_module.flush
+
+    def slow(path):
+        flush(path)
+        store.write_run(manifest, 1, 1, chunk_data(source, manifest, 1))
+
+    monkeypatch.setattr(store_module, "flush", slow)
+    store.sync(manifest.id)
+    hashed = []
+    monkeypatch.setattr(store_module, "_intact", lambda held, number: hashed.append(number) or True)
+    assert BlobStore(tmp_path / "blobs", quota_bytes=BIG).have_bytes(manifest.id) == 2000
+    assert hashed == [1]
+
+
+@pytest.mark.parametrize("shift", [0, 1, 4095])
+def test_large_pieces_are_written_whole_wherever_they_lie(tmp_path, shift):
+    path, offset = tmp_path / "file", 3 * 4096 + shift
+    data = random.Random(shift).randbytes(600_001)
+    path.write_bytes(bytes(offset + len(data) + 10))
+    memory = files.place(files.page_memory(len(data) + files.PAGE_BYTES), len(data), offset)
+    memory[:] = data
+    files.write_at(path, offset, memory)
+    assert path.read_bytes() == bytes(offset) + data + bytes(10)
+    read = memoryview(bytearray(len(data)))
+    assert files.read_at(path, offset, read)
+    assert read == data
+    assert not files.read_at(path, offset + 11, read)
+
+
 def test_synced_chunks_are_not_hashed_again(tmp_path, source, manifest, monkeypatch):
     store = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
     store.open(manifest)
-    store.write_chunks(manifest, 0, [chunk_data(source, manifest, number) for number in (0, 1)])
+    store.write_run(manifest, 0, 2, b"".join(chunk_data(source, manifest, number) for number in (0, 1)))
     store.sync(manifest.id)
-    store.write_chunks(manifest, 3, [chunk_data(source, manifest, 3)])
+    store.write_run(manifest, 3, 1, chunk_data(source, manifest, 3))
     hashed = []
     monkeypatch.setattr(store_module, "_intact", lambda held, number: hashed.append(number) or True)
     assert BlobStore(tmp_path / "blobs", quota_bytes=BIG).have_bytes(manifest.id) == 3000
@@ -143,7 +179,7 @@ def test_synced_chunks_are_not_hashed_again(tmp_path, source, manifest, monkeypa
 def test_a_file_that_was_deleted_is_fetched_again(tmp_path, source, manifest):
     store = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
     directory = store.open(manifest)
-    store.write_chunks(manifest, 0, [chunk_data(source, manifest, number) for number in range(4)])
+    store.write_run(manifest, 0, 4, b"".join(chunk_data(source, manifest, number) for number in range(4)))
     store.sync(manifest.id)
     (directory / "a").unlink()
     again = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
@@ -154,7 +190,7 @@ def test_a_file_that_was_deleted_is_fetched_again(tmp_path, source, manifest):
 def test_bytes_damaged_on_the_disk_are_never_served(tmp_path, source, manifest):
     store = BlobStore(tmp_path / "blobs", quota_bytes=BIG)
     directory = store.open(manifest)
-    store.write_chunks(manifest, 0, [chunk_data(source, manifest, 0)])
+    store.write_run(manifest, 0, 1, chunk_data(source, manifest, 0))
     (directory / "a").write_bytes(bytes(2500))
     with pytest.raises(LocalFault, match="damaged"):
         store.read_chunk(manifest.id, 0)
@@ -197,11 +233,11 @@ def test_a_changed_source_is_refused(tmp_path, source, manifest):
 def test_the_quota_is_kept(tmp_path, source, manifest):
     store = BlobStore(tmp_path / "blobs", quota_bytes=1500)
     store.open(manifest)
-    store.write_chunks(manifest, 0, [chunk_data(source, manifest, 0)])
+    store.write_run(manifest, 0, 1, chunk_data(source, manifest, 0))
     with pytest.raises(ResourceLimit) as caught:
-        store.write_chunks(manifest, 1, [chunk_data(source, manifest, 1)])
+        store.write_run(manifest, 1, 1, chunk_data(source, manifest, 1))
     assert caught.value.retry_after_s > 0
-    store.write_chunks(manifest, 0, [chunk_data(source, manifest, 0)])
+    store.write_run(manifest, 0, 1, chunk_data(source, manifest, 0))
     store.remove(manifest.id)
     assert store.used_bytes() == 0
     assert store.manifests() == ()
@@ -217,7 +253,7 @@ def test_a_full_disk_is_a_limit_and_nothing_is_marked(tmp_path, source, manifest
 
     monkeypatch.setattr(Journal, "add", full)
     with pytest.raises(ResourceLimit, match="No space left"):
-        store.write_chunks(manifest, 0, [chunk_data(source, manifest, 0)])
+        store.write_run(manifest, 0, 1, chunk_data(source, manifest, 0))
     assert store.have_bytes(manifest.id) == 0
 
 
@@ -256,7 +292,7 @@ numbers = list(range(manifest.chunk_count))
 random.Random(5).shuffle(numbers)
 for number in numbers:
     chunk = manifest.chunk(number)[1]
-    store.write_chunks(manifest, number, [data[chunk.offset : chunk.end]])
+    store.write_run(manifest, number, 1, data[chunk.offset : chunk.end])
     print(number, flush=True)
 """
 

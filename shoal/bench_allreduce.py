@@ -8,65 +8,16 @@ the error against the mean in double precision, and memory beyond the tensors.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
-import subprocess
-import sys
 from typing import Any
 
 from shoal import terminal
+from shoal.bench_peers import Peers
 from shoal.errors import ShoalError
 
 PEER = "shoal.bench_allreduce_peer"
 MIB = 1 << 20
-
-
-class Peers:
-    """The peers' processes; one JSON object a line each way."""
-
-    def __init__(self, count: int, settings: dict[str, Any]) -> None:
-        self.children = [
-            subprocess.Popen(
-                [sys.executable, "-m", PEER, json.dumps(settings | {"index": index, "peers": count})],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True,
-            )
-            for index in range(count)
-        ]  # fmt: skip
-
-    def hear(self) -> list[dict[str, Any]]:
-        """The next line of every peer. Raises ShoalError if one has ended."""
-        return [self._line(child) for child in self.children]
-
-    def _line(self, child: subprocess.Popen[str]) -> dict[str, Any]:
-        line = child.stdout.readline() if child.stdout else ""
-        if not line:
-            raise ShoalError(f"a peer of the bench ended with status {child.wait(10)}")
-        found: dict[str, Any] = json.loads(line)
-        if "failed" in found:
-            raise ShoalError(f"a peer of the bench failed: {found['failed']}")
-        return found
-
-    def say(self, **what: object) -> None:
-        """The same line to every peer."""
-        for child in self.children:
-            if child.stdin:
-                child.stdin.write(json.dumps(what) + "\n")
-                child.stdin.flush()
-
-    def end(self) -> None:
-        for child in self.children:
-            with contextlib.suppress(OSError):
-                if child.stdin:
-                    child.stdin.close()
-        for child in self.children:
-            try:
-                child.wait(5)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-            if child.stdout:
-                child.stdout.close()
 
 
 def measure(
@@ -74,7 +25,7 @@ def measure(
 ) -> dict[str, Any]:
     """The figures, as printed by --json."""
     settings = {"mib": mib, "codec": codec, "rate_mbit": rate_mbit, "rounds": rounds + warmups}
-    group = Peers(peers, settings)
+    group = Peers(PEER, [settings | {"index": index, "peers": peers} for index in range(peers)])
     try:
         met = group.hear()
         group.say(peers=[one["peer"] for one in met], addrs=[one["addrs"] for one in met])

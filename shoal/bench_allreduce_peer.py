@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ import trio
 
 from collectives import CollectiveError, DetectorSettings, Reduced, Run, RunConfig, Settings, open_run
 from p2p import HostConfig, Identity, Links, P2pError, Rpc, RpcConfig, open_host
+from shoal.bench_peers import Memory, first_of, hear, say
 
 MESH = "bench"
 KEY = bytes(range(32))
@@ -47,38 +46,6 @@ def error_of(result: Sequence[torch.Tensor], peers: int, mib: float) -> float:
         wrong += float((flat[start:end].double() - mean).square().sum())
         right += float(mean.square().sum())
     return (wrong / right) ** 0.5 if right else 0.0
-
-
-class Memory:
-    """The most that was resident since `start`, beyond what was at that moment; since the process began, off Linux."""
-
-    def start(self) -> None:
-        self._can_reset = Path("/proc/self/clear_refs").exists()
-        if self._can_reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        self.base = self.peak()
-
-    def peak(self) -> int:
-        if self._can_reset:
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        scale = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-    def beyond(self) -> int:
-        return self.peak() - self.base
-
-
-async def say(**what: object) -> None:
-    print(json.dumps(what), flush=True)
-    await trio.lowlevel.checkpoint()
-
-
-async def hear() -> dict[str, Any] | None:
-    line = await trio.to_thread.run_sync(sys.stdin.readline)
-    found: dict[str, Any] | None = json.loads(line) if line else None
-    return found
 
 
 async def take_part(settings: dict[str, Any]) -> None:
@@ -154,12 +121,6 @@ def main() -> None:
     except* (CollectiveError, P2pError) as problems:
         print(json.dumps({"failed": str(first_of(problems))}), flush=True)
         sys.exit(1)
-
-
-def first_of(problems: BaseExceptionGroup[BaseException]) -> BaseException:
-    """One of the errors in a group."""
-    first = problems.exceptions[0]
-    return first_of(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 if __name__ == "__main__":

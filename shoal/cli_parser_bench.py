@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.cli_parser_blobs import bench_blobs_command
 from shoal.cli_parser_rpc import bench_rpc_command
 
 
@@ -81,6 +82,7 @@ def bench_commands(
     what = bench.add_subparsers(dest="what", metavar="WHAT", required=True, title="what")
     _plan(what, tools)
     _decode(what, tools)
+    bench_blobs_command(what, tools.add, tools.count, tools.positive)
     bench_rpc_command(what, add, count)
     _diloco(what, tools)
     _allreduce(what, tools)

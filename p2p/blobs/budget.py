@@ -25,7 +25,9 @@ class Bucket:
     def wait_s(self, now: float) -> float:
         """How long until something may be sent; infinite where nothing is."""
         self._settle(now)
-        if self.bytes_per_s is None or self._debt_bytes < 1:  # less than a byte may be less than the clock's step
+        if (
+            self.bytes_per_s is None or self._debt_bytes < 1
+        ):  # less than a byte may be less than the clock's step
             return 0.0 if self.bytes_per_s != 0 else float("inf")
         return self._debt_bytes / self.bytes_per_s if self.bytes_per_s else float("inf")
 

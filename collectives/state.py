@@ -153,6 +153,13 @@ class Snapshot:
         chunks = b"".join(_chunk_hashes([byte_view(tensors[entry.key]) for entry in entries]))
         return cls(epoch, StateManifest(tuple(entries), chunks), tensors)
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor], epoch: int) -> Snapshot:
+        """Hash tensors that nobody writes to any more, as those of other snapshots, without copying them."""
+        entries = tuple(StateEntry.of(key, tensors[key]) for key in sorted(tensors))
+        chunks = b"".join(_chunk_hashes([byte_view(tensors[entry.key]) for entry in entries]))
+        return cls(epoch, StateManifest(entries, chunks), tensors)
+
     def chunk(self, index: int) -> list[memoryview]:
         """The bytes of one chunk, as views."""
         return list(self._bytes.slice(index * CHUNK_BYTES, self.manifest.chunk_bytes(index)))

@@ -1,10 +1,10 @@
 """What a node says about itself and its models in the mesh: the values inside dht's signed records.
 
 `node` (one a node): what it is and where. `model` (one a model and host): shape and manifest. `adapter` (one an adapter
-and host): manifest and base. `host` (one a model and
-device): which span it holds and how busy it is. `plan` (one a model and planner): who shall hold what. `links`: round
-trips and rates as measured. Bytes from a peer become a frozen dataclass whose every figure is within bounds that an
-honest node keeps, or nothing; texts lose what a terminal would act on. Nothing here decides anything.
+and host): manifest and base. `host` (one a model and device): which span it holds and how busy it is. `plan` (one a
+model and planner): who shall hold what. `links`: round trips and rates as measured. `run` (one a run and member): how
+training fares there. Bytes from a peer become a frozen dataclass whose every figure is within bounds that an honest
+node keeps, or nothing; texts lose what a terminal would act on. Nothing here decides anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from scheduler import Assignment, ModelShape, Plan, Policy, device_id
 
 T = TypeVar("T")
 
-NODE, MODEL, ADAPTER, HOST, PLAN, LINKS = "node", "model", "adapter", "host", "plan", "links"
+NODE, MODEL, ADAPTER, HOST, PLAN, LINKS, RUN = "node", "model", "adapter", "host", "plan", "links", "run"
+RunState = Literal["starting", "training", "stuck", "resting", "done", "failed"]
 SpanState = Literal["fetching", "loading", "ready", "failed"]
 LAYERS_MAX = 1024
 CONTEXT_TOKENS_MAX = 1 << 24
@@ -216,6 +217,36 @@ class LinksAdvert:
     bytes_per_s: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class RunAdvert:
+    """What one member says of a training run, whose files `manifest_id` names. Of a `generation`, begun by `founder`,
+    all members hold the same state; a new one begins where too few of the last are left. `epoch` counts outer steps and
+    `tokens` what all trained, both since the run was created; `claim` is the member's lane of the data. `loss` in nats
+    a token, negative where it is not known yet. `computing` is the share of the time spent on inner steps."""
+
+    name: str
+    manifest_id: str
+    state: RunState
+    generation: int
+    founder: str
+    epoch: int
+    tokens: float
+    claim: int
+    members: int = 0
+    loss: float = -1.0
+    val_loss: float = -1.0
+    tokens_per_s: float = 0.0
+    computing: float = 0.0
+    rounds: int = 0
+    rounds_whole: int = 0
+    detail: str = ""
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """Of two generations that both go on, the lower one counts."""
+        return self.generation, self.founder
+
+
 def host_name(manifest_id: str, device: int) -> str:
     """The name of the record about a model's span on one of the node's devices."""
     return device_id(manifest_id, device)
@@ -381,6 +412,22 @@ def _clean_plan(advert: PlanAdvert) -> PlanAdvert | None:
     return replace(advert, shortage=plain(advert.shortage))
 
 
+def _clean_run(advert: RunAdvert) -> RunAdvert | None:
+    named = NAME_PATTERN.fullmatch(advert.name) and MANIFEST_ID.fullmatch(advert.manifest_id)
+    if not named or not HOST_ID.fullmatch(advert.founder):
+        return None
+    sane = _all_within(
+        (
+            *((count, 0, EPOCH_MAX) for count in (advert.generation, advert.epoch, advert.claim)),
+            *((count, 0, EPOCH_MAX) for count in (advert.members, advert.rounds, advert.rounds_whole)),
+            *((rate, 0.0, RATE_MAX) for rate in (advert.tokens, advert.tokens_per_s)),
+            *((loss, -1.0, RATE_MAX) for loss in (advert.loss, advert.val_loss)),
+            (advert.computing, 0.0, 1.0),
+        )
+    )
+    return replace(advert, detail=plain(advert.detail)) if sane else None
+
+
 def _clean_links(advert: LinksAdvert) -> LinksAdvert | None:
     if max(len(advert.rtt_s), len(advert.bytes_per_s)) > LINKS_MAX:
         return None
@@ -397,4 +444,5 @@ _CLEANERS: dict[Any, Callable[[Any], Any]] = {
     HostAdvert: _clean_host,
     PlanAdvert: _clean_plan,
     LinksAdvert: _clean_links,
+    RunAdvert: _clean_run,
 }

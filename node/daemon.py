@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ from node.mesh import MeshNode, open_mesh
 from node.metrics import Metrics
 from node.serve.faults import leaves
 from node.sharing import Asked
+from node.train.runs import Training
+from node.train.session import Session
 from p2p import Identity, Invite, InviteError, P2pError
 
 log = logging.getLogger("shoal.daemon")
@@ -179,6 +181,37 @@ class Daemon:
         dropped = await self._living().sharing.drop(model)
         return dropped.name, dropped.manifest_id
 
+    async def train(self, recipe: Path, serve: str) -> AsyncIterator[dict[str, Any]]:
+        """Begin a training run; yields how it goes until it ends here. Who stops listening does not stop it."""
+        training = self._living().training
+        async for line in _told(training, partial(training.start, recipe, serve)):
+            yield line
+
+    async def train_join(self, run: str, serve: str) -> AsyncIterator[dict[str, Any]]:
+        """Take part in a run; yields how it goes until it ends here."""
+        training = self._living().training
+        async for line in _told(training, partial(training.join, run, serve)):
+            yield line
+
+    async def train_status(self, run: str) -> list[dict[str, Any]]:
+        """The runs of the mesh, or the one of that name or id."""
+        found = self._living().training.status()
+        named = [one for one in found if run in ("", one["name"], one["run"])]
+        if run and not named:
+            raise ControlProblem(f"the mesh has no run {run!r} now")
+        return named
+
+    async def train_stop(self, run: str) -> str:
+        """Leave a run."""
+        return await self._living().training.stop(run)
+
+    async def train_export(self, run: str, directory: Path, serve: str) -> Path:
+        """Write what a run has come to as a model directory."""
+        try:
+            return await self._living().training.export(run, directory, serve)
+        except (ModelError, P2pError, ConfigProblem, OSError) as problem:
+            raise ControlProblem(str(problem)) from None
+
     async def plan(self, model: str, copies: int | None) -> dict[str, Any]:
         """Where a model would go in the mesh as it is now, or what is missing."""
         source = str(embedded.path()) if model == EMBEDDED and not self._knows(model) else model
@@ -305,6 +338,15 @@ def model_directory(source: ModelSource) -> Path:
     if not directory.is_dir():
         raise ConfigProblem("model", source.directory, "an existing Hugging Face model directory")
     return directory.resolve()
+
+
+async def _told(training: Training, begin: Callable[[], Awaitable[Session]]) -> AsyncIterator[dict[str, Any]]:
+    try:
+        session = await begin()
+    except (ModelError, P2pError, ConfigProblem, OSError) as problem:
+        raise ControlProblem(str(problem)) from None
+    async for document in training.watch(session):
+        yield document
 
 
 def _tags(tags: Collection[str], name: str) -> tuple[str, ...]:

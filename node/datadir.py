@@ -126,6 +126,11 @@ class DataDir:
         return path
 
     @property
+    def training_path(self) -> Path:
+        """Runs that this node takes part in: checkpoints, journals, data."""
+        return self.root / "train"
+
+    @property
     def peers_path(self) -> Path:
         return self.root / "peers.json"
 

@@ -176,6 +176,27 @@ class Control(Protocol):
         """Where a model of the mesh, or of a directory, would go, or what is missing; nothing is loaded."""
         ...
 
+    def train(self, recipe: Path, serve: str) -> AsyncIterator[dict[str, Any]]:
+        """Begin the training run that a TOML file describes; yields how it goes until it ends here. Once it is done,
+        what it has come to is offered to the mesh as `serve`, unless that is ""."""
+        ...
+
+    def train_join(self, run: str, serve: str) -> AsyncIterator[dict[str, Any]]:
+        """Take part in a run of the mesh; yields how it goes until it ends here."""
+        ...
+
+    async def train_status(self, run: str) -> list[dict[str, Any]]:
+        """The runs of the mesh, or the one of that name or id."""
+        ...
+
+    async def train_stop(self, run: str) -> str:
+        """Leave a run; its name."""
+        ...
+
+    async def train_export(self, run: str, directory: Path, serve: str) -> Path:
+        """Write what a run has come to as a model directory, and offer it as `serve` unless that is ""."""
+        ...
+
     async def tags(self, add: Collection[str], remove: Collection[str]) -> tuple[str, ...]:
         """Change what this node says of itself; its tags from now on."""
         ...

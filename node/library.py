@@ -112,6 +112,21 @@ class Library:
         await self._exchange.fetch(manifest, _small_files(manifest), partial(self._sources, manifest_id))
         return manifest, directory
 
+    async def publish_files(self, directory: Path, name: str) -> str:
+        """Offer a directory of whatever files; its manifest's id."""
+        build = partial(build_manifest, directory, name, self._identity)
+        manifest = await trio.to_thread.run_sync(build, abandon_on_cancel=True)
+        self._store.publish(manifest, directory)
+        return manifest.id
+
+    async def fetch_files(self, manifest_id: str, progress: Progress | None = None) -> Path:
+        """All files of a manifest, on this disk. Raises BlobUnavailable, StoreFault, ResourceLimit."""
+        manifest = await self._exchange.fetch_manifest(manifest_id, self._sources(manifest_id))
+        wanted = {entry.name: [(0, entry.size)] for entry in manifest.files if entry.size}
+        sources = partial(self._sources, manifest_id)
+        await self._exchange.fetch(manifest, wanted, sources, progress=progress)
+        return self._store.open(manifest)
+
     async def publisher(self, manifest_id: str) -> PeerId:
         """Who signed a model's manifest, which is fetched where it is missing. Raises BlobUnavailable, StoreFault."""
         manifest = await self._exchange.fetch_manifest(manifest_id, self._sources(manifest_id))

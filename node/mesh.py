@@ -45,6 +45,7 @@ from node.settling import Settling
 from node.sharing import Sharing
 from node.standing import Standing, open_roster
 from node.suspects import Suspects
+from node.train.runs import Training
 from p2p import (
     BlobExchange,
     BlobStore,
@@ -121,6 +122,7 @@ class MeshNode:
             partial(self._say_value, ttl_s=config.model_ttl_s), self._wake,
         )  # fmt: skip
         self.sharing = Sharing(self.me, config, self.library, self.offering, self.atlas, self._detail)
+        self.training = self._trainer(identity, data.training_path)
         self.tags = config.tags
         self.planning = Planning(
             self.me,
@@ -150,6 +152,13 @@ class MeshNode:
         self._fences = self.planning.fences
         self._planning_turn = trio.Lock()
 
+    def _trainer(self, identity: Identity, root: Path) -> Training:
+        say = partial(self._say, ttl_s=self.config.node_ttl_s)
+        return Training(
+            self.host, self.rpc, self.links, identity, self.view, self.gossip, self.library, self.sharing,
+            root, self.atlas, say, self.change,
+        )  # fmt: skip
+
     # -- life ------------------------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -168,6 +177,7 @@ class MeshNode:
             self.offering.begin()
             await nursery.start(self.directory.run)
             await nursery.start(self.reaching.run)
+            await nursery.start(self.training.run)
             nursery.start_soon(self._keep_planning)
             nursery.start_soon(self._keep_links)
             others = bool(self.membership.addrs or self.directory.remembered())
@@ -278,7 +288,12 @@ class MeshNode:
             standings=self.gateway.standings(),
             queues=self.gateway.queues(),
         )
-        return {**document, "runs": self.collectives.report(), "reach": self.reaching.document()}
+        return {
+            **document,
+            "runs": self.collectives.report(),
+            "training": self.training.status(),
+            "reach": self.reaching.document(),
+        }
 
     def invite(self, ttl_s: float | None, *, once: bool = False) -> str:
         """An invite to this mesh with this node's addresses first. Raises ControlProblem where it cannot be made."""

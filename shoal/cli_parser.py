@@ -15,6 +15,7 @@ from shoal.cli_parser_bench import bench_commands
 from shoal.cli_parser_drop import drop_command
 from shoal.cli_parser_member import member_commands
 from shoal.cli_parser_testnet import testnet_commands
+from shoal.cli_parser_train import train_command
 
 TTL_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -109,6 +110,7 @@ def build_parser() -> Parser:
     member_commands(commands, _add, _where, ttl)
     _model_commands(commands)
     drop_command(commands, _add, _where)
+    train_command(commands, _add, _where)
     _plan_command(commands)
     _sim_command(commands)
     bench_commands(commands, _add, _json, count, positive)

@@ -22,6 +22,7 @@ from node.api.control import ControlApi
 from node.api.generation import Generation, model_document
 from node.api.guard import PAGES, Guard, problem_response
 from node.api.problems import ApiProblem, from_error, internal_problem
+from node.api.training import TrainApi
 from node.dashboard import HEADERS, KINDS, asset
 from node.errors import NodeError, UnknownModel
 from node.gateway import Control, Gateway
@@ -113,6 +114,7 @@ def build_app(
     generation = Generation(gateway, metrics, config, stopping)
     status = _Status(gateway, metrics)
     orders = ControlApi(control, config)
+    training = TrainApi(orders)
     app = Starlette(
         routes=[
             Route("/", _page, methods=["GET"]),
@@ -132,6 +134,11 @@ def build_app(
             Route("/shoal/join", orders.join, methods=["POST"]),
             Route("/shoal/models", orders.add, methods=["POST"]),
             Route("/shoal/drop", orders.drop, methods=["POST"]),
+            Route("/shoal/train", training.start, methods=["POST"]),
+            Route("/shoal/train/join", training.join, methods=["POST"]),
+            Route("/shoal/train/status", training.status, methods=["POST"]),
+            Route("/shoal/train/stop", training.stop, methods=["POST"]),
+            Route("/shoal/train/export", training.export, methods=["POST"]),
             Route("/shoal/plan", orders.plan, methods=["POST"]),
             Route("/shoal/tags", orders.tags, methods=["POST"]),
             Route("/shoal/stop", orders.stop, methods=["POST"]),

@@ -39,60 +39,60 @@ class ControlApi:
 
     async def invite(self, request: Request) -> Response:
         """POST /shoal/invite {"ttl_s": seconds or null, "single_use": false} -> {"invite": text}."""
-        fields = await self._fields(request)
+        fields = await self.fields(request)
         ttl_s = None if fields.raw("ttl_s") is None else fields.number("ttl_s", 0.0, 1.0, TTL_S_MAX)
-        text = await self._orders().invite(ttl_s, fields.flag("single_use", False))
-        return _json({"invite": text})
+        text = await self.orders().invite(ttl_s, fields.flag("single_use", False))
+        return json_response({"invite": text})
 
     async def expel(self, request: Request) -> Response:
         """POST /shoal/expel {"peer": id or name, "branch": false} -> {"expelled": id, "kept": [ids]}."""
-        fields = await self._fields(request)
+        fields = await self.fields(request)
         peer = fields.text("peer", chars_max=NAME_CHARS_MAX)
-        expelled, kept = await self._orders().expel(peer, fields.flag("branch", False))
-        return _json({"expelled": expelled, "kept": list(kept)})
+        expelled, kept = await self.orders().expel(peer, fields.flag("branch", False))
+        return json_response({"expelled": expelled, "kept": list(kept)})
 
     async def rotate(self, request: Request) -> Response:
         """POST /shoal/rotate {"overlap_s": seconds} -> {"overlap_s": seconds}: a new swarm key from now on."""
-        fields = await self._fields(request)
+        fields = await self.fields(request)
         overlap_s = fields.number("overlap_s", 86400.0, 0.0, OVERLAP_S_MAX)
-        await self._orders().rotate(overlap_s)
-        return _json({"overlap_s": overlap_s})
+        await self.orders().rotate(overlap_s)
+        return json_response({"overlap_s": overlap_s})
 
     async def doctor(self, request: Request) -> Response:
         """POST /shoal/doctor {} -> how this node is: see `node.doctor`."""
-        await self._fields(request)
-        return _json(await self._orders().doctor())
+        await self.fields(request)
+        return json_response(await self.orders().doctor())
 
     async def join(self, request: Request) -> Response:
         """POST /shoal/join {"invite": text} -> {"joined": true}."""
-        fields = await self._fields(request)
-        await self._orders().join(fields.text("invite", chars_max=INVITE_CHARS_MAX))
-        return _json({"joined": True})
+        fields = await self.fields(request)
+        await self.orders().join(fields.text("invite", chars_max=INVITE_CHARS_MAX))
+        return json_response({"joined": True})
 
     async def plan(self, request: Request) -> Response:
         """POST /shoal/plan {"model": a name or an absolute path, "copies": n or null} -> where it would go."""
-        fields = await self._fields(request)
+        fields = await self.fields(request)
         copies = fields.integer("copies", None, 1, COPIES_MAX)
-        return _json(await self._orders().plan(fields.text("model", chars_max=PATH_CHARS_MAX), copies))
+        return json_response(await self.orders().plan(fields.text("model", chars_max=PATH_CHARS_MAX), copies))
 
     async def tags(self, request: Request) -> Response:
         """POST /shoal/tags {"add": [tags], "remove": [tags]} -> {"tags": [tags]}."""
-        fields = await self._fields(request)
-        tags = await self._orders().tags(_texts(fields, "add"), _texts(fields, "remove"))
-        return _json({"tags": list(tags)})
+        fields = await self.fields(request)
+        tags = await self.orders().tags(_texts(fields, "add"), _texts(fields, "remove"))
+        return json_response({"tags": list(tags)})
 
     async def stop(self, request: Request) -> Response:
         """POST /shoal/stop {} -> {"stopping": true}."""
-        await self._fields(request)
-        await self._orders().stop()
-        return _json({"stopping": True})
+        await self.fields(request)
+        await self.orders().stop()
+        return json_response({"stopping": True})
 
     async def add(self, request: Request) -> Response:
         """POST /shoal/models {"directory", "name", "copies", "require", "ends_require", "base"} -> progress.
 
         One JSON object a line. The last one is `{"done": true}` or, where it fails after the first, `{"error": {...}}`.
         """
-        fields = await self._fields(request)
+        fields = await self.fields(request)
         directory = Path(fields.text("directory", chars_max=PATH_CHARS_MAX))
         if not directory.is_absolute() and str(directory) != "embedded":
             raise invalid("directory", str(directory), "an absolute path on this computer, or embedded")
@@ -100,18 +100,20 @@ class ControlApi:
         copies = fields.integer("copies", 1, 1, COPIES_MAX) or 1
         require, ends_require = _texts(fields, "require"), _texts(fields, "ends_require")
         base = "" if fields.raw("base") is None else fields.text("base", chars_max=NAME_CHARS_MAX)
-        return _Progress(self._orders().add(directory, name, copies, require, ends_require, base))
+        return Progress(self.orders().add(directory, name, copies, require, ends_require, base))
 
     async def drop(self, request: Request) -> Response:
         """POST /shoal/drop {"model": a name or a manifest's id} -> {"dropped": name, "manifest": id}."""
-        fields = await self._fields(request)
-        name, manifest = await self._orders().drop(fields.text("model", chars_max=NAME_CHARS_MAX))
-        return _json({"dropped": name, "manifest": manifest})
+        fields = await self.fields(request)
+        name, manifest = await self.orders().drop(fields.text("model", chars_max=NAME_CHARS_MAX))
+        return json_response({"dropped": name, "manifest": manifest})
 
-    async def _fields(self, request: Request) -> Fields:
+    async def fields(self, request: Request) -> Fields:
+        """What the body says. Raises ApiProblem."""
         return Fields(parse_json(await request.body() or b"{}", self._config.json_depth_max))
 
-    def _orders(self) -> Control:
+    def orders(self) -> Control:
+        """Who carries them out. Raises ApiProblem where nobody does."""
         if self._control is None:
             raise ApiProblem(404, "this process takes no orders", code="no_control")
         return self._control
@@ -129,11 +131,12 @@ def _texts(fields: Fields, field: str) -> tuple[str, ...]:
     )
 
 
-def _json(document: dict[str, Any]) -> Response:
+def json_response(document: dict[str, Any]) -> Response:
+    """An answer of one JSON object."""
     return Response(dump(document), media_type="application/json")
 
 
-class _Progress(Response):
+class Progress(Response):
     """NDJSON as it comes. What fails before the first line keeps its own status."""
 
     def __init__(self, progress: AsyncIterator[dict[str, Any]]) -> None:

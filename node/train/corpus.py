@@ -118,11 +118,23 @@ def _feistel(values: U64, half: np.uint64, mask: np.uint64, key: int) -> U64:
 def open_corpus(recipe: DataRecipe, cache: Path) -> Corpus:
     """The corpus of these files, tokenised into a folder of `cache` unless it is there already. A folder that a killed
     process left half-made is made anew. Raises ConfigProblem for files that cannot be read."""
+    return read_corpus(tokenised(recipe, cache), recipe)
+
+
+def tokenised(recipe: DataRecipe, cache: Path) -> Path:
+    """The folder of `cache` that holds the tokens of these files, made unless it is there."""
     folder = cache / _fingerprint(recipe)
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
+    if not (folder / MANIFEST).is_file():
         _tokenise(recipe, folder)
+    return folder
+
+
+def read_corpus(folder: Path, recipe: DataRecipe) -> Corpus:
+    """The corpus whose tokens are in `folder`. Raises ConfigProblem for a damaged one."""
+    manifest = folder / MANIFEST
     values = json.loads(manifest.read_text())
+    if values["dtype"] not in ("<u2", "<u4"):  # another member may have written it
+        raise ConfigProblem("corpus.json: dtype", values["dtype"], "<u2 or <u4")
     tokens = np.memmap(folder / TOKENS, np.dtype(values["dtype"]), "r")
     if len(tokens) != values["tokens"]:
         manifest.unlink()

@@ -61,8 +61,10 @@ class DaemonConfig:
     most; `deadline_s` and `first_token_s` hold for every request (None: what its client says). A node that failed is
     first avoided for `avoid_s`. Prefill and decode go to separate chains where that saves the share `split_gain` of a
     request's time (1: never). `relay_mbps` (Mbit/s) is what this node relays with for members that cannot be reached
-    otherwise, where it can be reached itself (0: it does not; nor does one with the tag `metered`). `upnp`: the
-    home's router is asked to forward a port. `mdns`: members on the same LAN are found by multicast. With `speculate`
+    otherwise, where it can be reached itself (0: it does not; nor does one with the tag `metered`), `upload_mbps` what
+    it gives others of models' files with (None: no limit, 0: nothing). `disk_bytes` bounds what it fetches of them.
+    `upnp`: the home's router is asked to forward a port. `mdns`: members on the same LAN are found by multicast. With
+    `speculate`
     "lookup" answers are guessed from their text and checked several tokens a pass, which changes no text; "off" goes
     token by token.
     """
@@ -101,6 +103,7 @@ class DaemonConfig:
     avoid_s: float = 10.0
     split_gain: float = 0.15
     relay_mbps: float = 20.0
+    upload_mbps: float | None = None
     upnp: bool = True
     speculate: str = "off"
     rpc_silence_s: float = 3.0
@@ -236,7 +239,7 @@ def _megabits(value: Any, name: str) -> float:
     except (TypeError, ValueError):
         number = -1.0
     if isinstance(value, bool) or not 0.0 <= number <= 1e6:
-        raise ConfigProblem(name, value, "Mbit/s from 0 (this node does not relay) to 1000000")
+        raise ConfigProblem(name, value, "Mbit/s from 0 (nothing) to 1000000")
     return number
 
 
@@ -285,6 +288,7 @@ _PARSERS: dict[str, Any] = {
     "avoid": _seconds,
     "split_gain": _share,
     "relay_mbps": _megabits,
+    "upload_mbps": _megabits,
     "upnp": _flag,
     "speculate": lambda v, n: _choice(v, n, SPECULATIONS),
     "log_level": lambda v, n: _choice(str(v).lower(), n, LOG_LEVELS),

@@ -226,6 +226,23 @@ class Daemon:
         node.set_tags(_tags((set(node.tags) - set(remove)) | set(add), "tags"))
         return node.tags
 
+    async def limits(
+        self, upload_mbps: float | None, disk_bytes: int | None, *, unlimited: bool
+    ) -> dict[str, Any]:
+        """Change what is given of upload and disk, until the daemon stops."""
+        stock = self._living().stock
+        if unlimited or upload_mbps is not None:
+            stock.set_upload(None if unlimited else upload_mbps)
+            self.config = replace(self.config, upload_mbps=None if unlimited else upload_mbps)
+        if disk_bytes is not None:
+            self.config = replace(self.config, disk_bytes=disk_bytes)
+            try:
+                await stock.set_disk(disk_bytes)
+            except P2pError as problem:
+                raise ControlProblem(f"the limit holds for what would come, but {problem}") from None
+        document = stock.document()
+        return {"upload_mbps": document["upload_mbps"], "disk": document["disk"]}
+
     async def join(self, invite: str) -> None:
         """Leave this mesh for the invite's, if it is another; the connection that asked for it may be cut."""
         node = self._living()

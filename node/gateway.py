@@ -201,6 +201,12 @@ class Control(Protocol):
         """Change what this node says of itself; its tags from now on."""
         ...
 
+    async def limits(
+        self, upload_mbps: float | None, disk_bytes: int | None, *, unlimited: bool
+    ) -> dict[str, Any]:
+        """Change what is given (None: as it is; `unlimited`: upload without a limit); the limits from now on."""
+        ...
+
     async def join(self, invite: str) -> None:
         """Join the mesh of an invite."""
         ...

@@ -132,6 +132,16 @@ class Host:
         """Whether any device holds a span of the model."""
         return any(hosting.model.manifest_id == manifest_id for hosting in self.hostings.values())
 
+    def spans(self) -> dict[str, list[tuple[int, int]]]:
+        """By manifest id what is held, or wanted here."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for hosting in self.hostings.values():
+            found.setdefault(hosting.model.manifest_id, []).append((hosting.start, hosting.end))
+        for wish in self._wanted.values():
+            if wish.span is not None:
+                found.setdefault(wish.model.manifest_id, []).append(wish.span)
+        return found
+
     def compute(self, manifest_id: str, start: int, end: int) -> Compute:
         """The Compute that holds layers [start, end). Raises RpcRefusal where this node has none."""
         for hosting in self.hostings.values():

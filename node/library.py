@@ -109,7 +109,7 @@ class Library:
         if manifest is None:
             manifest = await self._exchange.fetch_manifest(manifest_id, self._sources(manifest_id))
         directory = self._store.open(manifest)
-        await self._exchange.fetch(manifest, _small_files(manifest), partial(self._sources, manifest_id))
+        await self._exchange.fetch(manifest, small_files(manifest), partial(self._sources, manifest_id))
         return manifest, directory
 
     async def publish_files(self, directory: Path, name: str) -> str:
@@ -138,6 +138,10 @@ class Library:
         sources = partial(self._sources, files.manifest.id)
         await self._exchange.fetch(files.manifest, wanted, sources, progress=progress)
         return sum(b - a for ranges in wanted.values() for a, b in ranges)
+
+    def known(self, manifest_id: str) -> ModelFiles | None:
+        """A model whose files were looked at since this node started, or None."""
+        return self._files.get(manifest_id)
 
     def tokenizer(self, manifest_id: str) -> Tokenizer | None:
         """The tokenizer of a model whose files are here, or None."""
@@ -168,7 +172,7 @@ def _build_adapter(
     return build_manifest(directory, name, identity, cuts=index.cuts(), progress=progress, only=ADAPTER_FILES)
 
 
-def _small_files(manifest: Manifest) -> dict[str, list[tuple[int, int]]]:
+def small_files(manifest: Manifest) -> dict[str, list[tuple[int, int]]]:
     """Whole small files, and of each safetensors file the header, which is its first chunk by construction."""
     wanted = {}
     for entry in manifest.files:

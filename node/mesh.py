@@ -44,6 +44,7 @@ from node.serve.stage import StageService
 from node.settling import Settling
 from node.sharing import Sharing
 from node.standing import Standing, open_roster
+from node.stock import Stock
 from node.suspects import Suspects
 from node.train.runs import Training
 from p2p import (
@@ -121,6 +122,7 @@ class MeshNode:
             identity, membership.mesh_id, data, self._store, self.gossip,
             partial(self._say_value, ttl_s=config.model_ttl_s), self._wake,
         )  # fmt: skip
+        self.stock = self._stock()
         self.sharing = Sharing(self.me, config, self.library, self.offering, self.atlas, self._detail)
         self.training = self._trainer(identity, data.training_path)
         self.tags = config.tags
@@ -158,6 +160,14 @@ class MeshNode:
             self.host, self.rpc, self.links, identity, self.view, self.gossip, self.library, self.sharing,
             root, self.atlas, say, self.change,
         )  # fmt: skip
+
+    def _stock(self) -> Stock:
+        def dropped(manifest_id: str) -> bool:
+            return manifest_id in self.offering.drops.held
+
+        stock = Stock(self.me, self.blobs, self.library, self.atlas, self.hosts.spans, dropped)
+        stock.set_upload(self.config.upload_mbps)
+        return stock
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -293,6 +303,7 @@ class MeshNode:
             "runs": self.collectives.report(),
             "training": self.training.status(),
             "reach": self.reaching.document(),
+            "blobs": self.stock.document(),
         }
 
     def invite(self, ttl_s: float | None, *, once: bool = False) -> str:

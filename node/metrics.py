@@ -67,6 +67,7 @@ class Metrics:
         self.registry = CollectorRegistry(auto_describe=False)
         self._build_requests()
         self._build_mesh()
+        self._build_blobs()
 
     def _build_requests(self) -> None:
         model, registry = ["model_name"], self.registry
@@ -158,6 +159,33 @@ class Metrics:
             "shoal_mesh_model_ready", "1 where every layer is served.", ["model_name"], registry=registry
         )
 
+    def _build_blobs(self) -> None:
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=self.registry)
+
+        self.blob_disk = gauge(
+            "shoal_blob_disk_bytes", "Models' files on the disk: used, limit, evicted.", "what"
+        )
+        self.blob_sent = gauge("shoal_blob_sent_bytes", "Models' files that peers took from here.")
+        self.blob_received = gauge("shoal_blob_received_bytes", "Models' files that came from peers.")
+        self.blob_done = gauge("shoal_blob_fetch_done_bytes", "Of a fetch under way.", "model_name")
+        self.blob_total = gauge("shoal_blob_fetch_total_bytes", "Of a fetch under way.", "model_name")
+        self.blob_dropped = gauge("shoal_blob_dropped_sources", "Peers that sent bad bytes, of late.", "peer")
+
+    def _observe_blobs(self, blobs: Mapping[str, Any]) -> None:
+        disk = blobs.get("disk", {})
+        for what in ("used", "limit", "evicted"):
+            self.blob_disk.labels(what).set(disk.get(f"{what}_bytes", 0))
+        self.blob_sent.set(blobs.get("sent_bytes", 0))
+        self.blob_received.set(blobs.get("received_bytes", 0))
+        for gauge in (self.blob_done, self.blob_total, self.blob_dropped):
+            gauge.clear()
+        for fetch in blobs.get("fetches", []):
+            self.blob_done.labels(fetch["model"]).set(fetch["done_bytes"])
+            self.blob_total.labels(fetch["model"]).set(fetch["total_bytes"])
+        for dropped in blobs.get("dropped_sources", []):
+            self.blob_dropped.labels(dropped["peer"]).inc()
+
     @contextmanager
     def track(self, model: str, prompt_tokens: int) -> Iterator[Running]:
         """Follow one generation of a known model; leaving the block ends it, however that comes about."""
@@ -213,6 +241,7 @@ class Metrics:
             rank = min(len(pings_s) - 1, int(quantile * len(pings_s)))
             self.ping.labels(f"{quantile:g}").set(pings_s[rank])
         self._observe_health(nodes)
+        self._observe_blobs(mesh.get("blobs", {}))
         self.guilty.clear()
         self.audited.clear()
         for run, report in mesh.get("runs", {}).items():

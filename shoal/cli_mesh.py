@@ -10,12 +10,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from shoal import terminal
+from shoal.blob_lines import blob_lines
 from shoal.daemon_client import DaemonClient, connect, one_event
 from shoal.errors import CommandFailed, DaemonGarbled, UsageProblem
 from shoal.mesh_view import MeshView, ModelView, NodeView, layer_range, layer_words, node_state, short_peer
@@ -75,14 +76,22 @@ def status(options: argparse.Namespace) -> int:
         print(json.dumps(client.get("/mesh"), indent=1))
     elif terminal.is_terminal(sys.stdout):
         _show_picture(lambda: MeshView.parse(client.get("/mesh")), watch=options.watch)
+        _print_blobs(client.get("/mesh"))
     else:
-        mesh = MeshView.parse(client.get("/mesh"))
+        document = client.get("/mesh")
+        mesh = MeshView.parse(document)
         here = next((node for node in mesh.nodes if node.is_self), None)
         terminal.note(f"mesh {mesh.mesh} seen from {here.name if here else mesh.self_peer} ({client.api})")
         terminal.table(NODE_COLUMNS, map(_node_row, mesh.nodes), right=("memory", "rtt"))
         print()
         _print_models(mesh)
+        _print_blobs(document)
     return 0
+
+
+def _print_blobs(document: Mapping[str, Any]) -> None:
+    for line in blob_lines(document):
+        print(line)
 
 
 def _show_picture(look: Callable[[], MeshView], *, watch: bool) -> None:

@@ -181,9 +181,8 @@ def _daemon_flags(parser: Parser) -> None:
     place.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning (default) or error")
     net = parser.add_argument_group("network")
     net.add_argument("--relay-mbps", metavar="N", help="Mbit/s to relay with for others (default: 20)")
-    net.add_argument(
-        "--api", metavar="HOST:PORT", help="where the HTTP API listens (default: 127.0.0.1:8080)"
-    )
+    net.add_argument("--upload-mbps", metavar="N", help="of models' files for others (default: no limit)")
+    net.add_argument("--api", metavar="HOST:PORT", help="of the HTTP API (default: 127.0.0.1:8080)")
     net.add_argument(
         "--listen", metavar="MULTIADDR", action="append", help="where peers connect; may be repeated"
     )

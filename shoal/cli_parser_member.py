@@ -1,4 +1,4 @@
-"""The flags of `shoal tags`, `expel`, `rotate-key` and `doctor`. It imports nothing that takes long."""
+"""The flags of `shoal limits`, `tags`, `expel`, `rotate-key` and `doctor`. It imports nothing that takes long."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def member_commands(
     commands: Any, add: Add, where: Callable[[Any], None], ttl: Callable[[str], float]
 ) -> None:
     """`add`, `where` and `ttl` are those of `shoal.cli_parser`."""
+    _limits(commands, add, where)
     tags = add(
         commands,
         "tags",
@@ -72,3 +73,19 @@ def member_commands(
 
 def _json(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print {what} as JSON")
+
+
+def _limits(commands: Any, add: Callable[..., Any], where: Callable[[Any], None]) -> None:
+    limits = add(
+        commands,
+        "limits",
+        "shoal.cli_limits:limits",
+        "what this node gives of its upload and disk",
+        "Show what this node gives of its upload and disk for models' files, and change it while it runs. What\n"
+        "nobody needs goes from the disk at once where the limit is lower; what is served stays.",
+        "  shoal limits\n  shoal limits --upload-mbps 10\n  shoal limits --upload-mbps none --disk 50GiB",
+    )
+    limits.add_argument("--upload-mbps", metavar="N", help="Mbit/s; 0 is nothing, none is no limit")
+    limits.add_argument("--disk", metavar="SIZE", help="for example 50GiB")
+    _json(limits, "the limits")
+    where(limits)

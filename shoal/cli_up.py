@@ -44,6 +44,7 @@ SAME_NAME = (
     "tags",
     "region",
     "relay_mbps",
+    "upload_mbps",
     "require",
     "ends_require",
     "log_level",

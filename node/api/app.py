@@ -140,6 +140,7 @@ def build_app(
             Route("/shoal/train/stop", training.stop, methods=["POST"]),
             Route("/shoal/train/export", training.export, methods=["POST"]),
             Route("/shoal/plan", orders.plan, methods=["POST"]),
+            Route("/shoal/limits", orders.limits, methods=["POST"]),
             Route("/shoal/tags", orders.tags, methods=["POST"]),
             Route("/shoal/stop", orders.stop, methods=["POST"]),
         ],

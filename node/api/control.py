@@ -81,6 +81,14 @@ class ControlApi:
         tags = await self.orders().tags(_texts(fields, "add"), _texts(fields, "remove"))
         return json_response({"tags": list(tags)})
 
+    async def limits(self, request: Request) -> Response:
+        """POST /shoal/limits {"upload_mbps": n, "disk_bytes": n, "unlimited": false} -> the limits from now on."""
+        fields = await self.fields(request)
+        mbps = None if fields.raw("upload_mbps") is None else fields.number("upload_mbps", 0.0, 0.0, 1e6)
+        disk_bytes = fields.integer("disk_bytes", None, 1, 1 << 60)
+        found = await self.orders().limits(mbps, disk_bytes, unlimited=fields.flag("unlimited", False))
+        return json_response(found)
+
     async def stop(self, request: Request) -> Response:
         """POST /shoal/stop {} -> {"stopping": true}."""
         await self.fields(request)

@@ -18,8 +18,8 @@ from p2p.blobs.fetch import Dropped, Fetch, FetchState, Progress, Tools, first_o
 from p2p.blobs.manifest import Manifest
 from p2p.blobs.protocol import MANIFEST, ExchangeConfig, ManifestWanted
 from p2p.blobs.serving import Serving
-from p2p.blobs.store import BlobStore
-from p2p.errors import ProtocolViolation, RemoteFault
+from p2p.blobs.store import BlobStore, Keep
+from p2p.errors import ProtocolViolation, RemoteFault, ResourceLimit
 from p2p.identity import PeerId
 from p2p.links import Links
 from p2p.rpc import Rpc
@@ -42,6 +42,9 @@ class BlobExchange:
         self.config = config or ExchangeConfig()
         self.budget = UploadBudget()
         self.received_bytes = 0
+        self.evicted_bytes = 0
+        self.keep: Callable[[], Keep] | None = None
+        """Which chunks stay when room is made for others; without it, all."""
         self._rpc = rpc
         self._me = rpc.host.peer_id
         self._links = links
@@ -123,10 +126,10 @@ class BlobExchange:
         if not fetch.picker.missing:
             fetch.tell()
             return fetch.state
-        self.store.check_room(fetch.missing_bytes)
         here_bytes = fetch.state.done
         self._fetches.append(fetch)
         try:
+            await self.make_room(fetch.missing_bytes)
             await fetch.run()
         except BaseExceptionGroup as group:
             raise first_of(group) from None
@@ -136,6 +139,23 @@ class BlobExchange:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self.store.sync, manifest.id)
         return fetch.state
+
+    async def make_room(self, more_bytes: int) -> None:
+        """Let go what nobody needs, where `more_bytes` would not fit else. Raises ResourceLimit where that is not
+        enough, and then all stays."""
+        store = self.store
+        try:
+            store.check_room(more_bytes)
+        except ResourceLimit:
+            if self.keep is None:
+                raise
+            keep = dict(self.keep())
+            for fetch in self._fetches:
+                kept = keep.get(fetch.manifest.id, ())
+                keep[fetch.manifest.id] = None if kept is None else {*kept, *fetch.numbers}
+            lacking = more_bytes - min(store.quota_bytes - store.used_bytes(), store.free_bytes())
+            self.evicted_bytes += await trio.to_thread.run_sync(store.evict, lacking, keep)
+            store.check_room(more_bytes)
 
     def _drop(self, dropped: Dropped) -> None:
         self._dropped.append(dropped)

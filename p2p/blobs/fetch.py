@@ -104,6 +104,7 @@ class Fetch:
         store, config = tools.store, tools.config
         missing = [number for number in numbers if not store.has_chunk(manifest.id, number)]
         self.manifest = manifest
+        self.numbers = numbers
         self.picker = Picker(
             missing,
             self.length,

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import mmap
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 PAGE_BYTES = 4096
 _DIRECT_BYTES_MIN = 256 << 10
 _DIRECT = getattr(os, "O_DIRECT", 0)
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 _REFUSED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -96,3 +100,33 @@ def flush(path: Path) -> None:
     """What was written to the file is on the disk when this returns."""
     with path.open("r+b", buffering=0) as file:
         os.fsync(file.fileno())
+
+
+def empty(path: Path, size: int) -> None:
+    """A file of `size` bytes that takes no room."""
+    with path.open("r+b", buffering=0) as file:
+        file.truncate(0)
+        file.truncate(size)
+
+
+def punch(path: Path, start: int, end: int) -> bool:
+    """Give the room of bytes [start, end) back, as far as they are whole pages; False where the system cannot, and then
+    they stay until the file goes."""
+    start, end = -(-start // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
+    fallocate = _fallocate()
+    if fallocate is None or start >= end:
+        return False
+    with path.open("r+b", buffering=0) as file:
+        done: int = fallocate(file.fileno(), _PUNCH_HOLE | _KEEP_SIZE, start, end - start)
+    return done == 0
+
+
+@functools.cache
+def _fallocate() -> Callable[[int, int, int, int], int] | None:
+    """Linux' own, which Python does not show; elsewhere there is none."""
+    if not sys.platform.startswith("linux"):
+        return None
+    found = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+    if found is not None:
+        found.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return found

@@ -56,11 +56,11 @@ class Journal:
         self.present.update(numbers)
         self.unsynced.update(numbers)
 
-    def forget(self, number: int) -> None:
-        """Unmark a chunk whose data turned out to be bad."""
-        self._append(number | _FORGET)
-        self.present.discard(number)
-        self.unsynced.discard(number)
+    def forget(self, numbers: Collection[int]) -> None:
+        """Unmark chunks whose data turned out to be bad, or is about to go."""
+        self._append(*(number | _FORGET for number in numbers))
+        self.present.difference_update(numbers)
+        self.unsynced.difference_update(numbers)
 
     def synced(self, numbers: Collection[int]) -> None:
         """The data of these chunks is on the disk. What was marked meanwhile is marked again after the word."""

@@ -13,19 +13,22 @@ import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from blake3 import blake3
 
 from p2p.blobs.errors import SourceChanged, StoreFault
-from p2p.blobs.files import flush, read_at, write_at
+from p2p.blobs.files import empty, flush, punch, read_at, write_at
 from p2p.blobs.journal import Journal
 from p2p.blobs.manifest import Chunk, Manifest
 from p2p.errors import LocalFault, P2pError, ProtocolViolation, ResourceLimit
 
 logger = logging.getLogger(__name__)
+
+Keep = Mapping[str, Collection[int] | None]
 
 # EDQUOT is not known on every system.
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -46,6 +49,7 @@ class _Held:
     syncing: threading.Lock = field(default_factory=threading.Lock)
     unsynced_bytes: int = 0
     ready: bool = False
+    used_s: float = 0.0
 
     @property
     def directory(self) -> Path:
@@ -107,8 +111,11 @@ class BlobStore:
         self.remember(manifest)
         held = self._get(manifest.id)
         with held.lock:
+            held.used_s = time.time()
             if held.source is None and not held.ready:
                 self._make_files(held)
+            with _disk(held.root):
+                os.utime(held.root / "manifest", (held.used_s, held.used_s))
             return held.directory
 
     def remove(self, manifest_id: str) -> None:
@@ -166,15 +173,75 @@ class BlobStore:
         """What fetched chunks take of the quota, those included that are just being written."""
         return self._reserved_bytes + sum(held.have_bytes for held in list(self._held.values()))
 
+    @property
+    def quota_bytes(self) -> int:
+        return self._quota_bytes
+
+    def set_quota(self, quota_bytes: int) -> None:
+        """From now on; what is more already stays until room is made."""
+        self._quota_bytes = quota_bytes
+
+    def free_bytes(self) -> int:
+        """Of the disk, for this process."""
+        with _disk(self._root):
+            return shutil.disk_usage(self._root).free
+
     def check_room(self, more_bytes: int) -> None:
-        """Raises ResourceLimit where `more_bytes` would not fit into the quota."""
+        """Raises ResourceLimit where `more_bytes` would not fit into the quota, or on the disk."""
         used = self.used_bytes()
+        free = self.free_bytes()
+        if more_bytes > free:
+            raise ResourceLimit(
+                f"{more_bytes} bytes more do not fit on the disk of {self._root}, of which {free} are free",
+                _RETRY_AFTER_FULL_S,
+            )
         if used + more_bytes > self._quota_bytes:
             raise ResourceLimit(
                 f"{more_bytes} bytes more do not fit into the {self._quota_bytes} bytes of {self._root}, "
                 f"of which {used} are used",
                 _RETRY_AFTER_FULL_S,
             )
+
+    def evict(self, wanted_bytes: int, keep: Keep) -> int:
+        """Let fetched chunks go that nobody needs, the least lately used manifest first, until `wanted_bytes` are free;
+        returns how many are. Nothing goes where all that may go is not enough.
+
+        `keep` says by manifest which chunks (global numbers) stay, None for all of them; others may go whole.
+        """
+        with self._lock:
+            fetched = [held for held in self._held.values() if held.source is None]
+            mine = sorted(fetched, key=lambda held: held.used_s)
+            spare = {held.manifest.id: evictable(held.manifest, held.journal.present, keep) for held in mine}
+        sizes = {held.manifest.id: _bytes_of(held.manifest, spare[held.manifest.id]) for held in mine}
+        if sum(sizes.values()) < wanted_bytes:
+            return 0
+        freed = 0
+        for held in mine:
+            if freed >= wanted_bytes:
+                break
+            numbers = spare[held.manifest.id]
+            if numbers:
+                freed += self._let_go(held, numbers)
+                logger.info("%d bytes of %s made room", sizes[held.manifest.id], held.manifest.name)
+        return freed
+
+    def _let_go(self, held: _Held, numbers: Collection[int]) -> int:
+        """Unmark chunks, then free what they take. Returns the bytes."""
+        manifest = held.manifest
+        with held.lock, _disk(held.root):
+            gone = {number for number in numbers if number in held.journal.present}
+            held.journal.forget(gone)
+            freed = _bytes_of(manifest, gone)
+            held.have_bytes -= freed
+            kept = {manifest.chunk(number)[0].name for number in held.journal.present}
+            for name in {manifest.chunk(number)[0].name for number in gone}:
+                if name not in kept:
+                    empty(held.path(name), manifest.file(name).size)
+            for number in sorted(gone):
+                entry, chunk = manifest.chunk(number)
+                if entry.name in kept:
+                    punch(held.path(entry.name), chunk.offset, chunk.end)
+        return freed
 
     # ---- data
 
@@ -287,19 +354,20 @@ class BlobStore:
             logger.warning("leaving out the damaged blobs in %s: %s", directory, error)
             return
         held = _Held(manifest, directory, journal, _read_source(directory), 0, threading.RLock())
+        held.used_s = (directory / "manifest").stat().st_mtime
         whole = {
             entry.name for entry in manifest.files if _has_size(directory / "files" / entry.name, entry.size)
         }
         for number in sorted(journal.present):
             name = manifest.chunk(number)[0].name
             if name not in whole or (number in journal.unsynced and not _intact(held, number)):
-                journal.forget(number)
+                journal.forget([number])
         held.have_bytes = sum(manifest.chunk(number)[1].length for number in journal.present)
         self._held[manifest.id] = held
 
     def _forget(self, held: _Held, number: int) -> None:
         if number in held.journal.present:
-            held.journal.forget(number)
+            held.journal.forget([number])
             held.have_bytes -= held.manifest.chunk(number)[1].length
 
     def _make_files(self, held: _Held) -> None:
@@ -313,6 +381,18 @@ class BlobStore:
                     if file.tell() != entry.size:
                         file.truncate(entry.size)
             held.ready = True
+
+
+def evictable(manifest: Manifest, present: Collection[int], keep: Keep) -> set[int]:
+    """Which of the chunks that are here may go."""
+    if manifest.id not in keep:
+        return set(present)
+    kept = keep[manifest.id]
+    return set() if kept is None else set(present) - set(kept)
+
+
+def _bytes_of(manifest: Manifest, numbers: Collection[int]) -> int:
+    return sum(manifest.chunk(number)[1].length for number in numbers)
 
 
 def _chunks(manifest: Manifest, first: int, count: int, data: memoryview) -> Iterator[tuple[int, memoryview]]:

@@ -57,6 +57,10 @@ class FakeControl:
             raise self.problem
         return model, "ab" * 32
 
+    async def limits(self, upload_mbps, disk_bytes, *, unlimited):
+        self.calls.append(("limits", upload_mbps, disk_bytes, unlimited))
+        return {"upload_mbps": upload_mbps, "disk": {"limit_bytes": disk_bytes}}
+
     async def tags(self, add, remove):
         self.calls.append(("tags", tuple(add), tuple(remove)))
         return tuple(add)
@@ -78,6 +82,7 @@ ORDERS = [
     "/shoal/models",
     "/shoal/drop",
     "/shoal/plan",
+    "/shoal/limits",
     "/shoal/tags",
     "/shoal/stop",
 ]
@@ -90,6 +95,7 @@ BODIES = {
     "/shoal/models": {"directory": "/models/a", "name": "a"},
     "/shoal/drop": {"model": "a"},
     "/shoal/plan": {"model": "a"},
+    "/shoal/limits": {"upload_mbps": 10},
     "/shoal/tags": {"add": ["metered"]},
     "/shoal/stop": {},
 }
@@ -155,6 +161,17 @@ async def test_a_model_is_dropped_and_what_cannot_be_says_why(make_gateway, serv
     )
     assert nameless.status_code == 400
     assert control.calls == [("drop", "org/a"), ("drop", "b")]
+
+
+async def test_limits_are_changed(make_gateway, serving) -> None:
+    control = FakeControl()
+    async with serving(make_gateway(), control=control) as site:
+        answer = await site.http.post("/shoal/limits", json={"upload_mbps": 0, "disk_bytes": 5})
+        await site.http.post("/shoal/limits", json={"unlimited": True})
+        refused = await site.http.post("/shoal/limits", json={"upload_mbps": -1})
+    assert answer.json() == {"upload_mbps": 0, "disk": {"limit_bytes": 5}}
+    assert control.calls == [("limits", 0, 5, False), ("limits", None, None, True)]
+    assert refused.status_code == 400
 
 
 async def test_tags_are_changed(make_gateway, serving) -> None:

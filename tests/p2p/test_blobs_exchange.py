@@ -273,6 +273,44 @@ async def test_the_quota_ends_a_fetch_before_it_begins(memory_peers, make, manif
     assert taker.store.have_bytes(manifest.id) == 0
 
 
+async def test_what_nobody_needs_makes_room_for_a_fetch(memory_peers, make, manifest, source, tmp_path):
+    one, other = await memory_peers(2)
+    giver, taker = make(one), make(other, quota_bytes=1_400_000)
+    (source / "b").write_bytes(random.Random(3).randbytes(5_000))
+    second = build_manifest(source, "second", IDENTITY, chunk_bytes_max=10_000)
+    giver.store.publish(second, source)
+    await taker.fetch(second, whole(second), lambda: ids(one))
+    (source / "b").write_bytes(random.Random(2).randbytes(5_000))
+    giver.store.publish(manifest, source)
+    taker.keep = lambda: {second.id: None}
+    with pytest.raises(ResourceLimit, match="do not fit"):
+        await taker.fetch(manifest, whole(manifest), lambda: ids(one))
+    assert taker.store.have_bytes(second.id) == 1_005_000
+    taker.keep = dict
+    await taker.fetch(manifest, whole(manifest), lambda: ids(one))
+    assert same(taker, manifest, source)
+    assert taker.store.have_bytes(second.id) == 0
+    assert taker.evicted_bytes == 1_005_000
+
+
+@pytest.mark.parametrize("rate", [0, 2e6])
+async def test_the_owner_bounds_what_is_uploaded(memory_peers, make, manifest, source, autojump_clock, rate):
+    one, other = await memory_peers(2)
+    config = ExchangeConfig(patience_s=1.0, run_bytes_max=40_000, link_run_bytes_max=40_000)
+    giver, taker = make(one), make(other, config)
+    giver.store.publish(manifest, source)
+    giver.budget.set_rate(rate)
+    begun_s = trio.current_time()
+    if rate:
+        await taker.fetch(manifest, whole(manifest), lambda: ids(one))
+        assert giver.budget.sent_bytes >= 1_005_000
+    else:
+        with pytest.raises(BlobUnavailable, match="uploads nothing"):
+            await taker.fetch(manifest, whole(manifest), lambda: ids(one))
+    took_s = trio.current_time() - begun_s
+    assert not rate or 0.15 < took_s < 2
+
+
 async def test_a_disk_that_fills_up_ends_a_fetch(memory_peers, make, manifest, source, monkeypatch):
     one, other = await memory_peers(2)
     make(one).store.publish(manifest, source)

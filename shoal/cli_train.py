@@ -83,7 +83,7 @@ def _status(words: list[str], options: argparse.Namespace) -> int:
         terminal.note("the mesh has no training run now")
     for run in runs:
         print(_line(run))
-        columns = ("node", "state", "rounds", "loss", "tokens/s", "computing")
+        columns = ("node", "state", "steps", "loss", "tokens/s", "computing")
         terminal.table(columns, [_member(one) for one in run.get("members", ())], right=columns[2:])
     return 0
 

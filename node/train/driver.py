@@ -143,6 +143,13 @@ class Driver:
 
     async def train(self) -> None:
         """Until the run's steps are done. Raises Orphaned, NonFinite."""
+        try:
+            await self._train()
+        finally:
+            for tag in self.outer.tags:
+                self.outer.failed(tag)  # what was on its way belongs to the next generation's offers
+
+    async def _train(self) -> None:
         async with trio.open_nursery() as nursery:
             while not self.done:
                 for tag in self._due():
@@ -161,7 +168,7 @@ class Driver:
         async with self._tensors:
             began_s = time.monotonic()
             self.progress.waiting_s += began_s - waited_s
-            await trio.to_thread.run_sync(self._slice, abandon_on_cancel=True)
+            await trio.to_thread.run_sync(self._slice)  # to its end: nobody else may touch the tensors before
             self.progress.computing_s += time.monotonic() - began_s
         if self._losses:
             self.progress.loss = self._losses[-1]
@@ -284,7 +291,7 @@ class Driver:
     async def evaluate(self, windows: Any) -> float:
         """The loss on these windows, of this member's parameters as they are."""
         async with self._tensors:
-            found = await trio.to_thread.run_sync(self.worker.evaluate, windows, abandon_on_cancel=True)
+            found = await trio.to_thread.run_sync(self.worker.evaluate, windows)
         self.progress.val_loss = found
         return found
 

@@ -14,14 +14,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import trio
 
-from collectives import CollectiveError, RunConfig, Snapshot, open_run
+from collectives import CollectiveError, RunConfig, Settings, Snapshot, open_run
 from collectives.checkpoint import CopyService, Keeper, Retention
 from collectives.errors import CheckpointProblem, PiecesLost
 from collectives.outer import Outer, OuterError
@@ -40,9 +39,11 @@ from p2p import Host, Identity, Links, P2pError, Rpc
 log = logging.getLogger("shoal.train")
 SETTLE_S = 3.0
 PATIENCE_S = 12.0
+ASK_S = 5.0
 LINGER_S = 20.0
 TELL_S = 1.0
 PIECES = "state"
+SETTINGS = Settings()
 HOLDERS_MAX = 8
 
 
@@ -202,17 +203,15 @@ class Session:
             raise ConfigProblem("members", self.me, f"one of those that the run allows: {asked}")
         self._keep = recipe.checkpoints.keep
         self._keeper = Keeper(self.folder / "state", Retention(last=self._keep))
-        make = partial(fresh_model, recipe, pack.corpus) if self._new else partial(empty_model, pack)
-        model = await trio.to_thread.run_sync(make)
         claims = {advert.claim for advert in self.ground.others(self.memory.manifest_id).values()}
         claim = next(number for number in range(len(claims) + 1) if number not in claims)
-        self._worker = Worker(model, pack.corpus, recipe.inner, claim)
-        self._outer = self._worker.outer(recipe.outer)
+        # On a thread: the first optimizer of a process imports half of torch.
+        self._worker, self._outer = await trio.to_thread.run_sync(_parts, pack, self._new, claim)
         self._has_state = self._new
         own = await trio.to_thread.run_sync(self._own.newest)
         if own is not None:
             try:
-                self._worker.load_own_state(own.snapshot.tensors)
+                self._parts()[0].load_own_state(own.snapshot.tensors)
             except (ValueError, KeyError) as problem:
                 log.warning("the inner optimizer's state is left aside: %s", problem)
         if not self._new:
@@ -256,7 +255,7 @@ class Session:
             return Life(1, self.me, True)
         self.state = "resting"
         self.tell()
-        began_s = trio.current_time()
+        began_s, asked_s = trio.current_time(), -math.inf
         while True:
             others = self.ground.others(self.memory.manifest_id)
             going = [advert for advert in others.values() if advert.state == "training"]
@@ -265,7 +264,9 @@ class Session:
                 return Life(best.generation, best.founder, False)
             waited_s = trio.current_time() - began_s
             if waited_s > SETTLE_S:
-                await self._from_pieces(others)
+                if waited_s - asked_s > ASK_S:
+                    asked_s = waited_s
+                    await self._from_pieces()
                 ahead = [
                     peer
                     for peer, advert in others.items()
@@ -277,13 +278,12 @@ class Session:
             with trio.move_on_after(SETTLE_S / 10):
                 await self.ground.change()
 
-    async def _from_pieces(self, others: dict[str, RunAdvert]) -> None:
+    async def _from_pieces(self) -> None:
         """Where peers' pieces make a newer state than any that is here, take that up."""
         peers = [str(peer) for peer in self.ground.host.peers()]
-        newest = max((advert.epoch for advert in others.values()), default=0)
         try:
             found = await self.ground.copies.restore(
-                self.memory.manifest_id, PIECES, peers, epoch_min=max(self.epoch, newest) + 1
+                self.memory.manifest_id, PIECES, peers, epoch_min=self.epoch + 1
             )
             self._take_up(found.snapshot, found.meta)
         except (PiecesLost, OuterError) as problem:
@@ -303,7 +303,7 @@ class Session:
             return
         others = ground.others(self.memory.manifest_id)
         members = [peer for peer, advert in others.items() if advert.order == life.order]
-        config = RunConfig(codec=outer.strategy.codec)
+        config = RunConfig(codec=outer.strategy.codec, agreement=SETTINGS)
         founder = hashlib.sha256(life.founder.encode()).hexdigest()[:12]
         run_id = f"{self.memory.manifest_id[:32]}.{life.number}.{founder}"
         async with open_run(
@@ -543,6 +543,13 @@ _TROUBLE = (
     # A model or data that cannot be computed with: torch raises these, and the daemon serves others meanwhile.
     RuntimeError, ValueError, IndexError, KeyError, MemoryError,
 )  # fmt: skip
+
+
+def _parts(pack: Pack, new: bool, claim: int) -> tuple[Worker, Outer]:
+    recipe = pack.recipe
+    model = fresh_model(recipe, pack.corpus) if new else empty_model(pack)
+    worker = Worker(model, pack.corpus, recipe.inner, claim)
+    return worker, worker.outer(recipe.outer)
 
 
 def _figure(value: float) -> float | None:

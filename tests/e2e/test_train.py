@@ -97,11 +97,10 @@ def rounds(node):
 
 def at(tools, nodes, epoch, wait_s=60):
     for node in nodes:
-        tools.until(
-            lambda node=node: status(tools, node)["rounds"] >= epoch,
-            f"{node.name} at round {epoch}: {status(tools, node)}, {node.log()[-2000:]}",
-            wait_s,
-        )
+        try:
+            tools.until(lambda node=node: status(tools, node)["rounds"] >= epoch, "the round", wait_s)
+        except pytest.fail.Exception:
+            pytest.fail(f"{node.name} not at round {epoch}: {status(tools, node)}, {node.log()[-4000:]}")
 
 
 def same_states(nodes):

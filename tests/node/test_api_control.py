@@ -61,6 +61,30 @@ class FakeControl:
         self.calls.append(("limits", upload_mbps, disk_bytes, unlimited))
         return {"upload_mbps": upload_mbps, "disk": {"limit_bytes": disk_bytes}}
 
+    async def train(self, recipe, serve):
+        self.calls.append(("train", recipe, serve))
+        if self.problem is not None:
+            raise self.problem
+        for line in self.progress:
+            yield line
+
+    async def train_join(self, run, serve):
+        self.calls.append(("train_join", run, serve))
+        for line in self.progress:
+            yield line
+
+    async def train_status(self, run):
+        self.calls.append(("train_status", run))
+        return [{"name": "tiny"}]
+
+    async def train_stop(self, run):
+        self.calls.append(("train_stop", run))
+        return run
+
+    async def train_export(self, run, directory, serve):
+        self.calls.append(("train_export", run, directory, serve))
+        return directory
+
     async def tags(self, add, remove):
         self.calls.append(("tags", tuple(add), tuple(remove)))
         return tuple(add)
@@ -97,6 +121,11 @@ BODIES = {
     "/shoal/plan": {"model": "a"},
     "/shoal/limits": {"upload_mbps": 10},
     "/shoal/tags": {"add": ["metered"]},
+    "/shoal/train": {"recipe": "/runs/tiny.toml"},
+    "/shoal/train/join": {"run": "tiny"},
+    "/shoal/train/status": {},
+    "/shoal/train/stop": {"run": "tiny"},
+    "/shoal/train/export": {"run": "tiny", "directory": "/models/tiny"},
     "/shoal/stop": {},
 }
 
@@ -303,3 +332,50 @@ async def test_a_process_without_control_takes_no_orders(make_gateway, serving) 
     async with serving(make_gateway()) as site:
         answer = await site.http.post("/shoal/stop", json={})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "no_control")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "call", "document"),
+    [
+        ("", {"recipe": "/r.toml", "serve": "m"}, ("train", Path("/r.toml"), "m"), None),
+        ("/join", {"run": "tiny"}, ("train_join", "tiny", ""), None),
+        ("/status", {"run": "tiny"}, ("train_status", "tiny"), {"runs": [{"name": "tiny"}]}),
+        ("/status", {}, ("train_status", ""), {"runs": [{"name": "tiny"}]}),
+        ("/stop", {"run": "tiny"}, ("train_stop", "tiny"), {"stopped": "tiny"}),
+        (
+            "/export", {"run": "tiny", "directory": "/out", "serve": "m"},
+            ("train_export", "tiny", Path("/out"), "m"), {"directory": "/out"},
+        ),
+    ],
+)  # fmt: skip
+async def test_orders_about_training_are_passed_on(path, body, call, document, make_gateway, serving) -> None:
+    control = FakeControl()
+    async with serving(make_gateway(), control=control) as site:
+        answer = await site.http.post("/shoal/train" + path, json=body)
+    assert answer.status_code == 200
+    if document is None:
+        lines = [json.loads(line) for line in answer.text.splitlines()]
+        assert lines == [*control.progress, {"done": True}]
+    else:
+        assert answer.json() == document
+    assert control.calls == [call]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("", {}, "recipe"),
+        ("", {"recipe": "r.toml"}, "recipe"),
+        ("", {"recipe": "/r.toml", "serve": 3}, "serve"),
+        ("/join", {}, "run"),
+        ("/stop", {"run": "x" * 200}, "run"),
+        ("/export", {"run": "tiny", "directory": "out"}, "directory"),
+    ],
+)
+async def test_wrong_orders_about_training_name_the_field(path, body, field, make_gateway, serving) -> None:
+    control = FakeControl()
+    async with serving(make_gateway(), control=control) as site:
+        answer = await site.http.post("/shoal/train" + path, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
+    assert control.calls == []

@@ -8,7 +8,9 @@ import pytest
 import torch
 import trio
 
+from collectives import Settings
 from collectives.checkpoint import CopyService, Pantry
+from node.train import driver
 from node.train import session as sessions
 from node.train.pack import Pack, read_pack, write_pack
 from node.train.recipe import read_recipe
@@ -110,6 +112,8 @@ async def mates(nursery, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(sessions, "SETTLE_S", 0.6)
     monkeypatch.setattr(sessions, "TELL_S", 0.1)
+    monkeypatch.setattr(driver, "ORPHAN_S", 0.2)
+    monkeypatch.setattr(sessions, "SETTINGS", Settings(no_quorum_s=0.5))
     return partial(Mates, nursery, tmp_path)
 
 
@@ -191,6 +195,20 @@ async def test_a_disk_that_was_lost_is_made_up_for_by_peers_pieces(mates, tmp_pa
     assert back.epoch > held.epoch
     back.stop()
     await back.finished.wait()
+
+
+@pytest.mark.parametrize(("dies", "stays"), ["ab", "ba"])
+async def test_the_last_survivor_goes_on_whoever_of_the_two_it_is(mates, dies, stays):
+    mates = mates(VALUES)
+    both = {"a": await mates.found("a"), "b": await mates.start("b")}
+    await mates.until(lambda: all(len(s.progress.members) == 2 for s in both.values()))
+    mates.kill(dies)
+    epoch = both[stays].epoch
+    await mates.until(lambda: both[stays].epoch > epoch + 4)
+    await both[dies].finished.wait()
+    assert agree(mates.rounds("a"), mates.rounds("b")) >= 1
+    both[stays].stop()
+    await both[stays].finished.wait()
 
 
 async def test_what_cannot_be_trained_fails_alone_and_says_why(mates, tmp_path):

@@ -59,7 +59,7 @@ class Corpus:
         # One offset's worth less than there are, so that each pass has as many windows.
         windows = (len(self.train) - self.sequence - 1) // self.sequence
         each = windows // LANES
-        if each == 0:
+        if each < 1:
             need = (LANES + 1) * self.sequence + 1
             raise ConfigProblem(
                 "data.files", f"{len(self.train)} training tokens", f"at least {need} of them"
@@ -303,12 +303,8 @@ def _json_texts(path: Path, column: str) -> Iterator[str]:
 
 
 def _parquet_texts(path: Path, column: str) -> Iterator[str]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ConfigProblem(
-            "data.files", str(path), "text or jsonl, or pyarrow installed for parquet"
-        ) from None
+    from pyarrow import parquet
+
     try:
         file = parquet.ParquetFile(path)
     except ValueError as error:  # ArrowInvalid is one

@@ -48,6 +48,8 @@ def test_what_a_claim_draws_depends_on_nothing_else():
 def test_too_little_text_is_said():
     with pytest.raises(ConfigProblem, match="expected at least 521 of them"):
         made(500).batch(1, 0, 0, 1)
+    with pytest.raises(ConfigProblem, match="5 training tokens"):
+        made(5).batch(1, 0, 0, 1)
     assert made(521).batch(1, 0, 0, 1).shape == (1, 9)
 
 
@@ -66,7 +68,7 @@ def test_texts_of_text_and_jsonl(tmp_path):
 
 
 def test_texts_of_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="parquet is read by pyarrow, which is not installed")
+    import pyarrow
     from pyarrow import parquet
 
     path = tmp_path / "a.parquet"

@@ -7,25 +7,29 @@ mesh nor files: `on_round` hears of every committed round, with the state that a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 import torch
 import trio
 
-from collectives import Behind, Diverged, NonFinite, NoQuorum, Reduced, RoundFailed, Run, Snapshot
+from collectives import Behind, Diverged, NoQuorum, Reduced, RoundFailed, Run, Snapshot
 from collectives.codecs import codec
 from collectives.outer import Offer, Outer
 from collectives.reduce.feedback import Feedback
 from collectives.reduce.layout import Layout
+from collectives.state_rpc import aside
 from node.train.recipe import Recipe
 from node.train.worker import Worker
 
 log = logging.getLogger("shoal.train")
+T = TypeVar("T")
 SLICE_S = 0.05
 ORPHAN_S = 4.0
 FETCH_S = 60.0
@@ -79,7 +83,7 @@ class RoundDone:
 
 
 class Driver:
-    """`present(peer)`: whether it is there and takes part in this generation."""
+    """`mates()`: who else is there and takes part in this generation."""
 
     def __init__(
         self,
@@ -88,7 +92,7 @@ class Driver:
         outer: Outer,
         recipe: Recipe,
         progress: Progress,
-        present: Callable[[str], bool],
+        mates: Callable[[], set[str]],
         on_round: Callable[[RoundDone], Awaitable[None]],
     ) -> None:
         self.run = run
@@ -97,12 +101,13 @@ class Driver:
         self.progress = progress
         self.stuck = False
         self._recipe = recipe
-        self._present = present
+        self._mates = mates
         self._on_round = on_round
         self._base = dict.fromkeys(outer.tags, 0)
         self._tokens = dict.fromkeys(outer.tags, 0.0)
         self._feedback: dict[str, Feedback] = {}
         self._tensors = trio.Lock()
+        self._nbytes = 4 * worker.model.count
         self._settled = trio.Event()
         self._losses: list[float] = []
         self._gradients: dict[str, list[torch.Tensor]] = {}
@@ -153,7 +158,7 @@ class Driver:
         async with trio.open_nursery() as nursery:
             while not self.done:
                 for tag in self._due():
-                    offer = self.outer.offer(tag, self._gradients.pop(tag, None))
+                    offer = await self.between(partial(self.outer.offer, tag, self._gradients.pop(tag, None)))
                     nursery.start_soon(self._round, offer)
                 if self.outer.waiting:
                     self._settled = trio.Event()
@@ -223,7 +228,7 @@ class Driver:
         """Where all who are missing are gone, not only slow, this generation ends."""
         self.stuck = True
         await trio.sleep(ORPHAN_S)
-        if not problem.missing or any(self._present(peer) for peer in problem.missing):
+        if not problem.missing or self._mates() & set(problem.missing):
             return
         raise Orphaned(str(problem))
 
@@ -237,8 +242,9 @@ class Driver:
     async def _take(self, reduced: Reduced) -> None:
         tag = reduced.tag
         mine = next((m.weight for m in reduced.members if m.peer == self.run.me), None)
+        epoch = self._base[tag] + reduced.epoch
         async with self._tensors:
-            self.outer.take(tag, self._base[tag] + reduced.epoch, reduced.tensors, weight=mine)
+            await aside(self._nbytes, lambda: self.outer.take(tag, epoch, reduced.tensors, weight=mine))
             self._tokens[tag] += reduced.weight
             snapshot = await self._publish(tag, reduced.epoch)
         progress = self.progress
@@ -272,15 +278,28 @@ class Driver:
         await self._fetch(tag, keep=True, counted=counted)
 
     async def _fetch(self, tag: str, *, keep: bool, counted: float | None) -> None:
-        try:
-            snapshot = await self.run.fetch_state(tag, deadline_s=FETCH_S)
-        except NoQuorum as problem:
-            raise Orphaned(str(problem)) from None
+        snapshot: Snapshot | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._while_somebody_is_there, nursery.cancel_scope)
+            with contextlib.suppress(NoQuorum):
+                snapshot = await self.run.fetch_state(tag, deadline_s=FETCH_S)
+            nursery.cancel_scope.cancel()
+        if snapshot is None:
+            raise Orphaned("nobody is left who gives the newest state")
         total = int(snapshot.tensors[EPOCH_KEY])
         async with self._tensors:
             self._base[tag] = total - snapshot.epoch
             self._tokens[tag] = float(snapshot.tensors[TOKENS_KEY])
-            self.outer.load(tag, snapshot.tensors, total, keep=keep, counted=counted)
+            load = partial(self.outer.load, tag, snapshot.tensors, total, keep=keep, counted=counted)
+            await aside(self._nbytes, load)
+
+    async def _while_somebody_is_there(self, scope: trio.CancelScope) -> None:
+        """Cancel `scope` once this member has been the only one for a while."""
+        alone_s = 0.0
+        while alone_s < ORPHAN_S:
+            await trio.sleep(ORPHAN_S / 8)
+            alone_s = 0.0 if self._mates() else alone_s + ORPHAN_S / 8
+        scope.cancel()
 
     async def _publish(self, tag: str, epoch: int) -> Snapshot:
         total = torch.tensor(self.outer.epoch(tag))
@@ -288,12 +307,12 @@ class Driver:
         state = {**self.outer.state(tag), EPOCH_KEY: total, TOKENS_KEY: tokens}
         return await self.run.publish(state, epoch, tag)
 
-    async def evaluate(self, windows: Any) -> float:
-        """The loss on these windows, of this member's parameters as they are."""
+    async def evaluate(self, windows: torch.Tensor) -> None:
+        """The loss on these windows, of this member's parameters as they are, into `progress`."""
         async with self._tensors:
-            found = await trio.to_thread.run_sync(self.worker.evaluate, windows)
-        self.progress.val_loss = found
-        return found
+            self.progress.val_loss = await trio.to_thread.run_sync(self.worker.evaluate, windows)
 
-
-__all__ = ["Driver", "NonFinite", "Orphaned", "Progress", "RoundDone"]
+    async def between(self, work: Callable[[], T]) -> T:
+        """What `work` makes of worker and tensors, between two slices of training."""
+        async with self._tensors:
+            return await aside(self._nbytes, work)

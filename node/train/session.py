@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from collectives import CollectiveError, RunConfig, Settings, Snapshot, open_run
 from collectives.checkpoint import CopyService, Keeper, Retention
 from collectives.errors import CheckpointProblem, PiecesLost
 from collectives.outer import Outer, OuterError
+from collectives.state_rpc import aside
 from model_shards import ModelError
 from node.adverts import RunAdvert
 from node.datadir import write_atomic
@@ -41,6 +43,7 @@ SETTLE_S = 3.0
 PATIENCE_S = 12.0
 ASK_S = 5.0
 LINGER_S = 20.0
+LEAVE_S = 2.0
 TELL_S = 1.0
 PIECES = "state"
 SETTINGS = Settings()
@@ -115,8 +118,9 @@ class Session:
         self._snapshots: dict[str, Snapshot] = {}
         self._keep = 3
         self._scope: trio.CancelScope | None = None
+        self._part: trio.CancelScope | None = None
         self._stopping = False
-        self._told: tuple[float, Any] = (-math.inf, None)
+        self._before: set[str] = set()
         self._keeper = Keeper(folder / "state")
         self._own = Keeper(folder / "own", Retention(last=1))
 
@@ -154,8 +158,9 @@ class Session:
         self._stopping = True
         self.memory.active = False
         self.remember()
-        if self._scope is not None:
-            self._scope.cancel()
+        scope = self._part or self._scope
+        if scope is not None:
+            scope.cancel()
 
     def remember(self) -> None:
         """Write `session.json`. A disk that is full is told, and harms nothing but a later restart."""
@@ -184,9 +189,10 @@ class Session:
                     self._has_state = True
                     continue
                 break
-            self._offer_checkpoint()
             await self._flush()
             nursery.cancel_scope.cancel()
+        if self._stopping:
+            return
         self.state = "done"
         self.memory.active, self.memory.ended = False, True
         self.remember()
@@ -310,18 +316,19 @@ class Session:
             ground.host, ground.rpc, ground.links, ground.identity, run_id, config,
             founders=(self.me,) if life.mine else (), contacts=members, journal_dir=self.folder / "rounds",
         ) as run:  # fmt: skip
-            driver = Driver(run, worker, outer, pack.recipe, self.progress, self._present, self._on_round)
+            driver = Driver(run, worker, outer, pack.recipe, self.progress, self._mates, self._on_round)
             self._driver = driver
             try:
-                with trio.CancelScope() as scope:
-                    await self._take_part(driver, scope)
-                if scope.cancelled_caught:
-                    raise Orphaned("another part of the run goes on")
+                with trio.CancelScope() as self._part:
+                    await self._take_part(driver, self._part)
                 if self._stopping:
-                    await run.leave(2.0)
+                    await run.leave(LEAVE_S)
+                elif self._part.cancelled_caught:
+                    raise Orphaned("another part of the run goes on")
                 else:
                     await self._linger()
             finally:
+                self._part = None
                 self._tokens = dict.fromkeys(outer.tags, driver.tokens)
                 self._driver = None
 
@@ -363,9 +370,8 @@ class Session:
                 taken = {a.claim for a in going.values()}
                 worker.claim = next(number for number in range(len(taken) + 1) if number not in taken)
 
-    def _present(self, peer: str) -> bool:
-        advert = self._here().get(peer)
-        return advert is not None and advert.order == self.life.order
+    def _mates(self) -> set[str]:
+        return {peer for peer, advert in self._here().items() if advert.order == self.life.order}
 
     async def _linger(self) -> None:
         """Others may still need the last result, or the state."""
@@ -391,9 +397,9 @@ class Session:
             await driver.evaluate(windows)
         await trio.to_thread.run_sync(self._write_line, done)
         if done.epoch % pack.recipe.checkpoints.every_rounds == 0 or ends:
-            self._offer_checkpoint()
-            if turn:
-                await self._place(members)
+            made = await self._offer_checkpoint(driver)
+            if made is not None and turn:
+                await self._place(members, *made)
         self.tell()
 
     def _write_line(self, done: RoundDone) -> None:
@@ -404,6 +410,8 @@ class Session:
             "epoch": done.epoch,
             "generation": self.life.number,
             "members": list(reduced.peers),
+            "came": sorted(set(reduced.peers) - self._before),
+            "gone": sorted(self._before - set(reduced.peers)),
             "left_out": {one.peer: one.why for one in reduced.left_out},
             "loss": _figure(done.loss),
             "val_loss": _figure(progress.val_loss),
@@ -415,13 +423,14 @@ class Session:
             "bytes_received": reduced.bytes_received,
             "state_sha256": done.snapshot.digest.hex(),
         }
+        self._before = set(reduced.peers)
         try:
             with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as problem:
             log.error("%s: %s", self.folder / "rounds.jsonl", problem)
 
-    def _checkpoint(self) -> tuple[Snapshot, dict[str, Any]] | None:
+    async def _checkpoint(self) -> tuple[Snapshot, dict[str, Any]] | None:
         """The state of all fragments as they were published last."""
         outer = self._outer
         if outer is None or set(self._snapshots) != set(outer.tags):
@@ -441,16 +450,18 @@ class Session:
             "epochs": epochs,
             "tokens": tokens,
         }
-        return Snapshot.of(tensors, sum(epochs.values())), meta
+        make = partial(Snapshot.of, tensors, sum(epochs.values()))
+        return await aside(sum(snapshot.manifest.nbytes for snapshot in self._snapshots.values()), make), meta
 
-    def _offer_checkpoint(self) -> None:
-        made = self._checkpoint()
-        if made is None or self._worker is None:
-            return
-        self._keeper.offer(*made)
-        self._own.offer(
-            Snapshot.of(self._worker.own_state(), made[0].epoch), {"run": self.memory.manifest_id}
-        )
+    async def _offer_checkpoint(self, driver: Driver) -> tuple[Snapshot, dict[str, Any]] | None:
+        """Have the state written, and beside it what is this worker's own."""
+        made = await self._checkpoint()
+        if made is not None:
+            self._keeper.offer(*made)
+            own = await driver.between(driver.worker.own_state)
+            nbytes = sum(one.numel() * one.element_size() for one in own.values())
+            self._own.offer(await aside(nbytes, partial(Snapshot.of, own, made[0].epoch)), {})
+        return made
 
     async def _flush(self) -> None:
         try:
@@ -461,10 +472,11 @@ class Session:
 
     async def _save_now(self) -> None:
         """On the way out, when the keepers have stopped: what is newer than the last checkpoint."""
-        made = self._checkpoint()
+        made = await self._checkpoint()
         if made is None or (self._keeper.saved and self._keeper.saved.epoch >= made[0].epoch):
             return
-        keeper, own = (Keeper(k.root, Retention(last=self._keep)) for k in (self._keeper, self._own))
+        keeper = Keeper(self._keeper.root, Retention(last=self._keep))
+        own = Keeper(self._own.root, Retention(last=1))
         async with trio.open_nursery() as nursery:
             await nursery.start(keeper.run)
             await nursery.start(own.run)
@@ -478,10 +490,10 @@ class Session:
                 log.error("%s", problem)
             nursery.cancel_scope.cancel()
 
-    async def _place(self, members: tuple[str, ...]) -> None:
+    async def _place(self, members: tuple[str, ...], snapshot: Snapshot, meta: dict[str, Any]) -> None:
         """Pieces of the state to the members, and to others while there are few."""
-        made, pack = self._checkpoint(), self.pack
-        if made is None or pack is None:
+        pack = self.pack
+        if pack is None:
             return
         wanted = pack.recipe.checkpoints.erasure
         others = [str(p) for p in self.ground.host.peers() if str(p) not in members and str(p) != self.me]
@@ -490,7 +502,7 @@ class Session:
         if len(holders) < 2:
             return
         k = len(holders) // 2 if wanted is None else max(1, wanted[0] * len(holders) // wanted[1])
-        placed = await self.ground.copies.place(self.memory.manifest_id, PIECES, *made, holders, k)
+        placed = await self.ground.copies.place(self.memory.manifest_id, PIECES, snapshot, meta, holders, k)
         if not placed.enough:
             log.warning("too few peers took pieces of the state: %s", dict(placed.without))
 

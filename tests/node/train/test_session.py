@@ -141,7 +141,9 @@ async def test_a_newcomer_takes_part_and_all_have_the_same_state(mates):
     first.stop()
     await first.finished.wait()
     epoch = second.epoch
-    await mates.until(lambda: second.epoch > epoch + 2)  # it goes on alone
+    await mates.until(lambda: second.epoch > epoch + 2)
+    assert second.life.number == 1  # who leaves resigns: nobody has to begin anew without it
+    assert first.state == "resting"
     second.stop()
     await second.finished.wait()
 

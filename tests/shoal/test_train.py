@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from shoal.daemon_client import DaemonClient
+
 RUN = {
     "run": "ab" * 32, "name": "tiny", "state": "training", "generation": 1, "rounds": 3, "rounds_whole": 30,
     "tokens_per_s": 1234.5, "loss": 2.5, "val_loss": None, "computing": 0.75, "bytes_sent": 2048, "problem": "",
@@ -44,6 +46,18 @@ def test_a_run_that_failed_here_is_a_failure_of_the_command(shoal, daemon, recip
     daemon.answers["/shoal/train"] = (200, {**RUN, "state": "failed", "problem": "the disk is full"})
     outcome = shoal("train", str(recipe))
     assert (outcome.status, outcome.err) == (1, "shoal: the disk is full\n")
+
+
+def test_ctrl_c_ends_the_showing_and_not_the_run(shoal, daemon, recipe, monkeypatch):
+    def lines(self, path, body):
+        yield RUN
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DaemonClient, "ndjson", lines)
+    outcome = shoal("train", str(recipe))
+    assert outcome.status == 0
+    assert "the run goes on; leave it with:" in outcome.err
+    assert "train stop tiny" in outcome.err
 
 
 def test_status_shows_every_member(shoal, daemon):

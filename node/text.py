@@ -23,12 +23,13 @@ Finish = Literal["stop", "length"]
 @dataclass(frozen=True, slots=True)
 class Piece:
     """New text (perhaps empty) and, at the end, why it ended. `tokens` counts all so far, shown or not; `events` are
-    those whose text is now shown."""
+    those whose text is now shown; `token` is the one just taken, unless it only ended the text."""
 
     text: str
     tokens: int
     finish: Finish | None
     events: tuple[TokenEvent, ...] = ()
+    token: int | None = None
 
 
 class TextStream:
@@ -45,6 +46,7 @@ class TextStream:
         self._matcher = StopMatcher(stops)
         self._max_tokens = max_tokens
         self._untold: list[TokenEvent] = []
+        self._token: int | None = None
         self.tokens = 0
         self.logprob = 0.0
         self.finish: Finish | None = None
@@ -54,6 +56,7 @@ class TextStream:
         for index, token in enumerate(tokens):
             if self.finish is None:
                 self.push(TokenEvent(token, index, None, None))
+        self._untold.clear()
 
     def push(self, event: TokenEvent) -> Piece:
         """Take the next event and return what can be shown now."""
@@ -61,6 +64,7 @@ class TextStream:
             raise ValueError("the text has already ended")
         self.tokens += 1
         self.logprob += event.logprob or 0.0
+        self._token = None if event.finish == "stop" else event.token
         if event.finish == "stop":
             return self._end("stop", "")
         self._untold.append(event)
@@ -82,4 +86,4 @@ class TextStream:
         events: tuple[TokenEvent, ...] = ()
         if text:
             events, self._untold = tuple(self._untold), []
-        return Piece(text, self.tokens, self.finish, events)
+        return Piece(text, self.tokens, self.finish, events, self._token)

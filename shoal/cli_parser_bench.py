@@ -10,6 +10,7 @@ from typing import Any
 
 from shoal.cli_parser_blobs import bench_blobs_command
 from shoal.cli_parser_rpc import bench_rpc_command
+from shoal.cli_parser_serve import bench_serve_command
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ def bench_commands(
     _decode(what, tools)
     bench_blobs_command(what, tools.add, tools.count, tools.positive)
     bench_rpc_command(what, add, count)
+    bench_serve_command(what, add, count, positive)
     _diloco(what, tools)
     _allreduce(what, tools)
 

@@ -77,13 +77,14 @@ class Answer:
         return self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
 
     def piece(self, index: int, told: Told) -> list[dict[str, Any]]:
-        """The chunks for a piece of text and perhaps its end: none where there is nothing to say."""
+        """The chunks for a piece of text, its tokens and perhaps its end: none where there is nothing to say."""
         text, finish, logprobs = told.text, told.finish, told.logprobs
         if self.kind == "completion":
             content = told.with_tokens({"text": text})
-            return [self._chunk(index, content, finish, logprobs)] if text or finish else []
+            said = text or finish or told.tokens
+            return [self._chunk(index, content, finish, logprobs)] if said else []
         chunks = []
-        if text:
+        if text or told.tokens:
             content = told.with_tokens({"delta": {"content": text}})
             chunks.append(self._chunk(index, content, logprobs=logprobs))
         if finish:

@@ -62,7 +62,7 @@ class Prepared:
             logprobs = self.likelihoods[index].document([event for piece in pieces for event in piece.events])
         tokens = None
         if self.token_ids:
-            tokens = tuple(event.token for piece in pieces for event in piece.events)
+            tokens = tuple(piece.token for piece in pieces if piece.token is not None)
         return Told("".join(piece.text for piece in pieces), pieces[-1].finish, logprobs, tokens)
 
     def best(self) -> list[int]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """New text of a stream as it came, the ids of its tokens, and at the end why it ended (`stop` or `length`)."""
+    """New text of a stream as it came (none where tokens make no whole character yet), the ids of the tokens that came
+    with it, and at the end why it ended (`stop` or `length`)."""
 
     text: str
     tokens: tuple[int, ...] = ()
@@ -18,7 +19,7 @@ class Piece:
 class Answer:
     """A whole answer.
 
-    `ttft_s` runs from the call to the first text, `total_s` to the end. `gateways` are the addresses that took part:
+    `ttft_s` runs from the call to the first token, `total_s` to the end. `gateways` are the addresses that took part:
     more than one where some died on the way.
     """
 

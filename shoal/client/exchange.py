@@ -98,12 +98,12 @@ class Exchange:
                 f"the node sent an event that is no piece of an answer: {str(event)[:80]}"
             ) from None
         self.finish = finish or self.finish
-        if not text and not finish:
+        if not (text or tokens or finish):
             return None
         self._untold |= bool(text) and not tokens
         self._tokens += tokens
         self._text.append(text)
-        if text and self._first_s is None:
+        if (text or tokens) and self._first_s is None:
             self._first_s = now_s
         return Piece(text, tokens, finish)
 

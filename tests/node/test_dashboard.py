@@ -104,6 +104,7 @@ class Tab:
     async def open(self, url: str) -> None:
         """Go there, and wait until the page and its scripts are loaded."""
         await self.call("Page.enable")
+        await self.call("Emulation.setFocusEmulationEnabled", enabled=True)
         await self.call("Page.navigate", url=url)
         with trio.fail_after(20):
             while json.loads(await self._socket.get_message()).get("method") != "Page.loadEventFired":
@@ -192,8 +193,10 @@ async def test_a_chat_by_keyboard_alone(make_gateway, serving, browsing) -> None
     async with serving(gateway) as site, browsing(f"{site.url}/") as tab:
         await tab.until("!document.getElementById('send').disabled")
         await tab.run("document.getElementById('message').focus()")
-        await tab.call("Input.insertText", text="hi there")
-        for kind in ("keyDown", "keyUp"):
+        for letter in "hi there":
+            await tab.call("Input.dispatchKeyEvent", type="char", text=letter)
+        assert await tab.run("document.getElementById('message').value") == "hi there"
+        for kind in ("rawKeyDown", "keyUp"):
             await tab.call(
                 "Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13
             )

@@ -44,11 +44,11 @@ async function hear(text, shown, speed) {
   const body = { model: choice.value, messages, stream: true, return_token_ids: true };
   for await (const event of events("/v1/chat/completions", body, running.signal)) {
     const piece = event.choices?.[0];
-    if (!piece?.delta?.content) continue;
+    if (!piece?.delta || !(piece.delta.content || piece.token_ids)) continue;
     const now = performance.now();
     first ??= now - began;
     tokens += piece.token_ids?.length ?? 1;
-    shown.textContent += piece.delta.content;
+    shown.textContent += piece.delta.content ?? "";
     const rate = tokens > 1 ? `, ${(((tokens - 1) * 1000) / Math.max(1, now - began - first)).toFixed(1)} tokens/s` : "";
     speed.textContent = `first text after ${Math.round(first)} ms, ${tokens} tokens${rate}`;
     talk.scrollTop = talk.scrollHeight;

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import threading
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +17,7 @@ from node.train import session as sessions
 from node.train.pack import Pack, read_pack, write_pack
 from node.train.recipe import read_recipe
 from node.train.session import Ground, Memory, Session
+from node.train.worker import Worker
 from p2p import Links, Rpc
 from p2p.testing import MemoryNetwork
 
@@ -197,6 +200,34 @@ async def test_a_disk_that_was_lost_is_made_up_for_by_peers_pieces(mates, tmp_pa
     assert back.epoch > held.epoch
     back.stop()
     await back.finished.wait()
+
+
+class UnevenWorker(Worker):
+    """The second one to come takes ten times as long for a step."""
+
+    def step(self, clock):
+        report = super().step(clock)
+        wait_s = 0.002 if self.claim == 0 else 0.02
+        threading.Event().wait(wait_s)
+        return replace(report, took_s=report.took_s + wait_s)
+
+
+async def test_a_slow_one_does_fewer_steps_and_holds_nobody_up(mates, monkeypatch):
+    monkeypatch.setattr(sessions, "Worker", UnevenWorker)
+    mates = mates({**VALUES, "outer": {"inner_steps": 2, "budget_s": 0.3}, "members": {"minimum": 2}})
+    fast, slow = await mates.found("a"), await mates.start("b")
+    await mates.until(lambda: slow.progress.rounds >= 8)
+    rounds = [entry for _, entry in sorted(mates.rounds("a").items())]
+    fast.stop()
+    slow.stop()
+    await fast.finished.wait()
+    await slow.finished.wait()
+    together = [entry for entry in rounds if len(entry["members"]) == 2]
+    assert len(together) >= 7
+    assert fast.progress.tokens > 2 * slow.progress.tokens
+    assert (
+        together[-1]["computing"] > 0.5
+    )  # with as many steps for both it would wait nine tenths of the time
 
 
 @pytest.mark.parametrize(("dies", "stays"), ["ab", "ba"])

@@ -21,7 +21,7 @@ import trio
 
 from collectives import Behind, Diverged, NoQuorum, Reduced, RoundFailed, Run, Snapshot
 from collectives.codecs import codec
-from collectives.outer import Offer, Outer
+from collectives.outer import Offer, Outer, OuterError
 from collectives.reduce.feedback import Feedback
 from collectives.reduce.layout import Layout
 from collectives.state_rpc import aside
@@ -110,6 +110,7 @@ class Driver:
         self._nbytes = 4 * worker.model.count
         self._settled = trio.Event()
         self._losses: list[float] = []
+        self._nursery: trio.Nursery | None = None
         self._gradients: dict[str, list[torch.Tensor]] = {}
 
     # ---- to begin with
@@ -155,7 +156,8 @@ class Driver:
                 self.outer.failed(tag)  # what was on its way belongs to the next generation's offers
 
     async def _train(self) -> None:
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as self._nursery:
+            nursery = self._nursery
             while not self.done:
                 for tag in self._due():
                     offer = await self.between(partial(self.outer.offer, tag, self._gradients.pop(tag, None)))
@@ -276,6 +278,14 @@ class Driver:
                 return
         counted = offer.weight if getattr(problem, "counted", None) else None
         await self._fetch(tag, keep=True, counted=counted)
+        await self._offer_again(tag)
+
+    async def _offer_again(self, tag: str) -> None:
+        """What was too late for its round goes into the next one, and need not wait for this member's next turn."""
+        if self.outer.strategy.gradients or not self.outer.untold(tag) or self._nursery is None or self.done:
+            return
+        with contextlib.suppress(OuterError):  # its next turn has come meanwhile
+            self._nursery.start_soon(self._round, await self.between(partial(self.outer.offer, tag)))
 
     async def _fetch(self, tag: str, *, keep: bool, counted: float | None) -> None:
         snapshot: Snapshot | None = None

@@ -230,6 +230,18 @@ async def test_a_slow_one_does_fewer_steps_and_holds_nobody_up(mates, monkeypatc
     )  # with as many steps for both it would wait nine tenths of the time
 
 
+async def test_what_is_always_too_late_for_its_round_is_part_of_a_later_one(mates, monkeypatch):
+    monkeypatch.setattr(sessions, "Worker", UnevenWorker)
+    mates = mates({**VALUES, "outer": {"inner_steps": 10}})
+    fast, slow = await mates.found("a"), await mates.start("b")
+    await mates.until(lambda: slow.progress.rounds >= 3)
+    fast.stop()
+    slow.stop()
+    await fast.finished.wait()
+    await slow.finished.wait()
+    assert agree(mates.rounds("a"), mates.rounds("b")) >= 2
+
+
 @pytest.mark.parametrize(("dies", "stays"), ["ab", "ba"])
 async def test_the_last_survivor_goes_on_whoever_of_the_two_it_is(mates, dies, stays):
     mates = mates(VALUES)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+from node.api.problems import ApiProblem
 
 Kind = Literal["chat", "completion"]
 DONE = b"data: [DONE]\n\n"
@@ -46,6 +48,16 @@ class Told:
         return choice if self.tokens is None else choice | {"token_ids": list(self.tokens)}
 
 
+class Writing(Protocol):
+    """How an endpoint says an answer: as one document, or as a stream's bytes from `begin` to `end` or `fail`."""
+
+    def whole(self, told: Sequence[Told], usage: Usage) -> dict[str, Any]: ...
+    def begin(self, indexes: Sequence[int]) -> bytes: ...
+    def say(self, index: int, told: Told) -> bytes: ...
+    def end(self, usage: Usage) -> bytes: ...
+    def fail(self, problem: ApiProblem) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What all documents of one answer share."""
@@ -69,6 +81,23 @@ class Answer:
             choices.append(one.with_tokens(choice))
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return self._document(name, choices) | {"usage": usage.document()}
+
+    def begin(self, indexes: Sequence[int]) -> bytes:
+        """What a stream starts with."""
+        return b"".join(sse(opening) for index in indexes if (opening := self.opening(index)))
+
+    def say(self, index: int, told: Told) -> bytes:
+        """A piece of a choice."""
+        return b"".join(map(sse, self.piece(index, told)))
+
+    def end(self, usage: Usage) -> bytes:
+        """What a stream ends with."""
+        closing = self.closing(usage)
+        return (sse(closing) if closing else b"") + DONE
+
+    def fail(self, problem: ApiProblem) -> bytes:
+        """The event of a stream that could not go on."""
+        return sse(problem.body())
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The chunk that opens a choice (chat only): it carries the role."""

@@ -125,6 +125,7 @@ def build_app(
             Route("/v1/models", status.models, methods=["GET"]),
             Route("/v1/models/{name:path}", status.model, methods=["GET"]),
             Route("/v1/chat/completions", generation.chat, methods=["POST"]),
+            Route("/v1/responses", generation.responses, methods=["POST"]),
             Route("/v1/completions", generation.completion, methods=["POST"]),
             Route("/v1/embeddings", generation.embeddings, methods=["POST"]),
             Route("/shoal/invite", orders.invite, methods=["POST"]),

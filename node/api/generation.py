@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` and `/v1/completions`: from a parsed request to an answer, whole or streamed.
+"""`/v1/chat/completions`, `/v1/responses`, `/v1/completions`: from a parsed request to an answer, whole or streamed.
 
 A request is prepared (model, prompt tokens, lengths), run as a fan-out of generations, and written. A
 stream's status line waits a moment for the first piece, so that what fails at once fails with its own
@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,15 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from model_shards import ModelError
-from node.api.answers import DONE, KEEPALIVE, Answer, Told, Usage, dump, sse
+from node.api.answers import KEEPALIVE, Answer, Told, Usage, Writing, dump
 from node.api.config import ApiConfig
 from node.api.embeddings import EmbeddingRequest, embed
 from node.api.fanout import Choice, Fanout, open_fanout
 from node.api.fields import parse_json
 from node.api.likelihoods import Likelihoods
 from node.api.problems import ApiProblem, from_error, internal_problem, invalid
-from node.api.requests import SEED_BITS, Options, parse_chat, parse_completion
+from node.api.requests import SEED_BITS, ChatRequest, Options, parse_chat, parse_completion
+from node.api.responses import ResponsesAnswer, parse_responses
 from node.api.terms import Terms, terms_of
 from node.errors import ContextTooLong, GatewayError, ModelNotReady, UnknownModel
 from node.gateway import Gateway, GenerateRequest, ModelInfo
@@ -46,7 +47,7 @@ STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 class Prepared:
     """A request ready to run."""
 
-    answer: Answer
+    answer: Writing
     choices: tuple[Choice, ...]
     prompt_tokens: int
     stream: bool
@@ -95,6 +96,17 @@ class Generation:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         parsed = parse_chat(parse_json(await request.body(), self._config.json_depth_max), self._config)
+        return await self._respond(await self._chat(request, parsed))
+
+    async def responses(self, request: Request) -> Response:
+        """POST /v1/responses."""
+        parsed = parse_responses(parse_json(await request.body(), self._config.json_depth_max), self._config)
+        prepared = await self._chat(request, parsed.chat)
+        model = prepared.choices[0].request.model
+        answer = ResponsesAnswer(f"resp_{secrets.token_hex(12)}", int(time.time()), model, parsed)
+        return await self._respond(replace(prepared, answer=answer))
+
+    async def _chat(self, request: Request, parsed: ChatRequest) -> Prepared:
         info, tokenizer = await self._model(parsed.options.model)
         messages = list(parsed.messages)
         size = sum(len(message["content"]) for message in messages)
@@ -108,7 +120,7 @@ class Generation:
 
         terms = self._terms(request, parsed.options)
         prompt = await self._tokenized(tokenize, size)
-        return await self._respond(self._prepare("chat", info, tokenizer, parsed.options, [prompt], terms))
+        return self._prepare("chat", info, tokenizer, parsed.options, [prompt], terms)
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""
@@ -327,16 +339,15 @@ class _StreamedAnswer(Response):
         except GatewayError as problem:
             if not self._started:
                 raise
-            await self._write(send, sse(from_error(problem).body()))
+            await self._write(send, self._prepared.answer.fail(from_error(problem)))
         except Exception:  # a bug may end one answer, said in its own stream, and no more
             if not self._started:
                 raise
             log.exception("a streamed answer failed")
-            await self._write(send, sse(internal_problem().body()))
+            await self._write(send, self._prepared.answer.fail(internal_problem()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _stream(self, fanout: Fanout, send: Send) -> None:
-        answer = self._prepared.answer
         with trio.move_on_after(self._config.first_byte_s) as patience:
             told = await fanout.receive()
         await self._start(send)
@@ -345,14 +356,13 @@ class _StreamedAnswer(Response):
         while told is not None:
             await self._tell(send, *told)
             told = await self._next(fanout, send)
-        closing = answer.closing(_usage(self._prepared))
-        await self._write(send, (sse(closing) if closing else b"") + DONE)
+        await self._write(send, self._prepared.answer.end(_usage(self._prepared)))
 
     async def _start(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         self._started = True
-        openings = [self._prepared.answer.opening(choice.index) for choice in self._prepared.choices]
-        await self._write(send, b"".join(sse(opening) for opening in openings if opening) or KEEPALIVE)
+        indexes = [choice.index for choice in self._prepared.choices]
+        await self._write(send, self._prepared.answer.begin(indexes) or KEEPALIVE)
 
     async def _next(self, fanout: Fanout, send: Send) -> tuple[int, Piece] | None:
         """The next piece; while there is none, comments keep proxies and clients patient."""
@@ -362,9 +372,9 @@ class _StreamedAnswer(Response):
             await self._write(send, KEEPALIVE)
 
     async def _tell(self, send: Send, index: int, piece: Piece) -> None:
-        chunks = self._prepared.answer.piece(index, self._prepared.told(index, piece))
-        if chunks:
-            await self._write(send, b"".join(map(sse, chunks)))
+        said = self._prepared.answer.say(index, self._prepared.told(index, piece))
+        if said:
+            await self._write(send, said)
 
     async def _write(self, send: Send, data: bytes) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": True})

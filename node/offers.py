@@ -55,7 +55,7 @@ def model_advert(
 def natural_dtype(index: CheckpointIndex) -> str:
     """The checkpoint's own precision: float32 stays, everything else computes in bfloat16."""
     dtypes = {index.tensor(name).dtype for name in index.names()}
-    return "float32" if dtypes == {"float32"} else "bfloat16"
+    return "float32" if dtypes == {"F32"} else "bfloat16"
 
 
 def working_bytes(config: ModelConfig, dtype: str, concurrency: int, widened_tokens: int = 0) -> int:

@@ -89,3 +89,20 @@ def test_a_mixture_of_experts_says_what_one_expert_takes(tmp_path):
     assert (said.experts, said.experts_per_token) == (4, 2)
     assert said.expert_bytes == 3 * wide * hidden * 2
     assert said.experts * said.expert_bytes < said.layer_bytes
+
+
+@pytest.mark.parametrize(
+    ("held", "dtype"), [("float32", "float32"), ("float16", "bfloat16"), ("bfloat16", "bfloat16")]
+)
+def test_a_checkpoint_of_full_precision_keeps_it_unless_told_otherwise(tmp_path, held, dtype):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(getattr(torch, held)).save_pretrained(tmp_path)
+    files = (ModelConfig.from_dir(tmp_path), CheckpointIndex.open(tmp_path))
+    assert advert(files, dtype="auto").dtype == dtype
+    assert advert(files, dtype="bfloat16").dtype == "bfloat16"

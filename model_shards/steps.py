@@ -25,9 +25,9 @@ class Step:
     to there: "last_hidden" (of the last position) or "mean" (of all, so every step of the session must ask).
 
     With a ``window`` the step's rows are a token that is certain, at ``position``, and guesses at what follows it.
-    The last stage, which must know the window's tokens and sample, says which were right. A stage before it is told by
+    A last stage that samples, for which it must know the window's tokens, says which were right. Any other is told by
     its session's next step, which starts so many positions further as ``kept`` names rows of the window. What a
-    window gives has the very bits of single steps."""
+    window gives has the very bits of single steps, so that text that is known can be computed again as windows."""
 
     session: str
     position: int
@@ -63,8 +63,8 @@ class Step:
             return "asks to pool a window"
         if self.tokens is not None and self.tokens != window.tokens:
             return "has a window of other tokens than its own"
-        if last and (self.sample is None or not window.tokens):
-            return "has a window at the last layer, which must have tokens and be sampled"
+        if last and self.sample is not None and not window.tokens:
+            return "has a window at the last layer that is sampled, but its tokens are not known"
         return ""
 
     def kept_problem(self, length: int, loose: int) -> str:

@@ -59,8 +59,10 @@ class DaemonConfig:
     `ends_require` are tags that hosts of the models shared here must have. `rebalance_s`: how often plans are weighed
     against better ones and copies against demand. `queue_max` requests wait here for their turn, `queue_wait_s` at
     most; `deadline_s` and `first_token_s` hold for every request (None: what its client says). A node that failed is
-    first avoided for `avoid_s`. Prefill and decode go to separate chains where that saves the share `split_gain` of a
-    request's time (1: never). `relay_mbps` (Mbit/s) is what this node relays with for members that cannot be reached
+    first avoided for `avoid_s`; where nobody can take the place of one that a running answer lost, `mend_wait_s` pass
+    before the answer ends. What stages hand on is kept for such cases, in up to `history_bytes` of memory and then in
+    eight times as much on the disk. Prefill and decode go to separate chains where that saves the share `split_gain` of
+    a request's time (1: never). `relay_mbps` (Mbit/s) is what this node relays with for members that cannot be reached
     otherwise, where it can be reached itself (0: it does not; nor does one with the tag `metered`), `upload_mbps` what
     it gives others of models' files with (None: no limit, 0: nothing). `disk_bytes` bounds what it fetches of them.
     `upnp`: the home's router is asked to forward a port. `mdns`: members on the same LAN are found by multicast. With
@@ -101,6 +103,8 @@ class DaemonConfig:
     deadline_s: float | None = None
     first_token_s: float | None = None
     avoid_s: float = 10.0
+    mend_wait_s: float = 15.0
+    history_bytes: int = 64 * 2**20
     split_gain: float = 0.15
     relay_mbps: float = 20.0
     upload_mbps: float | None = None
@@ -286,6 +290,8 @@ _PARSERS: dict[str, Any] = {
     "deadline": _seconds,
     "first_token": _seconds,
     "avoid": _seconds,
+    "mend_wait": _seconds,
+    "history": parse_size,
     "split_gain": _share,
     "relay_mbps": _megabits,
     "upload_mbps": _megabits,
@@ -302,6 +308,8 @@ _TARGETS = {
     "deadline": "deadline_s",
     "first_token": "first_token_s",
     "avoid": "avoid_s",
+    "mend_wait": "mend_wait_s",
+    "history": "history_bytes",
 }
 _LISTS = ("listen", "models", "api_keys", "tags", "require", "ends_require")
 

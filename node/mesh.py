@@ -38,7 +38,9 @@ from node.planning import Planning
 from node.preview import preview_document
 from node.probe import Probe
 from node.reaching import Reaching
-from node.serve.gateway import MeshGateway, serve_config
+from node.serve.config import serve_config
+from node.serve.gateway import MeshGateway
+from node.serve.history import Shelf
 from node.serve.returns import Returns
 from node.serve.stage import StageService
 from node.settling import Settling
@@ -72,6 +74,8 @@ TICK_S = 1.0
 JOIN_WAIT_S = 8.0
 LINKS_EVERY_S = 10.0
 BYE_S = 0.8
+HISTORY_DISK = 8
+"""So many times as much of what stages hand on may lie on the disk as in memory."""
 ATLAS_AGE_S = 0.1
 """The view is read anew after every change, and after so long without one: records also expire."""
 INLINE_NODES_MAX = 32
@@ -137,7 +141,8 @@ class MeshNode:
         )
         self.suspects = Suspects(grace_s=config.suspect_grace_s)
         returns = Returns(self.rpc)
-        self.stages = StageService(self.rpc, self.me, returns, self.hosts.compute)
+        shelf = Shelf(config.history_bytes, HISTORY_DISK * config.history_bytes, data.scratch_path())
+        self.stages = StageService(self.rpc, self.me, returns, self.hosts.compute, shelf=shelf)
         self.gateway = MeshGateway(
             self.rpc, self.me, returns, self.library, self.atlas, self._detail, self.mesh_json, metrics,
             serve_config(config),
@@ -176,6 +181,8 @@ class MeshNode:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await nursery.start(self.rpc.run)
+            await nursery.start(self.stages.run)
+            await nursery.start(self.gateway.run)
             await nursery.start(self.links.run)
             await nursery.start(self._watch_peers)
             await nursery.start(self._watch_records)

@@ -101,7 +101,11 @@ class Metrics:
         self.passes = counter("shoal_passes", "Passes through a chain that made tokens.")
         self.drafts = counter("shoal_spec_decode_num_draft_tokens", "Tokens guessed.")
         self.accepted = counter("shoal_spec_decode_num_accepted_tokens", "Tokens guessed rightly.")
-        self.replays = counter("shoal_replays", "Spans recomputed after a node was lost.")
+        self.failovers = counter("shoal_failovers", "Chains that were joined anew while a request ran.")
+        self.replayed = counter("shoal_replayed_tokens", "Positions computed again for lost stages.")
+        self.stall = histogram(
+            "shoal_failover_stall_seconds", "Seconds without a token at a failover.", FIRST_TOKEN_BUCKETS_S
+        )
         self.first_token = histogram(
             "shoal_time_to_first_token_seconds", "Seconds until the first token.", FIRST_TOKEN_BUCKETS_S
         )
@@ -214,9 +218,12 @@ class Metrics:
         self.drafts.labels(model).inc(guessed)
         self.accepted.labels(model).inc(right)
 
-    def count_replay(self, model: str) -> None:
-        """A lost span was recomputed elsewhere."""
-        self.replays.labels(model).inc()
+    def count_failover(self, model: str, stall_s: float, replayed: int) -> None:
+        """A request went on over another chain, after `stall_s` without a token; its stages computed `replayed`
+        positions again."""
+        self.failovers.labels(model).inc()
+        self.replayed.labels(model).inc(replayed)
+        self.stall.labels(model).observe(stall_s)
 
     def count_prefix(self, model: str, queries: int, hits: int) -> None:
         """`queries` prompt tokens were looked up in the prefix cache, `hits` were there."""

@@ -27,7 +27,7 @@ from p2p.host import ByteStream
 from p2p.identity import PeerId
 from p2p.messages import Codec, Encoded
 from p2p.rpc_core import LaneCore
-from p2p.rpc_state import CallState, MessageLimits, Received
+from p2p.rpc_state import CallerLeft, CallState, MessageLimits, Received
 from p2p.rpc_types import LaneName
 
 logger = logging.getLogger(__name__)
@@ -318,6 +318,16 @@ class Channel(Generic[R, S]):
         self._incoming = incoming
         self._outgoing = outgoing
         self._limits = limits
+
+    @property
+    def left(self) -> bool:
+        """Whether the caller left by itself, as against a connection that was lost."""
+        return isinstance(self._port.state.failure, CallerLeft)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the connection below was lost."""
+        return isinstance(self._port.state.failure, P2pError)
 
     async def send(self, message: S) -> None:
         """Send `message`, waiting while the other side does not take it.

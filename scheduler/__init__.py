@@ -8,6 +8,7 @@ them, in `online` and `admission`; the simulator is `scheduler.sim`.
 from scheduler.admission import Admission, AdmissionConfig, Ticket
 from scheduler.bench import bench_plan
 from scheduler.board import Facts
+from scheduler.bridging import bridge
 from scheduler.corrections import Corrections, Observation
 from scheduler.document import preview
 from scheduler.errors import (
@@ -80,6 +81,7 @@ __all__ = [
     "Wanted",
     "adopt",
     "bench_plan",
+    "bridge",
     "choose_chain",
     "device_id",
     "make_plan",

@@ -183,6 +183,18 @@ class Compute:
                 self.engine.close(session)
             self._nudge()
 
+    async def settle(self, session: str) -> int:
+        """How many positions an open session holds once nothing of it is at work any more; what waited is dropped.
+        Raises ModelError."""
+        self._forget(self._batcher.dropped(session))
+        async with self._idle:
+            return self.engine.position(session)
+
+    async def rewind(self, session: str, position: int) -> None:
+        """The session goes on at `position`; guesses beyond what it holds are forgotten. Raises ModelError."""
+        async with self._idle:
+            self.engine.rewind(session, position)
+
     async def step(self, step: Step) -> StepResult:
         """Run one step, in pieces if it is long, each in some batch, and return its result."""
         found = [await self._part(part) for part in _pieces(step)]

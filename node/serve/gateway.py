@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -21,7 +22,6 @@ import trio
 from model_shards import Tokenizer
 from node.adverts import AdapterAdvert, ModelAdvert
 from node.atlas import Atlas
-from node.config import DaemonConfig
 from node.errors import (
     ContextTooLong,
     DeadlinePassed,
@@ -35,7 +35,10 @@ from node.gateway import GenerateRequest, ModelInfo, TokenEvent
 from node.metrics import Metrics
 from node.serve.booking import booked
 from node.serve.choosing import embedding_of, sampling_asked
+from node.serve.config import ServeConfig
+from node.serve.failover import Choose
 from node.serve.faults import raise_single
+from node.serve.flow import Flow, Stall, Way, open_flow, release_room
 from node.serve.forecast import Pace, seats
 from node.serve.intake import Intake, Place
 from node.serve.prefixes import marks_of
@@ -49,15 +52,12 @@ from node.serve.protocol import (
     StageRef,
 )
 from node.serve.returns import Returns
-from node.serve.selection import Choice, Selector, Wish
-from node.serve.session import CacheStale, Elsewhere, Observe, Session, open_session
-from node.serve.split import Answer, open_split, openings
+from node.serve.selection import Choice, Selector, Wish, as_stages
+from node.serve.session import CacheStale, Elsewhere, Observe
 from p2p import P2pError, Rpc
 from scheduler import (
     Admission,
-    AdmissionConfig,
     Health,
-    HealthConfig,
     NoChain,
     NoRoom,
     Rejected,
@@ -66,7 +66,6 @@ from scheduler import (
 )
 from scheduler.admission import Capacity
 from scheduler.outlook import Aims
-from scheduler.parting import GAIN
 
 if TYPE_CHECKING:
     from node.library import Library
@@ -74,7 +73,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("shoal.gateway")
 TRIES_MAX = 3
 EVENTS_BUFFERED = 64
-WINDOW_ROWS = 8
 CHAIN_WAIT_S = 1.0
 BUSY_WAIT_S = 0.2
 HANDOVER_SLACK = 4.0
@@ -86,33 +84,6 @@ PARALLEL_PRIOR = 4
 UNKNOWN_TOKENS_PER_S = 50.0
 AIMS = Aims(first_s=5.0, token_s=0.25)
 """What a request that names no target of its own should keep if it can be had."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServeConfig:
-    """How this gateway admits and judges. `wait_s` bounds the wait of requests that name no target of their own;
-    `split_gain` is the share of a request's time that separate chains for prefill and decode must save (1: never).
-    Passes check up to `window` tokens at once, the certain one among them (1: no guesses)."""
-
-    wait_s: float = 60.0
-    window: int = WINDOW_ROWS
-    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
-    health: HealthConfig = field(default_factory=HealthConfig)
-    split_gain: float = GAIN
-
-
-def serve_config(config: DaemonConfig) -> ServeConfig:
-    """What the daemon was told of serving. A straggler is avoided longer than a node that failed: it still answers,
-    and so says itself when it got better."""
-    return ServeConfig(
-        wait_s=config.queue_wait_s,
-        admission=AdmissionConfig(
-            waiting_max=config.queue_max, waiting_a_client_max=max(1, config.queue_max // 2)
-        ),
-        health=HealthConfig(out_s=config.avoid_s, slow_s=3 * config.avoid_s),
-        split_gain=config.split_gain,
-        window=WINDOW_ROWS if config.speculate == "lookup" else 1,
-    )
 
 
 @dataclass(slots=True)
@@ -197,6 +168,7 @@ class MeshGateway:
         self._paces: dict[str, Pace] = {}
         self._priors: dict[str, float] = {}
         self._numbers = itertools.count()
+        self._nursery: trio.Nursery | None = None
         self.intake = Intake(self._config.admission, self._capacity)
         self.live: dict[str, LiveRequest] = {}
 
@@ -452,8 +424,9 @@ class MeshGateway:
     @contextlib.asynccontextmanager
     async def _session(
         self, work: _Work, choice: Choice, prompt: tuple[int, ...]
-    ) -> AsyncIterator[tuple[Session | Answer, LiveRequest]]:
-        """One session over one chain, as its stream of tokens. Raises StageLost, Overloaded or CacheStale."""
+    ) -> AsyncIterator[tuple[Flow, LiveRequest]]:
+        """One session over one chain and those that take its place, as its stream of tokens. Raises StageLost,
+        Overloaded or CacheStale."""
         request, name = work.request, secrets.token_hex(12)
         opening = SessionOpen(
             session=name,
@@ -472,11 +445,6 @@ class MeshGateway:
             adapter=work.adapter,
             window=self._config.window,
         )
-
-        def heard(stage: int, queues_s: tuple[float, ...]) -> None:
-            if self._selector.ledger.heard(name, stage, queues_s):
-                self._think_again(name, work, choice)
-
         live = LiveRequest(
             request.request_id,
             request.model,
@@ -492,22 +460,71 @@ class MeshGateway:
             prompt_tokens=len(prompt), new_tokens=work.tokens_left, priority=work.priority,
         )  # fmt: skip
         with booking as handed_over:
+            way = self._way(work, choice, name, live, handed_over)
+            within_s = min(HANDOVER_S_MAX, max(HANDOVER_S_MIN, HANDOVER_SLACK * choice.handover_s))
             try:
-                if choice.prefill is None:
-                    async with open_session(
-                        self._rpc, self._returns, opening, prompt, self._observing(choice), heard
-                    ) as session:
-                        yield session, live
-                else:
-                    within_s = max(HANDOVER_S_MIN, HANDOVER_SLACK * choice.handover_s)
-                    chains = openings(opening, choice.prefill.stages, min(within_s, HANDOVER_S_MAX))
-                    observe = self._observing(choice.prefill), self._observing(choice)
-                    async with open_split(
-                        self._rpc, self._returns, *chains, prompt, observe, handed_over
-                    ) as answer:
-                        yield answer, live
+                patience = self._config.patience
+                async with open_flow(way, opening, choice, prompt, patience, within_s, self._release) as flow:
+                    yield flow, live
             finally:
                 del self.live[name]
+
+    def _way(
+        self, work: _Work, choice: Choice, session: str, live: LiveRequest, handed_over: Callable[[], None]
+    ) -> Way:
+        """How one session of a request finds the mesh, and this gateway hears of it."""
+
+        def heard(stage: int, queues_s: tuple[float, ...]) -> None:
+            if self._selector.ledger.heard(session, stage, queues_s):
+                self._think_again(session, work, choice)
+
+        def moved(other: Choice) -> None:
+            live.chain, live.prefill = other.stages, ()
+            handed_over()
+            self._selector.ledger.closed(session, trio.current_time())
+            self._selector.ledger.opened(
+                session,
+                work.model.manifest_id,
+                as_stages(other.stages),
+                tokens=len(work.prompt) + work.tokens_left,
+                prompt_tokens=0,
+                priority=work.priority,
+                now_s=trio.current_time(),
+            )
+
+        def stalled(stall: Stall) -> None:
+            model, told = work.model.name, ", ".join(stall.peers)
+            log.info(
+                "request %s: %s replaced after %.3f s, %d positions computed again",
+                work.request.request_id, told, stall.seconds, stall.replayed,
+            )  # fmt: skip
+            self._metrics.count_failover(model, stall.seconds, stall.replayed)
+
+        return Way(
+            self._rpc, self._returns, self._observing, heard, partial(self._seek, work), moved, stalled, handed_over
+        )  # fmt: skip
+
+    def _seek(self, work: _Work, order: Choose) -> Choice | None:
+        """Phase 2 for a chain that lost stages. Who is to be avoided failed just now."""
+        now_s = trio.current_time()
+        for peer in order.avoid:
+            self._selector.health.failed(peer, now_s)
+        wish = replace(self._wish_of(work, ()), exclude=order.avoid, aims=Aims())
+        try:
+            return self._selector.mend(self._atlas(), work.model, wish, order.kept, now_s)
+        except (NoChain, NoRoom, Rejected):
+            return None
+
+    def _release(self, session: str, peers: set[str]) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(release_room, self._rpc, session, peers)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """What goes on beside requests, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
 
     def _observing(self, choice: Choice) -> Observe:
         def observe(stage: int, tokens: int, seconds: float) -> None:

@@ -14,12 +14,14 @@ from node.serve.protocol import SessionOpen
 
 class Asking:
     """One session's text and its guesses. `ends` are tokens that end the answer, `share()` is how many rows a window
-    may have beside what else this node has to do."""
+    may have beside what else this node has to do. `made` tokens of the answer came before it began to ask."""
 
-    def __init__(self, request: SessionOpen, ends: frozenset[int], share: Callable[[], int]) -> None:
+    def __init__(
+        self, request: SessionOpen, ends: frozenset[int], share: Callable[[], int], made: int = 0
+    ) -> None:
         self._share = share
         # The first token of a session that takes a cache over was made where that comes from.
-        self._left = request.new_tokens_max - bool(request.sources)
+        self._left = request.new_tokens_max - (made or bool(request.sources))
         self._asked_s: float | None = None
         self._speculation = (
             Speculation(PromptLookup(), Pace(request.window), ends) if request.window > 1 else None

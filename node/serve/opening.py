@@ -6,6 +6,7 @@ from model_shards import WINDOW_ROWS_MAX
 from node.adverts import MANIFEST_ID
 from node.serve.protocol import (
     BACKGROUND,
+    EPOCHS_MAX,
     HANDOVER_S_MAX,
     ID_CHARS_MAX,
     MARK_BYTES,
@@ -48,6 +49,7 @@ def checked(request: SessionOpen, me: str, caller: str) -> StageRef:
         if stages and stages[-1].end != request.stages[-1].end:
             raise RpcRefusal("invalid", f"stages end at {stages[-1].end} and {request.stages[-1].end}")
     _check_handover(request)
+    _check_epoch(request)
     if request.pool:
         _check_pool(request)
     stage = request.stages[request.index]
@@ -81,3 +83,15 @@ def _check_handover(request: SessionOpen) -> None:
         raise RpcRefusal("invalid", f"window is {request.window}, expected 0 to {WINDOW_ROWS_MAX}")
     if not 0.0 <= request.handover_s <= HANDOVER_S_MAX:
         raise RpcRefusal("invalid", f"handover_s is {request.handover_s:g}, expected 0 to {HANDOVER_S_MAX:g}")
+
+
+def _check_epoch(request: SessionOpen) -> None:
+    """Refuse what no honest gateway sends of chains that are joined anew."""
+    if not 0 <= request.epoch <= EPOCHS_MAX:
+        raise RpcRefusal("invalid", f"epoch is {request.epoch}, expected 0 to {EPOCHS_MAX}")
+    if not 0 <= request.made < request.new_tokens_max or len(request.said) not in (0, request.made):
+        raise RpcRefusal("invalid", f"{request.made} of {request.new_tokens_max} tokens are made")
+    if not request.epoch and request.made:
+        raise RpcRefusal("invalid", "a session begins with no tokens made")
+    if request.epoch and (request.marks or request.heirs or request.sources or request.pool):
+        raise RpcRefusal("invalid", "a chain that is joined anew takes no cache over")

@@ -35,6 +35,8 @@ PAYLOAD_BYTES_MAX = 64 << 20
 SESSION_S_MAX = 6 * 3600.0
 HANDOVER_S_MAX = 600.0
 HANDOVER_BYTES_MAX = 8 << 20
+EPOCHS_MAX = 1 << 16
+PROBE_S_MAX = 30.0
 EMBEDDING_BYTES_MAX = 1 << 20
 """One part of a cache on its way; all but rare ones are a good deal smaller."""
 
@@ -90,6 +92,10 @@ class SessionOpen:
     `adapter` is the manifest id of an adapter that every stage applies, or none.
 
     With a `pool` (see model_shards.Step) the session reads its prompt for an embedding, which comes instead of a token.
+
+    A chain that broke is joined anew under a higher `epoch`: who has the session goes on with it, the others begin at
+    position 0, and each says from where on it wants to be fed. `made` tokens of the answer are known to the gateway,
+    which feeds the first stage; `said` are these tokens, where the choice of the next depends on them.
     """
 
     session: str
@@ -111,11 +117,19 @@ class SessionOpen:
     pool: Literal["", "last_hidden", "mean"] = ""
     adapter: str = ""
     window: int = 0
+    epoch: int = 0
+    made: int = 0
+    said: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> int:
+        """Positions whose tokens the gateway knows."""
+        return self.prompt_tokens + self.made
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids (int32, [n]) from the gateway to the first stage, a chunk at a time."""
+    """Token ids (int32, [n]) of the text that the gateway knows, for the first stage, a chunk at a time."""
 
     position: int
     tokens: Tensor
@@ -151,7 +165,9 @@ class SessionNote:
     """What is said back up the chain: stage number `stage` is done with the `tokens` positions from `position` on.
 
     Its predecessor fills in the `seconds` it took as seen from outside and says it on. A stage's first note has no
-    tokens but `queues_s`: the seconds of prompts that waited here when the session was opened, by priority.
+    tokens but `queues_s`: the seconds of prompts that waited here when the session was opened, by priority. In a chain
+    that is joined anew it says from which position on it `want`s to be fed (-1: it does not say), and the `reach` of it
+    and all below: how many positions the furthest of them has.
     """
 
     stage: int
@@ -159,6 +175,8 @@ class SessionNote:
     tokens: int = 0
     seconds: float = -1.0
     queues_s: tuple[float, ...] = ()
+    want: int = -1
+    reach: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +185,7 @@ class ReturnOpen:
 
     session: str
     role: Role
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +229,47 @@ class HandoverPart:
     rows: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class ProbeAsk:
+    """How far are your stages of this session?"""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """One stage of a session at the node asked, which starts at layer `start` and takes part under `epoch`: it was
+    given the positions below `given`, did those below `done` (the last stage: and returned the tokens after them), and
+    is at work on the rest for `busy_s` seconds."""
+
+    start: int
+    epoch: int
+    given: int
+    done: int
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeAnswer:
+    """All stages of the session there."""
+
+    stages: tuple[StageReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseAsk:
+    """The session is over: its room is free. Only its gateway may say so."""
+
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """How many stages of it were there."""
+
+    stages: int
+
+
 SESSION = Method(
     name="serve.session",
     request=SessionOpen,
@@ -236,4 +296,10 @@ HANDOVER = Method(
     payload_bytes_max=HANDOVER_BYTES_MAX,
     deadline_s=SESSION_S_MAX,
     lane="bulk",
+)
+PROBE = Method(
+    name="serve.probe", request=ProbeAsk, reply=ProbeAnswer, body_bytes_max=4096, deadline_s=PROBE_S_MAX
+)
+RELEASE = Method(
+    name="serve.release", request=ReleaseAsk, reply=Released, body_bytes_max=4096, deadline_s=PROBE_S_MAX
 )

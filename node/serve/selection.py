@@ -15,7 +15,7 @@ from node.atlas import Atlas
 from node.serve.forecast import room_tokens
 from node.serve.prefixes import Finder, Holding, Teller, read_summary
 from node.serve.protocol import BACKGROUND, PIECE_TOKENS, Priority, StageRef
-from scheduler import ChainRequest, Health, Hosted, Links, NoChain, NoRoom, Rejected, Stage, node_of
+from scheduler import ChainRequest, Health, Hosted, Links, NoChain, NoRoom, Rejected, Stage, bridge, node_of
 from scheduler.ledger import Ledger
 from scheduler.outlook import Aims, Offer, Outlook, Surveyor
 from scheduler.parting import GAIN, Holder, Parted, part
@@ -244,6 +244,30 @@ class Selector:
         request = _held(self._request(model, wish), stages, choice.reuse)
         better = outlook.instead(stages, request, wish.aims, tries=tries)
         return None if better is None else self._choice(better, hosted, links, wish, reuse=0)
+
+    def mend(
+        self,
+        atlas: Atlas,
+        model: ModelAdvert,
+        wish: Wish,
+        kept: Sequence[StageRef],
+        now_s: float,
+    ) -> Choice:
+        """A chain through the stages `kept`, as far as their nodes still host them, for a session that lost the others.
+        Raises NoChain, NoRoom or Rejected."""
+        there = [
+            stage
+            for stage in as_stages(kept)
+            if any(
+                h.node == stage.node and h.start <= stage.start < stage.end <= h.end
+                for h in self._read(atlas, model).plain
+            )
+        ]
+        hosted = self.spans(atlas, model, now_s, priority=wish.priority)
+        links = self._read(atlas, model).links
+        chain = bridge(hosted, links, self._request(model, wish), there)
+        offer = Offer(chain.stages, chain.cost_s, 0.0, chain.cost_s, 0.0)
+        return self._choice(offer, [*hosted, *self._read(atlas, model).plain], links, wish, reuse=0)
 
     def observe(self, choice: Choice, stage: int, tokens: int, seconds: float, now_s: float) -> None:
         """A stage took `seconds` for `tokens` positions, as the one before it saw it."""

@@ -13,8 +13,10 @@ from contextlib import asynccontextmanager
 import torch
 import trio
 
-from model_shards import tensor_to_bytes
+from model_shards import WINDOW_ROWS_MAX, tensor_to_bytes
+from node.errors import StageLost
 from node.serve.faults import leaves, raise_as_gateway_error
+from node.serve.lineage import parts
 from node.serve.protocol import (
     PIECE_TOKENS,
     SESSION,
@@ -69,8 +71,10 @@ class Session:
         self._tokens = tokens
         self._observe = observe
         self._heard = heard
-        self._begun = False
+        self._begun = opening.epoch > 0
         self._watch = Stopwatch()
+        self._wants: dict[int, int] = {}
+        self._joined = trio.Event()
 
     def __aiter__(self) -> AsyncIterator[TokenOut]:
         return self
@@ -95,6 +99,24 @@ class Session:
             piece = Prompt(position, Tensor(*tensor_to_bytes(ids)))
             await self._channel.send(SessionInput(prompt=piece))
 
+    async def joined(self) -> int:
+        """In a chain that is joined anew: wait until every stage has found its place. How many positions all of them
+        compute again, or for the first time."""
+        await self._joined.wait()
+        return sum(max(0, self._opening.known - want) for want in self._wants.values())
+
+    async def feed_again(self, text: tuple[int, ...]) -> None:
+        """What the first stage lacks of `text`, the prompt and the answer as far as it is known."""
+        await self._joined.wait()
+        prompt, known = self._opening.prompt_tokens, self._opening.known
+        spans = [(p, min(p + PIECE_TOKENS, prompt)) for p in range(0, prompt, PIECE_TOKENS)]
+        spans += [(p, p + 1) for p in range(prompt, known)]
+        first = self._wants[0]
+        for part in parts([s for s in spans if s[0] >= first], prompt, known, WINDOW_ROWS_MAX):
+            ids = torch.tensor(text[part.start : part.end], dtype=torch.int32)
+            piece = Prompt(part.start, Tensor(*tensor_to_bytes(ids)))
+            await self._channel.send(SessionInput(prompt=piece))
+
     async def begin(self, token: int, prompt: tuple[int, ...]) -> None:
         """The first token into a session whose cache comes from another one, and the prompt before it where it is to
         guess from that."""
@@ -114,6 +136,11 @@ class Session:
         with contextlib.suppress(EndOfChannel):
             while True:
                 note = await self._channel.receive()
+                if note.want >= 0:
+                    self._wants[note.stage] = note.want
+                    if note.stage == 0:
+                        self._joined.set()
+                    continue
                 if note.queues_s:
                     if not self._begun and _sane(note.queues_s):
                         self._heard(note.stage, note.queues_s)
@@ -143,14 +170,17 @@ async def open_session(
     observe: Observe,
     heard: Heard = _nothing,
 ) -> AsyncIterator[Session]:
-    """Run a session for as long as the block lasts. Without a prompt it waits for its first token, see `begin`. Raises
-    StageLost, Overloaded, CacheStale or Elsewhere."""
+    """Run a session for as long as the block lasts. Without a prompt it waits for its first token, see `begin`; a chain
+    that is joined anew is given all of the text that is known. Raises StageLost, Overloaded, CacheStale or
+    Elsewhere."""
     first, last = opening.stages[0].peer, opening.stages[-1].peer
     try:
-        with returns.expect(opening.session, "gateway", last) as tokens:
+        with returns.expect(opening.session, "gateway", last, opening.epoch) as tokens:
             async with rpc.open(first, SESSION, opening) as channel, trio.open_nursery() as nursery:
                 session = Session(opening, channel, tokens, observe, heard)
-                if prompt:
+                if opening.epoch:
+                    nursery.start_soon(session.feed_again, prompt)
+                elif prompt:
                     nursery.start_soon(session.feed, prompt)
                 nursery.start_soon(session.listen)
                 yield session
@@ -162,4 +192,7 @@ async def open_session(
             if isinstance(leaf, CallFailed) and (leaf.detail or {}).get("reuse", "").isdecimal():
                 kept = int(leaf.detail["reuse"][:9]) // PIECE_TOKENS * PIECE_TOKENS
                 raise CacheStale(min(kept, opening.reuse - PIECE_TOKENS)) from None
+            if isinstance(leaf, CallFailed) and opening.epoch:
+                # Whatever a stage says, another one may take its place.
+                raise StageLost((leaf.detail or {}).get("peer", leaf.peer), leaf.message) from None
         raise_as_gateway_error(problem, first)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 
 import torch
 import trio
 
 from model_shards import WINDOW_ROWS_MAX, Sampling, Step, Window, tensor_from_bytes
-from node.serve.compute import Compute
+from node.serve.choosing import known_tokens
 from node.serve.feed import InputChannel, in_time, piece, until_closed
 from node.serve.guessing import Asking
 from node.serve.handover import Giver, Taking
-from node.serve.prefixes import first_mark, next_mark, scope_of, stand_ins, told_mark
+from node.serve.lineage import Footing, answered_to, boundary, footing
+from node.serve.lodger import Lodger
+from node.serve.prefixes import first_mark, next_mark
 from node.serve.protocol import (
     IDLE_S_MAX,
     PIECE_TOKENS,
@@ -24,31 +25,10 @@ from node.serve.protocol import (
     SessionOpen,
     TokenOut,
 )
-from node.serve.relay import Above, Onward
+from node.serve.relay import UNASKED, Above, Onward, Relay
 from node.serve.returns import Returns
+from node.serve.tail import Tail
 from p2p import EndOfChannel, RpcRefusal
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a session's prompt is to this stage's cache: `told` marks of its whole pieces and the ids that stand for
-    them, the scope, how many positions to `keep` at the end (None: whatever is cached)."""
-
-    scope: str
-    told: tuple[bytes, ...]
-    stand_ins: tuple[int, ...]
-    keep: int | None
-
-    @classmethod
-    def of(cls, request: SessionOpen, compute: Compute) -> Plan:
-        scope, marks = scope_of(request.stages, request.index), request.marks
-        if not compute.engine.shares_prefixes:
-            return cls(scope, (), (), None)
-        stage = request.stages[request.index]
-        told = tuple(told_mark(scope, stage.start, stage.end, mark) for mark in marks)
-        if request.index == 0:
-            return cls(scope, told, (), len(marks) * PIECE_TOKENS)
-        return cls(scope, told, stand_ins(marks, compute.engine.span.config.vocab), None)
 
 
 class Stage:
@@ -57,8 +37,7 @@ class Stage:
     def __init__(
         self,
         request: SessionOpen,
-        compute: Compute,
-        plan: Plan,
+        lodger: Lodger,
         onward: Onward,
         above: Above,
         giver: Giver | None = None,
@@ -67,15 +46,59 @@ class Stage:
         returns: Returns | None = None,
     ) -> None:
         self._request = request
-        self._compute = compute
+        self._lodger = lodger
+        self._compute = lodger.compute
         self._returns = returns
-        self._plan = plan
         self._onward = onward
         self._above = above
         self._giver = giver
         self._taking = taking
         self._sampling = sampling
         self._last = request.index == len(request.stages) - 1
+        self._reach = 0
+        self._guessed: tuple[int, ...] = ()
+
+    async def rejoin(self) -> int:
+        """Find the place in a chain that was joined anew, say it above and feed the stage below what it lacks; the
+        position that comes next. Raises ModelError, OSError."""
+        request, lodger, onward = self._request, self._lodger, self._onward
+        position = await self._compute.settle(lodger.name)
+        prompt = request.prompt_tokens
+        if isinstance(onward, Relay):
+            note = await onward.joined()
+            own = boundary(min(position, lodger.history.end), prompt)
+            foot = footing(own, lodger.history.start, note.want, prompt)
+            self._reach = max(own, note.reach)
+        else:
+            own = answered_to(position, prompt, lodger.told_from + len(lodger.told))
+            foot, self._reach = Footing(own, own), own
+        await self._compute.rewind(lodger.name, foot.want)
+        lodger.history.truncate(foot.want)
+        del lodger.text[foot.want :]
+        lodger.given = lodger.done = foot.want
+        if foot.want < prompt:
+            lodger.plan = lodger.plan.again()
+        if self._last:
+            self._recall()
+        lodger.stands()
+        await self._above.say(SessionNote(request.index, UNASKED, want=foot.want, reach=self._reach))
+        if isinstance(onward, Relay):
+            await onward.replay(foot.resend, foot.want, prompt, request.known)
+        elif isinstance(onward, Tail):
+            await onward.again()
+        return foot.want
+
+    def _recall(self) -> None:
+        """What the choice of tokens depends on, and what of it is told again."""
+        request, lodger = self._request, self._lodger
+        if lodger.told_from + len(lodger.told) < request.made:
+            lodger.told, lodger.told_from = [], request.made
+        if self._sampling is not None and self._sampling.wants_history:
+            later = [token.token for token in lodger.told[max(0, request.made - lodger.told_from) :]]
+            answer = [*known_tokens(request.said, self._compute), *later]
+            prompt = lodger.text[: request.prompt_tokens]
+            unknown = [-1] * (request.prompt_tokens - len(prompt))
+            self._compute.engine.recall(lodger.name, [*prompt, *unknown, *answer], request.prompt_tokens)
 
     async def lead(
         self,
@@ -83,22 +106,37 @@ class Stage:
         returned: trio.MemoryReceiveChannel[TokenOut],
         prompt: tuple[int, ...],
     ) -> None:
-        """The first stage: the prompt from the gateway, then each token as the last stage returns it."""
-        request = self._request
-        position, mark = 0, first_mark(request.adapter)
+        """The first stage: what the gateway knows of the text from there, then each token as the last stage returns
+        it."""
+        request, lodger = self._request, self._lodger
         ends = frozenset(() if request.ignore_eos else self._compute.engine.span.config.eos_ids)
-        asking = Asking(request, ends, self._compute.window_rows)
+        if request.epoch:
+            position = await self.rejoin()
+            position = await self._read_again(channel, position)
+            asking = Asking(request, ends, self._compute.window_rows, position - request.prompt_tokens)
+            asking.read(lodger.text)
+        else:
+            asking = Asking(request, ends, self._compute.window_rows)
+            position = await self._read(asking, channel, prompt)
+        await self._answer(asking, returned, position)
+        await until_closed(channel)
+
+    async def _read(self, asking: Asking, channel: InputChannel, prompt: tuple[int, ...]) -> int:
+        """The prompt, or the first token of an answer whose prompt was read elsewhere; where the next one stands."""
+        request, text = self._request, self._lodger.text
+        position, mark = 0, first_mark(request.adapter)
         if self._taking is not None:
             while request.window > 1 and position < request.prompt_tokens:
                 tokens = await piece(channel, position, request.prompt_tokens)
                 asking.read(tokens)
+                text.extend(tokens)
                 position += len(tokens)
             position = request.prompt_tokens
             first = await piece(channel, position, position + 1, IDLE_S_MAX)
             asking.read(first)
             # What this step takes is mostly waiting for the cache, and says nothing of the stage.
             await self._step(position, True, tokens=first, tell=False)
-            position += 1
+            return position + 1
         while position < request.prompt_tokens:
             if position < len(prompt):
                 tokens = prompt[position : position + PIECE_TOKENS]
@@ -109,16 +147,44 @@ class Stage:
             asking.read(tokens)
             if position >= request.reuse:
                 await self._step(position, end == request.prompt_tokens, tokens=tokens, tell=True)
+            else:
+                text.extend(tokens)
             position = end
-        await self._answer(asking, returned, position)
-        await until_closed(channel)
+        return position
+
+    async def _read_again(self, channel: InputChannel, position: int) -> int:
+        """The text as far as the gateway knows it; where the first token stands that must be returned."""
+        request, kept = self._request, tuple[int, ...]()
+        while position < request.known:
+            tokens = await piece(channel, position, request.known)
+            end, window = position + len(tokens), None
+            if position >= request.prompt_tokens and len(tokens) > 1:
+                if len(tokens) > WINDOW_ROWS_MAX or end >= request.known:
+                    raise RpcRefusal("invalid", f"{len(tokens)} tokens of the answer at position {position}")
+                window = Window.line(tokens)
+            await self._step(
+                position, end >= request.known, tokens=tokens, tell=False, window=window, kept=kept
+            )
+            kept = tuple(range(1, len(tokens))) if window is not None else ()
+            position = end
+        return position
 
     async def _answer(
         self, asking: Asking, returned: trio.MemoryReceiveChannel[TokenOut], position: int
     ) -> None:
         """The tokens of each pass, as they return, into the next one, whose first one stands at `position`."""
         came: list[TokenOut] = []
+        prompt_tokens = self._request.prompt_tokens
         async for token in returned:
+            if token.index < position - prompt_tokens and self._request.epoch:
+                if token.finish is not None:
+                    return
+                continue
+            if token.index != position - prompt_tokens + len(came) and self._request.epoch:
+                last = self._request.stages[-1].peer
+                raise RpcRefusal(
+                    "unavailable", f"{last} returned token {token.index} out of turn", detail={"peer": last}
+                )
             came.append(token)
             if token.finish is not None:
                 return
@@ -131,9 +197,13 @@ class Stage:
                     "unavailable", f"{last} returned tokens that nobody guessed", detail={"peer": last}
                 )
             position += len(kept)
+            if position < self._reach:
+                # Below, what is certain is not computed twice, and guesses cannot be told apart from it.
+                window = Window.line(window.tokens[:1])
             guesses = window if window.rows > 1 else None
             if guesses is not None and not self._last and self._returns is not None:
-                await self._returns.guess(self._request.session, Guesses(position, window.tokens))
+                guessed = Guesses(position, window.tokens)
+                await self._returns.guess(self._request.session, guessed, self._request.epoch)
             told = next((one.index for one in came if one.index % TELL_EVERY_TOKENS == 0), None)
             # The gateway has a watch on the token itself, which need not be the pass's last one.
             noted = None if told is None else self._request.prompt_tokens + told
@@ -161,6 +231,8 @@ class Stage:
     async def follow(self, channel: InputChannel) -> None:
         """A later stage: activations until the one before closes."""
         device = self._compute.engine.span.device
+        if self._request.epoch:
+            await self.rejoin()
         with contextlib.suppress(EndOfChannel):
             while True:
                 given = (await in_time(channel, IDLE_S_MAX)).activations
@@ -183,7 +255,8 @@ class Stage:
             return None
         if max(len(given.parents), len(given.kept)) > WINDOW_ROWS_MAX:
             raise RpcRefusal("invalid", f"a window has up to {WINDOW_ROWS_MAX} rows")
-        return Window(given.parents, await self._onward.guesses(given.position) if self._last else ())
+        tells = self._last and given.sample
+        return Window(given.parents, await self._onward.guesses(given.position) if tells else ())
 
     async def _step(
         self,
@@ -197,7 +270,8 @@ class Stage:
         kept: tuple[int, ...] = (),
         noted: int | None = None,
     ) -> None:
-        name, pool = self._request.session, self._request.pool
+        lodger, pool = self._lodger, self._request.pool
+        name = lodger.name
         if self._last and pool:
             # A mean is the sum of every piece's rows.
             step = Step(name, position, tokens, hidden, pool=pool if sample or pool == "mean" else None)
@@ -206,13 +280,26 @@ class Stage:
             step = Step(name, position, tokens, hidden, sampling, window=window, kept=kept)
         if self._taking is not None:
             await self._taking.wait()
+        lodger.given, lodger.busy_from_s = position + step.count, trio.current_time()
         result = await self._compute.step(step)
         if self._giver is not None:
             self._giver.filled(position + step.count)
+        if tokens is not None:
+            self._note(step)
         await self._onward.put(step, result, sample, tell)
-        told = self._plan.told
+        lodger.done, lodger.busy_from_s = position + step.count, None
+        told = lodger.plan.told
         if told and position + step.count == len(told) * PIECE_TOKENS:
             self._compute.held.use(told)
         if tell:
             where = position if noted is None else noted
             await self._above.say(SessionNote(self._request.index, where, step.certain))
+
+    def _note(self, step: Step) -> None:
+        """The first stage's text, as far as it is certain."""
+        text, tokens = self._lodger.text, step.tokens or ()
+        if self._guessed and len(text) + len(step.kept) == step.position:
+            text.extend(self._guessed[row] for row in step.kept)
+        self._guessed = tokens if step.window is not None else ()
+        if len(text) == step.position:
+            text.extend(tokens[: step.certain])

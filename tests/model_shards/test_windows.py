@@ -335,13 +335,27 @@ BAD = {
         Step("s", 21, tokens=(5, 6, 7), window=Window((-1, 0, 1), (5, 6)), sample=GREEDY), "with 2 tokens"
     ),
     "other_size": (Step("s", 21, tokens=(5, 6), window=WINDOW, sample=GREEDY), "3 rows over 2"),
-    "not_sampled": (Step("s", 21, tokens=(5, 6, 7), window=WINDOW), "be sampled"),
     "pooled": (Step("s", 21, tokens=(5, 6, 7), window=WINDOW, sample=GREEDY, pool="mean"), "pool a window"),
     "outside_the_vocabulary": (
         Step("s", 21, tokens=(5, 97), window=Window.line((5, 97)), sample=GREEDY), "vocabulary"
     ),
     "keeps_what_is_not_there": (Step("s", 23, tokens=(5,), kept=(1, 2), sample=GREEDY), "position 23, expected 21"),
 }  # fmt: skip
+
+
+def test_text_that_is_known_is_computed_again_in_windows_with_the_bits_of_single_steps(llama, tools):
+    engine = tools.engines_of(llama.directory, (0, 4))[0]
+    known, found = (5, 6, 7, 8, 9, 10), []
+    for name in ("single", "windows"):
+        engine.open(name, 0, 4, 64)
+        engine.run([Step(name, 0, tokens=PROMPT)])
+    for number, token in enumerate(known):
+        found = engine.run([Step("single", 21 + number, tokens=(token,), sample=GREEDY)])
+    engine.run([Step("windows", 21, tokens=known[:3], window=Window.line(known[:3]))])
+    engine.run([Step("windows", 24, tokens=known[3:5], window=Window.line(known[3:5]), kept=(1, 2))])
+    again = engine.run([Step("windows", 26, tokens=known[5:], kept=(1,), sample=GREEDY)])
+    assert (again[0].token, again[0].logprob) == (found[0].token, found[0].logprob)
+    assert engine.position("windows") == engine.position("single")
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -14,6 +14,8 @@ from node.atlas import Atlas
 from node.gateway import GenerateRequest
 from node.metrics import Metrics
 from node.serve.compute import Compute
+from node.serve.config import ServeConfig
+from node.serve.failover import Patience
 from node.serve.gateway import MeshGateway
 from node.serve.returns import Returns
 from node.serve.stage import StageService
@@ -47,7 +49,7 @@ class Node:
 class Ring:
     """Stages on nodes of their own plus a gateway that hosts nothing."""
 
-    def __init__(self, network, nodes, gateway, spans):
+    def __init__(self, network, nodes, gateway, spans, config=None):
         self.network, self.nodes, self.entry = network, nodes, gateway
         self.spans = spans
         self.suspects = set()
@@ -55,7 +57,15 @@ class Ring:
         self.adapters = {}
         self.metrics = Metrics()
         self.gateway = MeshGateway(
-            gateway.rpc, gateway.me, gateway.returns, None, self.atlas, lambda model: "", dict, self.metrics
+            gateway.rpc,
+            gateway.me,
+            gateway.returns,
+            None,
+            self.atlas,
+            lambda model: "",
+            dict,
+            self.metrics,
+            config,
         )
 
     def count(self, name):
@@ -91,17 +101,21 @@ class Ring:
             adapters=self.adapters,
         )
 
+    @property
+    def living(self):
+        return [node for node in self.nodes if node.me in self.network.hosts]
+
     def busy(self):
-        return sum(node.computes[MANIFEST].engine.sessions() for node in self.nodes)
+        return sum(node.computes[MANIFEST].engine.sessions() for node in self.living)
 
     async def quiet(self):
         with trio.fail_after(5):
-            while self.busy() or len(self.entry.returns) or any(node.stages.sessions for node in self.nodes):
+            while self.busy() or len(self.entry.returns) or any(node.stages.sessions for node in self.living):
                 await trio.lowlevel.checkpoint()
 
 
 @asynccontextmanager
-async def ring_of(model, spans, copies=1):
+async def ring_of(model, spans, copies=1, serve=None):
     config, index, tokenizer = model
     network = MemoryNetwork()
     spans = [span for span in spans for _ in range(copies)]
@@ -110,6 +124,7 @@ async def ring_of(model, spans, copies=1):
     async with trio.open_nursery() as nursery:
         for node in [*nodes, gateway]:
             await nursery.start(node.rpc.run)
+            await nursery.start(node.stages.run)
         for node, (start, end) in zip(nodes, spans, strict=True):
             engine = Engine(load_span(embedded.path(), index, config, start, end), kv_bytes_max=KV_BYTES)
             grammars = partial(Grammars, tokenizer, config.vocab, config.eos_ids)
@@ -119,7 +134,9 @@ async def ring_of(model, spans, copies=1):
         for i, node in enumerate(everyone):
             for other in everyone[:i]:
                 await node.host.connect(other.host.addrs())
-        yield Ring(network, nodes, gateway, spans)
+        ring = Ring(network, nodes, gateway, spans, serve or ServeConfig(patience=Patience(mend_s=0.3)))
+        await nursery.start(ring.gateway.run)
+        yield ring
         nursery.cancel_scope.cancel()
 
 

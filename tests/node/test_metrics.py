@@ -62,9 +62,9 @@ def test_a_generation_that_fails_no_longer_counts_as_running(enter) -> None:
 
 def test_two_nodes_in_one_process_count_apart() -> None:
     first, second = Metrics(), Metrics()
-    first.count_replay("m")
-    assert sample(first, 'shoal_replays_total{model_name="m"}') == 1
-    assert sample(second, 'shoal_replays_total{model_name="m"}') is None
+    first.count_failover("m", 0.2, 5)
+    assert sample(first, 'shoal_replayed_tokens_total{model_name="m"}') == 5
+    assert sample(second, 'shoal_failovers_total{model_name="m"}') is None
 
 
 def test_mesh_gauges_come_from_the_mesh_document_and_forget_what_is_gone() -> None:

@@ -507,8 +507,9 @@ class MeshGateway:
     def _seek(self, work: _Work, order: Choose) -> Choice | None:
         """Phase 2 for a chain that lost stages. Who is to be avoided failed just now."""
         now_s = trio.current_time()
-        for peer in order.avoid:
+        for peer in order.avoid - work.excluded:
             self._selector.health.failed(peer, now_s)
+        work.excluded |= order.avoid
         wish = replace(self._wish_of(work, ()), exclude=order.avoid, aims=Aims())
         try:
             return self._selector.mend(self._atlas(), work.model, wish, order.kept, now_s)

@@ -112,8 +112,9 @@ class Relay(Onward):
     async def put(self, step: Step, result: StepResult, sample: bool, tell: bool) -> None:
         if result.hidden is None:
             raise RpcRefusal("internal", "the engine gave no activations for the next stage")
-        self._keep(step, result.hidden)
-        rows = result.hidden.shape[0]
+        made = result.hidden.cpu()
+        self._keep(step, made)
+        rows = made.shape[0]
         skip = max(0, self._below - step.position)
         if skip >= rows:
             self._cut = rows
@@ -127,7 +128,7 @@ class Relay(Onward):
         self._cut, self._owed = skip, ()
         if len(parents) == 1:
             parents = ()
-        hidden = Tensor(*tensor_to_bytes(result.hidden[skip:]))
+        hidden = Tensor(*tensor_to_bytes(made[skip:]))
         if tell:
             self._watch.sent(step.position + skip, trio.current_time())
         await self._say(Activations(step.position + skip, hidden, sample, tell, parents, kept))

@@ -53,6 +53,7 @@ def environment(directory: Path) -> dict[str, str]:
         "XDG_CONFIG_HOME": str(directory),
         "XDG_DATA_HOME": str(directory),
         "PYTHONPATH": str(ROOT),
+        "SHOAL_MEND_WAIT": "3",
     }
 
 

@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +49,11 @@ from node.serve.protocol import (
     NORMAL,
     Priority,
     SessionOpen,
-    StageRef,
 )
 from node.serve.returns import Returns
 from node.serve.selection import Choice, Selector, Wish, as_stages
 from node.serve.session import CacheStale, Elsewhere, Observe
+from node.serve.work import LiveRequest, Outcome, Stream, Work
 from p2p import P2pError, Rpc
 from scheduler import (
     Admission,
@@ -82,62 +82,6 @@ PRIORITIES: dict[str, Priority] = {"high": HIGH, "normal": NORMAL, "background":
 PARALLEL_PRIOR = 4
 """Requests that are supposed not to slow one another down, until it was measured."""
 UNKNOWN_TOKENS_PER_S = 50.0
-AIMS = Aims(first_s=5.0, token_s=0.25)
-"""What a request that names no target of its own should keep if it can be had."""
-
-
-@dataclass(slots=True)
-class LiveRequest:
-    """A request under way: what the dashboard and the metrics show."""
-
-    request_id: str
-    model: str
-    chain: tuple[StageRef, ...]
-    began_s: float
-    tokens: int = 0
-    reused: int = 0
-    priority: str = "normal"
-    prefill: tuple[StageRef, ...] = ()
-
-
-@dataclass(slots=True)
-class _Outcome:
-    """How a stream ended, when it did not end by its last token."""
-
-    problem: GatewayError | None = None
-
-
-@dataclass(slots=True)
-class _Work:
-    """A request on its way: what of it is done, and what it knows of chains (`left`: those it left for better ones)."""
-
-    request: GenerateRequest
-    model: ModelAdvert
-    priority: Priority
-    give_up_s: float
-    arrived_s: float = 0.0
-    made: list[int] = field(default_factory=list)
-    excluded: set[str] = field(default_factory=set)
-    left: int = 0
-    adapter: str = ""
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """The prompt and what was made of the answer so far."""
-        return (*self.request.prompt, *self.made) if self.made else self.request.prompt
-
-    @property
-    def tokens_left(self) -> int:
-        return self.request.max_tokens - len(self.made)
-
-    def aims(self, now_s: float) -> Aims:
-        """What it should keep from now on."""
-        first_s = self.request.first_token_s
-        if self.priority == BACKGROUND:
-            return Aims()
-        if self.made or first_s is None:
-            return AIMS
-        return Aims(first_s - (now_s - self.arrived_s), strict=True)
 
 
 class MeshGateway:
@@ -223,14 +167,14 @@ class MeshGateway:
                 raise DeadlinePassed(request.deadline_s or 0.0)
             patience_s = max(CHAIN_WAIT_S, arrived_s + (ticket.target_s or 0.0) - trio.current_time())
             give_up_s = trio.current_time() + patience_s
-            work = _Work(request, model, PRIORITIES[request.priority], give_up_s, arrived_s, adapter=adapter)
+            work = Work(request, model, PRIORITIES[request.priority], give_up_s, arrived_s, adapter=adapter)
             work.made += request.made
             send, receive = trio.open_memory_channel[TokenEvent](EVENTS_BUFFERED)
-            outcome = _Outcome()
+            outcome = Outcome()
             try:
                 async with trio.open_nursery() as nursery, receive:
                     nursery.start_soon(self._run, work, place, end_s, send, outcome)
-                    yield _Stream(receive, outcome)
+                    yield Stream(receive, outcome)
                     nursery.cancel_scope.cancel()
             except BaseExceptionGroup as group:
                 raise_single(group)
@@ -275,11 +219,11 @@ class MeshGateway:
 
     async def _run(
         self,
-        work: _Work,
+        work: Work,
         place: Place,
         end_s: float,
         send: trio.MemorySendChannel[TokenEvent],
-        outcome: _Outcome,
+        outcome: Outcome,
     ) -> None:
         """Fill the request's stream; whatever ends it early becomes its outcome."""
         async with send:
@@ -291,7 +235,7 @@ class MeshGateway:
             if overall.cancelled_caught:
                 outcome.problem = DeadlinePassed(work.request.deadline_s or 0.0)
 
-    async def _turns(self, work: _Work, place: Place, send: trio.MemorySendChannel[TokenEvent]) -> None:
+    async def _turns(self, work: Work, place: Place, send: trio.MemorySendChannel[TokenEvent]) -> None:
         """Work in turns: background requests give their room away whenever others need it."""
         while True:
             busy: Overloaded | None = None
@@ -312,7 +256,7 @@ class MeshGateway:
             else:
                 return
 
-    async def _attempts(self, work: _Work, send: trio.MemorySendChannel[TokenEvent]) -> None:
+    async def _attempts(self, work: Work, send: trio.MemorySendChannel[TokenEvent]) -> None:
         """Tokens from one chain; another chain is tried while nothing has been shown yet."""
         spare: list[Choice] = []
         attempt = 1
@@ -345,7 +289,7 @@ class MeshGateway:
                 await trio.sleep(BUSY_WAIT_S * attempt)
             attempt += 1
 
-    async def _through(self, work: _Work, choice: Choice, send: trio.MemorySendChannel[TokenEvent]) -> None:
+    async def _through(self, work: Work, choice: Choice, send: trio.MemorySendChannel[TokenEvent]) -> None:
         """Tokens through one chain."""
         request, prompt = work.request, work.prompt
         before, pace = len(work.made), self._paces.setdefault(work.model.manifest_id, Pace())
@@ -374,7 +318,7 @@ class MeshGateway:
                 if ended:
                     return
 
-    async def _choose(self, work: _Work) -> Choice:
+    async def _choose(self, work: Work) -> Choice:
         """Phase 2. Right after a loss the view may lag, so an uncovered model is asked about again for a moment; for
         room one waits as long as the request may."""
         # A mean needs every row: nothing may come from a cache.
@@ -399,7 +343,7 @@ class MeshGateway:
                     raise ModelNotReady(detail or f"{work.model.name} is not served completely now") from None
             await trio.sleep(0.05)
 
-    def _wish_of(self, work: _Work, marks: tuple[bytes, ...]) -> Wish:
+    def _wish_of(self, work: Work, marks: tuple[bytes, ...]) -> Wish:
         wish = self._wish(work.request, work.prompt, work.tokens_left, marks, frozenset(work.excluded))
         return replace(wish, aims=work.aims(trio.current_time()))
 
@@ -423,7 +367,7 @@ class MeshGateway:
 
     @contextlib.asynccontextmanager
     async def _session(
-        self, work: _Work, choice: Choice, prompt: tuple[int, ...]
+        self, work: Work, choice: Choice, prompt: tuple[int, ...]
     ) -> AsyncIterator[tuple[Flow, LiveRequest]]:
         """One session over one chain and those that take its place, as its stream of tokens. Raises StageLost,
         Overloaded or CacheStale."""
@@ -470,7 +414,7 @@ class MeshGateway:
                 del self.live[name]
 
     def _way(
-        self, work: _Work, choice: Choice, session: str, live: LiveRequest, handed_over: Callable[[], None]
+        self, work: Work, choice: Choice, session: str, live: LiveRequest, handed_over: Callable[[], None]
     ) -> Way:
         """How one session of a request finds the mesh, and this gateway hears of it."""
 
@@ -504,7 +448,7 @@ class MeshGateway:
             self._rpc, self._returns, self._observing, heard, partial(self._seek, work), moved, stalled, handed_over
         )  # fmt: skip
 
-    def _seek(self, work: _Work, order: Choose) -> Choice | None:
+    def _seek(self, work: Work, order: Choose) -> Choice | None:
         """Phase 2 for a chain that lost stages. Who is to be avoided failed just now."""
         now_s = trio.current_time()
         for peer in order.avoid - work.excluded:
@@ -533,7 +477,7 @@ class MeshGateway:
 
         return observe
 
-    def _think_again(self, session: str, work: _Work, choice: Choice) -> None:
+    def _think_again(self, session: str, work: Work, choice: Choice) -> None:
         """Every stage has said how much work it had. Raises Elsewhere where another chain should be taken, Overloaded
         where none would keep what the client asked for."""
         now_s, wish = trio.current_time(), self._wish_of(work, marks_of(work.prompt, work.adapter))
@@ -592,22 +536,3 @@ def _wait_that_helps(request: GenerateRequest, choice: Choice, wait_s: float | N
         late = f"even served at once it would take {-least:.1f} s longer than it may"
         raise Overloaded(min(60.0, max(1.0, -least)), late)
     return least
-
-
-class _Stream:
-    """Plain iteration: no cancel scope is held between two events, so a fault reaches the reader as an exception."""
-
-    def __init__(self, receive: trio.MemoryReceiveChannel[TokenEvent], outcome: _Outcome) -> None:
-        self._receive = receive
-        self._outcome = outcome
-
-    def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        try:
-            return await self._receive.receive()
-        except trio.EndOfChannel:
-            if self._outcome.problem is not None:
-                raise self._outcome.problem from None
-            raise StopAsyncIteration from None

@@ -38,9 +38,8 @@ from node.planning import Planning
 from node.preview import preview_document
 from node.probe import Probe
 from node.reaching import Reaching
-from node.serve.config import serve_config
+from node.serve.config import serve_config, shelf_of
 from node.serve.gateway import MeshGateway
-from node.serve.history import Shelf
 from node.serve.returns import Returns
 from node.serve.stage import StageService
 from node.settling import Settling
@@ -74,8 +73,6 @@ TICK_S = 1.0
 JOIN_WAIT_S = 8.0
 LINKS_EVERY_S = 10.0
 BYE_S = 0.8
-HISTORY_DISK = 8
-"""So many times as much of what stages hand on may lie on the disk as in memory."""
 ATLAS_AGE_S = 0.1
 """The view is read anew after every change, and after so long without one: records also expire."""
 INLINE_NODES_MAX = 32
@@ -141,8 +138,7 @@ class MeshNode:
         )
         self.suspects = Suspects(grace_s=config.suspect_grace_s)
         returns = Returns(self.rpc)
-        shelf = Shelf(config.history_bytes, HISTORY_DISK * config.history_bytes, data.scratch_path())
-        self.stages = StageService(self.rpc, self.me, returns, self.hosts.compute, shelf=shelf)
+        self.stages = StageService(self.rpc, self.me, returns, self.hosts.compute, shelf_of(config, data))
         self.gateway = MeshGateway(
             self.rpc, self.me, returns, self.library, self.atlas, self._detail, self.mesh_json, metrics,
             serve_config(config),

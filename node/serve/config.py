@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from node.config import DaemonConfig
+from node.datadir import DataDir
 from node.serve.failover import Patience
+from node.serve.history import Shelf
 from scheduler import AdmissionConfig, HealthConfig
 from scheduler.parting import GAIN
 
 WINDOW_ROWS = 8
+HISTORY_DISK = 8
+"""So many times as much of what stages hand on may lie on the disk as in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +43,8 @@ def serve_config(config: DaemonConfig) -> ServeConfig:
         patience=Patience(mend_s=config.mend_wait_s),
         window=WINDOW_ROWS if config.speculate == "lookup" else 1,
     )
+
+
+def shelf_of(config: DaemonConfig, data: DataDir) -> Shelf:
+    """Where stages keep what they hand on."""
+    return Shelf(config.history_bytes, HISTORY_DISK * config.history_bytes, data.scratch_path())

@@ -59,8 +59,8 @@ class StageService:
         me: str,
         returns: Returns,
         lookup: Lookup,
-        *,
         shelf: Shelf | None = None,
+        *,
         keep_s: float = KEEP_S,
     ) -> None:
         self._rpc = rpc
@@ -266,7 +266,7 @@ class StageService:
             try:
                 with stay.work, _upstream(lodger, stay):
                     await self._work(lodger, stay, onward, above, giver, tokens, prompt)
-            except Exception as problem:
+            except Exception as problem:  # what is not handled here is raised again
                 if not lodger.mendable or self._failed(lodger, stay, problem):
                     raise
                 # The fault is here, and what the stages below have is still good: only this one's place is lost.

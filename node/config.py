@@ -160,7 +160,8 @@ def parse_layers(value: Any, name: str = "layers") -> tuple[int, int]:
 def parse_model(value: Any, name: str = "model") -> ModelSource:
     """`DIR` or `DIR=NAME`; without a name the directory's own is taken."""
     directory, _, given = str(value).partition("=")
-    chosen = given or (EMBEDDED if directory == EMBEDDED else Path(directory).resolve().name)
+    own = directory.partition("@")[0] if directory.startswith("hf:") else directory
+    chosen = given or (EMBEDDED if directory == EMBEDDED else Path(own).resolve().name)
     if not directory or not NAME_PATTERN.match(chosen):
         raise ConfigProblem(name, value, "DIR or DIR=NAME, the name of letters, digits and . _ : / -")
     return ModelSource(directory, chosen)

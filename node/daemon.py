@@ -22,13 +22,16 @@ import trio
 
 from model_shards import ModelError
 from node import embedded
+from node.adverts import AdapterAdvert
 from node.api import ApiConfig, build_app, serve_http
 from node.config import EMBEDDED, DaemonConfig, ModelSource, describe, parse_tags
 from node.console import Console, set_up_logging
 from node.datadir import DataDir, Membership
-from node.errors import ConfigProblem, ControlProblem, NodeError
+from node.errors import ConfigProblem, ControlProblem, HubProblem, NodeError
 from node.examine import examine
 from node.hardware import Hardware, default_threads, measure
+from node.hub import PREFIX
+from node.library import Progress
 from node.mesh import MeshNode, open_mesh
 from node.metrics import Metrics
 from node.serve.faults import leaves
@@ -141,29 +144,31 @@ class Daemon:
         """Publish a directory of a model, or of an adapter of `base`; yields hashing progress, then how far it is
         served, then its end."""
         node = self._living()
-        progress = {"done": 0, "total": 0}
+        progress: dict[str, Any] = {"state": "hashing", "done": 0, "total": 0}
 
-        def report(done: int, total: int) -> None:
-            progress.update(done=done, total=total)
+        def report(state: str, done: int, total: int) -> None:
+            progress.update(state=state, done=done, total=total)
 
-        source = ModelSource(str(directory), name)
+        source = ModelSource(directory.as_posix(), name)
         asked = Asked(copies, _tags(require, "require"), _tags(ends_require, "ends_require"), base)
         box: dict[str, Any] = {}
 
         async def publish() -> None:
             try:
-                box["model"] = await node.sharing.add(model_directory(source), name, asked, report)
+                place = await _directory(node, source, partial(report, "fetching"))
+                box["model"] = await node.sharing.add(place, name, asked, partial(report, "hashing"))
             except (ModelError, OSError, P2pError, NodeError) as problem:
                 box["problem"] = problem
 
         node.start_soon(publish)
         while not box:
-            yield {"state": "hashing", **progress}
+            yield dict(progress)
             await trio.sleep(0.2)
         if "problem" in box:
             raise ControlProblem(str(box["problem"]))
         manifest_id = box["model"].manifest_id
-        yield {"state": "published", "model": name, "manifest": manifest_id}
+        tuned = isinstance(box["model"], AdapterAdvert)
+        yield {"state": "published", "model": name, "manifest": manifest_id, "adapter": tuned}
         while True:
             ready, detail = node.sharing.state(manifest_id)
             yield {
@@ -306,8 +311,9 @@ class Daemon:
             self.console.busy(label)
             report = partial(_report, self.console, label)
             try:
-                offered.append(await node.sharing.add(model_directory(source), source.name, Asked(), report))
-            except (ModelError, OSError) as problem:
+                place = await _directory(node, source, report)
+                offered.append(await node.sharing.add(place, source.name, Asked(), report))
+            except (ModelError, OSError, HubProblem) as problem:
                 raise ControlProblem(f"{source.directory} cannot be shared: {problem}") from None
         with trio.move_on_after(SERVED_WAIT_S):
             while offered and not all(self._settled(node, model.manifest_id) for model in offered):
@@ -347,6 +353,14 @@ def api_config(config: DaemonConfig) -> ApiConfig:
     return ApiConfig(
         api_keys=config.api_keys, request_deadline_s=config.deadline_s, first_token_s=config.first_token_s
     )
+
+
+async def _directory(node: MeshNode, source: ModelSource, report: Progress) -> Path:
+    """The directory of a source, fetched from the hub where it lies there. Raises ConfigProblem, HubProblem, ModelError
+    and P2pError."""
+    if source.directory.startswith(PREFIX):
+        return await node.stock.hub.fetch(source.directory, report)
+    return model_directory(source)
 
 
 def model_directory(source: ModelSource) -> Path:

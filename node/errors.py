@@ -9,6 +9,7 @@
             ConfigProblem           a field of the configuration: its name, the value, and what would be right
             DataDirProblem          the data directory or a file in it cannot be used
             ListenProblem           the HTTP address cannot be bound
+            HubProblem              a model cannot be had from the Hugging Face hub
         GatewayError                what a request for text can meet; the API answers each in OpenAI's shape
             UnknownModel            the mesh has no model of that name
             ModelNotReady           the mesh has it, but not every layer is served now
@@ -51,6 +52,10 @@ class ConfigProblem(LocalFault):
         self.name = name
         self.value = value
         self.expected = expected
+
+
+class HubProblem(LocalFault):
+    """A model cannot be had from the Hugging Face hub, or not be kept."""
 
 
 class DataDirProblem(LocalFault):

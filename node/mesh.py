@@ -166,7 +166,9 @@ class MeshNode:
         def dropped(manifest_id: str) -> bool:
             return manifest_id in self.offering.drops.held
 
-        stock = Stock(self.me, self.blobs, self.library, self.atlas, self.hosts.spans, dropped)
+        stock = Stock(
+            self.me, self.blobs, self.library, self.atlas, self.hosts.spans, dropped, self._data.root
+        )
         stock.set_upload(self.config.upload_mbps)
         return stock
 

@@ -7,9 +7,11 @@ would have. The limits (disk, upload) may change while the node runs. It fetches
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from node.atlas import Atlas
+from node.hub import Hub
 from node.library import Library, small_files
 from p2p import BlobExchange, Manifest
 from scheduler import node_of
@@ -30,6 +32,7 @@ class Stock:
         atlas: Callable[[], Atlas],
         spans: Callable[[], Mapping[str, Sequence[Span]]],
         dropped: Callable[[str], bool],
+        root: Path,
     ) -> None:
         self._me = me
         self._blobs = blobs
@@ -37,6 +40,7 @@ class Stock:
         self._atlas = atlas
         self._spans = spans
         self._dropped = dropped
+        self.hub = Hub(root / "hub", blobs.store.check_room)
         blobs.keep = self.kept
 
     # -- limits ----------------------------------------------------------------------------------------------------
@@ -134,7 +138,7 @@ class Stock:
                         for peer, count in sorted(one.sources.items())
                     ],
                 }
-                for one in blobs.fetching()
+                for one in (*blobs.fetching(), *self.hub.fetching())
             ],
             "dropped_sources": [
                 {

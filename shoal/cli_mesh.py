@@ -22,6 +22,7 @@ from shoal.errors import CommandFailed, DaemonGarbled, UsageProblem
 from shoal.mesh_view import MeshView, ModelView, NodeView, layer_range, layer_words, node_state, short_peer
 
 EMBEDDED = "embedded"
+HUB = "hf:"
 POLL_S = 0.25
 WATCH_S = 1.0
 # How long a mesh may find no room for a model before nobody waits for it: nodes may just be coming.
@@ -146,14 +147,14 @@ def _model_row(model: ModelView) -> tuple[str, ...]:
 def add(options: argparse.Namespace) -> int:
     """Publish a directory, wait until the mesh serves it, say where the layers went."""
     directory, name = model_source(options.directory, options.name)
-    tuned = directory != EMBEDDED and is_adapter(Path(directory))
+    tuned = directory != EMBEDDED and not directory.startswith(HUB) and is_adapter(Path(directory))
     if tuned and (options.copies != 1 or options.require or options.ends_require):
         raise UsageProblem(
             "an adapter goes where its base is: --copies, --require and --ends-require are not for it"
         )
     client = connect(options.api, options.data_dir)
     with terminal.progress(quiet=options.json) as progress:
-        publish(
+        tuned |= publish(
             client, directory, name, options.copies, progress, base=options.base or "",
             require=options.require, ends_require=options.ends_require,
         )  # fmt: skip
@@ -198,6 +199,8 @@ def model_source(directory: str, name: str | None) -> tuple[str, str]:
     """A model's directory, absolute, and its name, for the daemon. Raises CommandFailed, UsageProblem."""
     if directory == EMBEDDED:
         return EMBEDDED, name or EMBEDDED
+    if directory.startswith(HUB):
+        return directory, name or directory.partition("@")[0].rpartition("/")[2]
     path = Path(directory).expanduser().resolve()
     if not path.is_dir():
         raise CommandFailed(f"{directory} is not a directory")
@@ -216,21 +219,26 @@ def publish(
     progress: terminal.Progress,
     base: str = "",
     **tags: Sequence[str],
-) -> None:
-    """Have the daemon publish `directory`; returns once the mesh knows the model. Raises ShoalError."""
+) -> bool:
+    """Have the daemon publish `directory`; returns once the mesh knows the model, with whether it is an adapter. Raises
+    ShoalError."""
     body = {"directory": directory, "name": name, "copies": copies}
     body |= {"base": base} if base else {}
     body |= {field: list(wanted) for field, wanted in tags.items() if wanted}
-    label = f"reading {name}"
+    label, tuned = f"reading {name}", False
     progress(label, None)
     with closing(client.ndjson("/shoal/models", body)) as events:
         for event in map(one_event, events):
             done, total = event.get("done"), event.get("total")
-            if event.get("state") not in (None, "hashing"):
+            if event.get("state") == "fetching":
+                label = f"fetching {name}"
+            elif event.get("state") not in (None, "hashing"):
+                tuned = event.get("adapter") is True
                 break  # published; the rest of the stream is about placing, which `wait_served` shows better
             if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
                 progress(label, min(done / total, 1.0), f"{terminal.size(done)} of {terminal.size(total)}")
     progress(label, 1.0)
+    return tuned
 
 
 def wait_served(

@@ -276,11 +276,14 @@ def _model_commands(commands: Any) -> None:
         "share a model directory with the mesh",
         "Publish a Hugging Face model directory (config.json, *.safetensors, tokenizer.json), or that of a\n"
         "LoRA adapter (adapter_config.json), and wait until the mesh serves it. The files stay where they\n"
-        "are; others fetch only their layers.",
-        "  shoal add ~/models/Qwen3-4B --name qwen3-4b\n  shoal add ~/pirate-lora --base qwen3-4b",
+        "are; others fetch only their layers. hf:ORG/REPO comes from the Hugging Face hub first.",
+        "  shoal add ~/models/Qwen3-4B --name qwen3-4b\n  shoal add hf:Qwen/Qwen3-4B\n"
+        "  shoal add ~/pirate-lora --base qwen3-4b",
     )
     add.add_argument(
-        "directory", metavar="DIR", help="the model's directory; 'embedded' is the built-in model"
+        "directory",
+        metavar="DIR",
+        help="the model's directory, or hf:ORG/REPO[@REVISION]; 'embedded' is built in",
     )
     add.add_argument("--name", metavar="NAME", help="its name in the mesh (default: the directory's)")
     add.add_argument(
@@ -310,6 +313,10 @@ def _model_commands(commands: Any) -> None:
     _json(add, "where the layers went")
     _where(add)
 
+    _serving_commands(commands)
+
+
+def _serving_commands(commands: Any) -> None:
     models = _add(commands, "models", "shoal.cli_mesh:models", "list the models of the mesh")
     _json(models, "the models")
     _where(models)

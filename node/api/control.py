@@ -102,8 +102,10 @@ class ControlApi:
         """
         fields = await self.fields(request)
         directory = Path(fields.text("directory", chars_max=PATH_CHARS_MAX))
-        if not directory.is_absolute() and str(directory) != "embedded":
-            raise invalid("directory", str(directory), "an absolute path on this computer, or embedded")
+        if not directory.is_absolute() and not str(directory).startswith(("embedded", "hf:")):
+            raise invalid(
+                "directory", str(directory), "an absolute path on this computer, hf:ORG/REPO or embedded"
+            )
         name = fields.text("name", chars_max=NAME_CHARS_MAX)
         copies = fields.integer("copies", 1, 1, COPIES_MAX) or 1
         require, ends_require = _texts(fields, "require"), _texts(fields, "ends_require")

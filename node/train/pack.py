@@ -77,7 +77,7 @@ def fresh_model(recipe: Recipe, corpus: Corpus) -> TrainModel:
     inner = recipe.inner
     return make_model(
         recipe.model, corpus.vocab, corpus.end_id,
-        seed=inner.seed, precision=inner.precision, recompute=inner.recompute,
+        seed=inner.seed, precision=inner.precision, recompute=inner.recompute, compiled=inner.compile,
     )  # fmt: skip
 
 
@@ -85,4 +85,10 @@ def empty_model(pack: Pack) -> TrainModel:
     """The run's model with zeros, for whoever takes up its state. Raises ModelError."""
     inner = pack.recipe.inner
     config = ModelConfig.from_dict(pack.values)
-    return TrainModel(config, pack.values, precision=inner.precision, recompute=inner.recompute)
+    return TrainModel(
+        config,
+        pack.values,
+        precision=inner.precision,
+        recompute=inner.recompute,
+        compiled=inner.compile,
+    )

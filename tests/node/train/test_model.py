@@ -166,3 +166,15 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ConfigProblem, match="got 'mixtral', expected a dense model"):
         make_model(ModelRecipe(checkpoint=folder), 9)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_loss_is_the_same_and_so_are_its_gradients(tokens):
+    plain, fast = (make_model(recipe("llama"), VOCAB, compiled=compiled) for compiled in (False, True))
+    losses = [model.loss(tokens) for model in (plain, fast)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for part, one in plain.params.items():
+        torch.testing.assert_close(one.grad, fast.params[part].grad, rtol=1e-3, atol=1e-6)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from node.api.problems import ApiProblem
+from node.api.tools import Call
 
 Kind = Literal["chat", "completion"]
 DONE = b"data: [DONE]\n\n"
@@ -36,12 +37,14 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class Told:
     """A choice, or a piece of one: its text, why it ended (None: it goes on), its tokens' log-probabilities, and the
-    tokens' ids where they were asked for."""
+    tokens' ids where they were asked for, and calls of tools, of which `first_call` came before."""
 
     text: str
     finish: str | None
     logprobs: dict[str, Any] | None = None
     tokens: tuple[int, ...] | None = None
+    calls: tuple[Call, ...] = ()
+    first_call: int = 0
 
     def with_tokens(self, choice: dict[str, Any]) -> dict[str, Any]:
         """The choice's document with the ids, by vLLM's name."""
@@ -75,7 +78,11 @@ class Answer:
         for index, one in enumerate(told):
             choice: dict[str, Any] = {"index": index, "logprobs": one.logprobs, "finish_reason": one.finish}
             if self.kind == "chat":
-                choice["message"] = {"role": "assistant", "content": one.text, "refusal": None}
+                message: dict[str, Any] = {"role": "assistant", "content": one.text, "refusal": None}
+                if one.calls:
+                    called = [call.document() for call in one.calls]
+                    message |= {"content": one.text or None, "tool_calls": called}
+                choice["message"] = message
             else:
                 choice["text"] = one.text
             choices.append(one.with_tokens(choice))
@@ -116,6 +123,9 @@ class Answer:
         if text or told.tokens:
             content = told.with_tokens({"delta": {"content": text}})
             chunks.append(self._chunk(index, content, logprobs=logprobs))
+        if told.calls:
+            called = [call.document(at) for at, call in enumerate(told.calls, told.first_call)]
+            chunks.append(self._chunk(index, {"delta": {"tool_calls": called}}))
         if finish:
             chunks.append(self._chunk(index, {"delta": {}}, finish))
         return chunks

@@ -27,10 +27,11 @@ from node.api.embeddings import EmbeddingRequest, embed
 from node.api.fanout import Choice, Fanout, open_fanout
 from node.api.fields import parse_json
 from node.api.likelihoods import Likelihoods
-from node.api.problems import ApiProblem, from_error, internal_problem, invalid
+from node.api.problems import ApiProblem, from_error, internal_problem, invalid, unsupported
 from node.api.requests import SEED_BITS, ChatRequest, Options, parse_chat, parse_completion
 from node.api.responses import ResponsesAnswer, parse_responses
 from node.api.terms import Terms, terms_of
+from node.api.tools import CallReader
 from node.errors import ContextTooLong, GatewayError, ModelNotReady, UnknownModel
 from node.gateway import Gateway, GenerateRequest, ModelInfo
 from node.metrics import Metrics
@@ -55,6 +56,7 @@ class Prepared:
     shown: int
     tried: int
     token_ids: bool
+    readers: tuple[CallReader, ...] = ()
 
     def told(self, index: int, *pieces: Piece) -> Told:
         """What the answer says of these pieces of choice number `index`."""
@@ -64,7 +66,14 @@ class Prepared:
         tokens = None
         if self.token_ids:
             tokens = tuple(piece.token for piece in pieces if piece.token is not None)
-        return Told("".join(piece.text for piece in pieces), pieces[-1].finish, logprobs, tokens)
+        text, finish = "".join(piece.text for piece in pieces), pieces[-1].finish
+        if not self.readers:
+            return Told(text, finish, logprobs, tokens)
+        reader = self.readers[index]
+        before = len(reader.calls)
+        shown, calls = reader.push(text, end=finish is not None)
+        ended = "tool_calls" if finish == "stop" and reader.calls else finish
+        return Told(shown, ended, logprobs, tokens, tuple(calls), before)
 
     def best(self) -> list[int]:
         """The choices to show: of those `tried` for each prompt the `shown` ones with the highest log-probability a
@@ -111,16 +120,25 @@ class Generation:
         messages = list(parsed.messages)
         size = sum(len(message["content"]) for message in messages)
 
+        tools = parsed.tools
+        extra: dict[str, Any] = {"tools": list(tools.offered)} if tools.offered else {}
+
         def tokenize() -> Sequence[int]:
             try:
-                return tokenizer.chat(messages)
+                if extra and tokenizer.chat_text(messages) == tokenizer.chat_text(messages, **extra):
+                    raise unsupported(
+                        "tools", sorted(tools.names), "this model's chat template knows of none"
+                    )
+                return tokenizer.chat(messages, **extra)
             except ModelError as problem:
                 message = f"'messages' cannot be put into this model's chat template: {problem}"
                 raise ApiProblem(400, message, param="messages", code="invalid_value") from None
 
         terms = self._terms(request, parsed.options)
         prompt = await self._tokenized(tokenize, size)
-        return self._prepare("chat", info, tokenizer, parsed.options, [prompt], terms)
+        prepared = self._prepare("chat", info, tokenizer, parsed.options, [prompt], terms)
+        readers = tuple(CallReader(tools) for _ in prepared.choices) if tools.offered else ()
+        return replace(prepared, readers=readers)
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""

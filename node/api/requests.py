@@ -15,11 +15,13 @@ from model_shards import GrammarError, check_form
 from node.api.config import ApiConfig
 from node.api.fields import Fields
 from node.api.problems import invalid, unsupported
+from node.api.tools import NO_TOOLS, Tools, parse_tools, said_calls
 
 TOKENS_MAX = 1 << 24
 SEED_BITS = 63
 MODEL_CHARS_MAX = 256
 USER_CHARS_MAX = 512
+NAME_CHARS_MAX = 256
 FORM_CHARS_MAX = 1 << 16
 LOGIT_BIASES_MAX = 1024
 CHAT_LOGPROBS_MAX = 20
@@ -62,10 +64,12 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """`POST /v1/chat/completions`. Messages hold `role` and `content` only, as chat templates expect."""
+    """`POST /v1/chat/completions`. Messages are as chat templates expect them: `role`, `content`, and of tools
+    `tool_calls`, `tool_call_id` and `name`."""
 
     options: Options
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
+    tools: Tools = NO_TOOLS
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +84,20 @@ def parse_chat(body: dict[str, Any], config: ApiConfig) -> ChatRequest:
     """Read a chat request. Raises ApiProblem (400)."""
     fields = Fields(body)
     options = _options(fields, config, _chat_logprobs(fields))
-    _refuse_unless(fields, "tools", ([],), "leave it out")
     _refuse_unless(fields, "functions", ([],), "leave it out")
-    _refuse_unless(fields, "tool_choice", ("none", "auto"), "leave it out")
     _refuse_unless(fields, "function_call", ("none", "auto"), "leave it out")
     _refuse_unless(fields, "modalities", (["text"],), "only text is produced")
     _refuse_unless(fields, "audio", (), "only text is produced")
     messages = tuple(_message(message) for message in fields.objects("messages", config.messages_max))
-    return ChatRequest(options, messages)
+    tools = parse_tools(fields)
+    if tools.offered and options.made:
+        raise invalid("continue_token_ids", len(options.made), "no tools beside it")
+    if tools.schema:
+        if options.form:
+            raise invalid("tool_choice", fields.raw("tool_choice"), "no response_format beside it")
+        options = replace(options, form="json_schema", form_text=tools.schema)
+        _check_form("tools", options.form, options.form_text)
+    return ChatRequest(options, messages, tools)
 
 
 def parse_completion(body: dict[str, Any], config: ApiConfig) -> CompletionRequest:
@@ -200,11 +210,15 @@ def _form(fields: Fields) -> tuple[str, str]:
     elif form == "regex":
         where = "response_format.pattern"
         text = inner.text("pattern", chars_max=FORM_CHARS_MAX)
+    _check_form(where, form, text)
+    return form, text
+
+
+def _check_form(where: str, form: str, text: str) -> None:
     try:
         check_form(form, text)
     except GrammarError as problem:
         raise invalid(where, text[:100], f"a form that answers can meet ({problem})") from None
-    return form, text
 
 
 def _refuse_unless(fields: Fields, field: str, harmless: tuple[Any, ...], instead: str) -> None:
@@ -261,17 +275,25 @@ def _stops(fields: Fields, config: ApiConfig) -> tuple[str, ...]:
     return tuple(fields.text("stop", item, config.stop_chars_max) for item in items)
 
 
-def _message(fields: Fields) -> dict[str, str]:
+def _message(fields: Fields) -> dict[str, Any]:
     fields.require("role", "one of " + ", ".join(ROLES))
     role = fields.choice("role", "", ROLES)
-    _refuse_unless(fields, "tool_calls", ([],), "leave it out")
     _refuse_unless(fields, "function_call", (), "leave it out")
     content = fields.raw("content")
     if content is None and role == "assistant":
         content = ""
     if isinstance(content, list):
         content = _joined(fields, content)
-    return {"role": "system" if role == "developer" else role, "content": fields.text("content", content)}
+    message: dict[str, Any] = {
+        "role": "system" if role == "developer" else role,
+        "content": fields.text("content", content),
+    }
+    if role == "assistant" and (calls := said_calls(fields)):
+        message["tool_calls"] = calls
+    for name in ("tool_call_id", "name"):
+        if role == "tool" and fields.raw(name) is not None:
+            message[name] = fields.text(name, chars_max=NAME_CHARS_MAX)
+    return message
 
 
 def _joined(fields: Fields, parts: list[Any]) -> str:

@@ -19,6 +19,7 @@ NOT_HERE = {
     "stream_options": "leave it out",
     "logprobs": "use any OpenAI client for them",
     "top_logprobs": "use any OpenAI client for them",
+    "tools": "use any OpenAI client for them",
 }
 
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 import trio
 
-from collectives import Behind, Diverged, NoQuorum, Reduced, RoundFailed, Run, Snapshot
+from collectives import Behind, Diverged, Excluded, NoQuorum, Reduced, RoundFailed, Run, Snapshot
 from collectives.codecs import codec
 from collectives.outer import Offer, Outer, OuterError
 from collectives.reduce.feedback import Feedback
@@ -83,7 +83,8 @@ class RoundDone:
 
 
 class Driver:
-    """`mates()`: who else is there and takes part in this generation."""
+    """`mates()`: who else is there and takes part in this generation. `snapshots`: by tag the last
+    state that is shared with them."""
 
     def __init__(
         self,
@@ -100,6 +101,7 @@ class Driver:
         self.worker = worker
         self.progress = progress
         self.stuck = False
+        self.snapshots: dict[str, Snapshot] = {}
         self._recipe = recipe
         self._mates = mates
         self._on_round = on_round
@@ -120,7 +122,7 @@ class Driver:
         for tag in self.outer.tags:
             self._base[tag] = self.outer.epoch(tag)
             self._tokens[tag] = tokens.get(tag, 0.0)
-            await self._publish(tag, 0)
+            self.snapshots[tag] = await self._publish(tag, 0)
 
     async def join(self, *, keep: bool) -> None:
         """Take up what the members hold. Raises Orphaned where nobody gives it."""
@@ -218,6 +220,8 @@ class Driver:
             await self._late(tag)
             if isinstance(problem, NoQuorum):
                 await self._no_quorum(problem)
+            elif isinstance(problem, Excluded) and problem.why == "late":
+                await self._offer_again(tag)
         finally:
             self._settled.set()
 
@@ -248,7 +252,7 @@ class Driver:
         async with self._tensors:
             await aside(self._nbytes, lambda: self.outer.take(tag, epoch, reduced.tensors, weight=mine))
             self._tokens[tag] += reduced.weight
-            snapshot = await self._publish(tag, reduced.epoch)
+            self.snapshots[tag] = snapshot = await self._publish(tag, reduced.epoch)
         progress = self.progress
         progress.rounds += 1
         progress.members = reduced.peers
@@ -275,6 +279,7 @@ class Driver:
             if feedback is not None and getattr(problem, "counted", None):
                 feedback.commit(offer.tensors, codec(self.run.config.codec))
             if self.outer.epoch(tag) - self._base[tag] >= self.run.committed(tag):
+                await self._offer_again(tag)
                 return
         counted = offer.weight if getattr(problem, "counted", None) else None
         await self._fetch(tag, keep=True, counted=counted)
@@ -300,6 +305,7 @@ class Driver:
         async with self._tensors:
             self._base[tag] = total - snapshot.epoch
             self._tokens[tag] = float(snapshot.tensors[TOKENS_KEY])
+            self.snapshots[tag] = snapshot
             load = partial(self.outer.load, tag, snapshot.tensors, total, keep=keep, counted=counted)
             await aside(self._nbytes, load)
 

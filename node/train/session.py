@@ -46,7 +46,8 @@ LINGER_S = 20.0
 LEAVE_S = 2.0
 TELL_S = 1.0
 PIECES = "state"
-SETTINGS = Settings()
+SETTINGS = Settings(grace_min_s=0.25)
+"""Workers end a round's training a step apart; that long, nobody who lives is left out for it."""
 HOLDERS_MAX = 8
 
 
@@ -339,6 +340,8 @@ class Session:
         else:
             await driver.join(keep=self._has_state)
         self._has_state = True
+        self._snapshots = dict(driver.snapshots)
+        await self._offer_checkpoint(driver)
         self.state = "training"
         self.tell()
         try:
@@ -387,7 +390,7 @@ class Session:
         pack, driver = self.pack, self._driver
         if pack is None or driver is None:
             return
-        self._snapshots[done.tag] = done.snapshot
+        self._snapshots = dict(driver.snapshots)
         members = done.reduced.peers
         turn = members[done.epoch % len(members)] == self.me
         every = pack.recipe.evaluation.every_rounds

@@ -10,7 +10,6 @@ import pytest
 import torch
 import trio
 
-from collectives import Settings
 from collectives.checkpoint import CopyService, Pantry
 from node.train import driver
 from node.train import session as sessions
@@ -116,7 +115,7 @@ async def mates(nursery, tmp_path, monkeypatch):
     monkeypatch.setattr(sessions, "SETTLE_S", 0.6)
     monkeypatch.setattr(sessions, "TELL_S", 0.1)
     monkeypatch.setattr(driver, "ORPHAN_S", 0.2)
-    monkeypatch.setattr(sessions, "SETTINGS", Settings(no_quorum_s=0.5))
+    monkeypatch.setattr(sessions, "SETTINGS", replace(sessions.SETTINGS, no_quorum_s=0.5))
     return partial(Mates, nursery, tmp_path)
 
 
@@ -182,6 +181,19 @@ async def test_all_die_and_those_who_come_back_go_on_from_their_disks(mates):
     await back.finished.wait()
 
 
+async def test_a_run_that_died_before_its_first_round_begins_again(mates, tmp_path):
+    mates = mates({**VALUES, "members": {"minimum": 2}})
+    first = await mates.found("a")
+    await mates.until(lambda: any(path.suffix != ".new" for path in (tmp_path / "a" / "state").glob("0*")))
+    mates.kill("a")
+    await first.finished.wait()
+    back = await mates.start("a", memory=Memory(RUN, "tiny", generation=1))
+    await mates.until(lambda: back.state == "training")
+    assert (back.life.number, back.epoch) == (2, 0)
+    back.stop()
+    await back.finished.wait()
+
+
 async def test_a_disk_that_was_lost_is_made_up_for_by_peers_pieces(mates, tmp_path):
     mates = mates(VALUES)
     first = await mates.found("a")
@@ -240,6 +252,7 @@ async def test_what_is_always_too_late_for_its_round_is_part_of_a_later_one(mate
     await fast.finished.wait()
     await slow.finished.wait()
     assert agree(mates.rounds("a"), mates.rounds("b")) >= 2
+    assert any(len(entry["members"]) == 2 for entry in mates.rounds("b").values())
 
 
 @pytest.mark.parametrize(("dies", "stays"), ["ab", "ba"])

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def measure(options: argparse.Namespace, cache: Path) -> dict[str, Any]:
         warmup=min(100, options.steps // 10),
         seed=options.seed,
         precision=options.precision,
+        compile=options.compile,
     )
     strategy = options.strategy or ("streaming" if options.streaming else "diloco")
     outer = OuterRecipe(
@@ -94,7 +96,8 @@ def measure(options: argparse.Namespace, cache: Path) -> dict[str, Any]:
     )
     if options.inner_steps > options.steps:
         raise ShoalError(f"--inner-steps {options.inner_steps} are more than --steps {options.steps}")
-    setting = Setting(open_corpus(data, cache), model, inner, options.workers)
+    together = Setting(open_corpus(data, cache), model, inner, options.workers)
+    setting = replace(together, inner=replace(inner, lr=options.inner_lr or options.lr))
     killed = deaths(options.workers, options.steps, options.churn, options.seed) if options.churn else ()
     found: dict[str, Any] = {"strategy": strategy, "codec": outer.codec, "workers": options.workers}
     found["diloco"] = _arm(strategy, World(setting, outer, killed), options)
@@ -102,7 +105,7 @@ def measure(options: argparse.Namespace, cache: Path) -> dict[str, Any]:
         found["deaths"] = [[death.step, death.index] for death in killed]
         found["quiet"] = _arm("quiet", World(setting, outer), options)
     if not options.alone:
-        found["data_parallel"] = _arm("data-parallel", Parallel(setting, outer), options)
+        found["data_parallel"] = _arm("data-parallel", Parallel(together, outer), options)
         found["loss_difference"] = found["diloco"]["val_loss"] - found["data_parallel"]["val_loss"]
         sent = max(1, found["diloco"]["bytes_per_worker"])
         found["bytes_ratio"] = found["data_parallel"]["bytes_per_worker"] / sent
@@ -127,8 +130,6 @@ def _arm(name: str, world: Any, options: argparse.Namespace) -> dict[str, Any]:
 def link_shares(options: argparse.Namespace, outer: Any) -> dict[str, Any]:
     """The share of time computing with a model of 30 million parameters, computed from a step's measured time on this
     machine, the bytes of real exchanges and the link's speed: the strategy, plain DiLoCo (int8) and data parallel."""
-    from dataclasses import replace
-
     from node.train.emulate import fragments_of, step_time
     from node.train.linktime import computing_share
     from node.train.recipe import InnerRecipe, ModelRecipe

@@ -184,6 +184,10 @@ def _diloco(what: Any, tools: Tools) -> None:
         "--lr", metavar="X", type=tools.positive, default=1e-3, help="of AdamW (default: 0.001)"
     )
     bench.add_argument(
+        "--inner-lr", metavar="X", type=tools.positive, help="of those who train apart (default: --lr)"
+    )
+    bench.add_argument("--compile", action="store_true", help="the model's loss: worth it from 500 steps on")
+    bench.add_argument(
         "--precision", choices=("float32", "bfloat16"), default="bfloat16", help="default: bfloat16"
     )
     _diloco_more(bench, tools)

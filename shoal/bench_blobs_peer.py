@@ -7,6 +7,7 @@ a store of its own, and says how it went.
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import secrets
 import shutil
@@ -56,6 +57,7 @@ async def node(root: Path) -> AsyncIterator[tuple[Host, BlobExchange]]:
         async with trio.open_nursery() as nursery:
             await nursery.start(rpc.run)
             await nursery.start(links.run)
+            gc.freeze()  # as the daemon does
             yield host, exchange
             nursery.cancel_scope.cancel()
 
@@ -110,6 +112,8 @@ async def fetch(settings: dict[str, Any]) -> None:
             peak_memory_mib=memory.beyond() / MIB,
             process_mib=memory.peak() / MIB,
             sources_used=sum(count > 0 for count in state.sources.values()),
+            fetched_bytes=sum(state.sources.values()),
+            dropped=[one.peer for one in exchange.dropped()],
             least_share=min(state.sources.values()) / manifest.size_bytes,
             paths=sorted(set(state.paths.values())),
         )

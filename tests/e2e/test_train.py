@@ -197,7 +197,9 @@ def test_one_that_is_stopped_is_waited_for_by_nobody_and_comes_back(tools, mesh,
     assert same_states(nodes) >= 3
 
 
-@pytest.mark.parametrize(("strategy", "outer"), [("streaming", "fragments = 2"), ("sparseloco", "")])
+@pytest.mark.parametrize(
+    ("strategy", "outer"), [("streaming", "fragments = 2\nbudget_s = 0.4"), ("sparseloco", "")]
+)
 def test_other_strategies_keep_their_replicas_alike_through_a_death(tools, mesh, tmp_path, strategy, outer):
     three = mesh(3)
     nodes = three.nodes

@@ -106,7 +106,7 @@ class Mates:
     def rounds(self, name):
         path = self.folder / name / "rounds.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        return {(e["generation"], e["epoch"]): e for e in map(json.loads, lines)}
+        return {(e["generation"], e["tag"], e["epoch"]): e for e in map(json.loads, lines)}
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ async def test_all_die_and_those_who_come_back_go_on_from_their_disks(mates):
     mates.kill("b")
     await first.finished.wait()
     await second.finished.wait()
-    last = max(epoch for name in "ab" for _, epoch in mates.rounds(name))
+    last = max(epoch for name in "ab" for _, _, epoch in mates.rounds(name))
     back = await mates.start("b", memory=Memory(RUN, "tiny", generation=1))
     await mates.until(lambda: back.progress.rounds >= 2)
     assert back.life.number == 2
@@ -253,6 +253,21 @@ async def test_what_is_always_too_late_for_its_round_is_part_of_a_later_one(mate
     await slow.finished.wait()
     assert agree(mates.rounds("a"), mates.rounds("b")) >= 2
     assert any(len(entry["members"]) == 2 for entry in mates.rounds("b").values())
+
+
+async def test_fragments_travel_apart_and_are_alike_at_all_members(mates):
+    outer = {"strategy": "streaming", "inner_steps": 4, "delay": 1, "fragments": 2, "budget_s": 0.4}
+    model = {**VALUES["model"], "layers": 2}
+    mates = mates({**VALUES, "model": model, "outer": outer, "members": {"minimum": 2}})
+    both = [await mates.found("a"), await mates.start("b")]
+    await mates.until(lambda: all(one.progress.rounds >= 8 for one in both))
+    for one in both:
+        one.stop()
+        await one.finished.wait()
+    logs = [mates.rounds(name) for name in "ab"]
+    assert {tag for _, tag, _ in logs[0]} == {"fragment-0", "fragment-1"}
+    assert agree(*logs) >= 6
+    assert sum(len(entry["members"]) == 2 for entry in logs[0].values()) >= 6
 
 
 @pytest.mark.parametrize(("dies", "stays"), ["ab", "ba"])

@@ -70,6 +70,7 @@ class Serving:
         return raw(await trio.to_thread.run_sync(manifest.encode, limiter=self._readers))
 
     async def _serve_have(self, call: Call, request: HaveWanted) -> Have:
+        self._check_budget()
         bits = self._store.bits(request.manifest_id)
         return Have(bits is not None, bits or b"")
 
@@ -148,8 +149,7 @@ class Serving:
         """Bytes of what is asked for. Raises RpcRefusal for what cannot be."""
         manifest = self._known(wanted.manifest_id)
         first, count = wanted.first, wanted.count
-        if self._budget.bytes_per_s == 0:
-            raise RpcRefusal("unavailable", "this node uploads nothing, by its owner's order")
+        self._check_budget()
         if not (1 <= count <= RUN_CHUNKS_MAX and 0 <= first <= manifest.chunk_count - count):
             raise RpcRefusal("invalid", f"chunks [{first}, {first + count}) of {manifest.chunk_count}")
         size = sum(manifest.chunk(number)[1].length for number in range(first, first + count))
@@ -165,6 +165,10 @@ class Serving:
             name = self._known(wanted.manifest_id).name
             logger.warning("cannot serve chunks of %s: %s", name, problem)
             raise RpcRefusal("unavailable", f"chunks of {name} cannot be read here") from None
+
+    def _check_budget(self) -> None:
+        if self._budget.bytes_per_s == 0:
+            raise RpcRefusal("unavailable", "this node uploads nothing, by its owner's order")
 
     def _known(self, manifest_id: str) -> Manifest:
         manifest = self._store.manifest(manifest_id)

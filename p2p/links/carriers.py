@@ -11,6 +11,7 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 from typing import Literal, Protocol
 
 import trio
@@ -20,6 +21,7 @@ from p2p.host import ByteStream
 from p2p.identity import PeerId
 
 _PIECES_MAX = 64
+_HAS_MARK = sys.platform.startswith("linux")
 _TCP_INFO_BYTES = 192
 _TCP_INFO_MIN_RTT_AT = 148
 _VERY_NEAR_US = 500
@@ -37,8 +39,8 @@ class Carrier(Protocol):
     def send_now(self, pieces: list[memoryview]) -> list[memoryview]:
         """Send what needs no waiting; the pieces that are left. Not while `send` waits."""
 
-    async def receive_into(self, buffer: memoryview) -> int:
-        """At least one byte; 0 at the end."""
+    async def receive_into(self, buffer: memoryview, least: int = 1) -> int:
+        """At least one byte; 0 at the end. Where it has to wait it may do so for `least` bytes."""
 
     async def receive_exactly(self, count: int) -> bytes: ...
     def tune(self) -> None:
@@ -61,61 +63,78 @@ class SocketCarrier:
         self.peer = peer
         self.closed = trio.Event()
         self._sock = sock
+        self._full = False  # the system's buffer, as far as the last call told
+        self._mark = 1
         sock.setblocking(False)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     async def send(self, pieces: Sequence[memoryview | bytes]) -> None:
-        rest = deque(memoryview(piece) for piece in pieces)
+        rest = [memoryview(piece) for piece in pieces]
         while rest:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            try:
-                sent = self._send_some(rest)
-            except BlockingIOError:
+            if self._full:
                 await self._wait(trio.lowlevel.wait_writable)
-                continue
-            except OSError as error:
-                raise self._lost(error) from error
-            while rest and sent >= len(rest[0]):
-                sent -= len(rest.popleft())
-            if sent:
-                rest[0] = rest[0][sent:]
+            else:
+                await trio.lowlevel.checkpoint_if_cancelled()
+            rest = self.send_now(rest)
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     def send_now(self, pieces: list[memoryview]) -> list[memoryview]:
         rest = deque(pieces)
-        while rest:
+        self._full = False
+        while rest and not self._full:
             try:
-                sent = self._send_some(rest)
+                self._send_some(rest)
             except BlockingIOError:
-                break
+                self._full = True
             except OSError as error:
                 raise self._lost(error) from error
-            while rest and sent >= len(rest[0]):
-                sent -= len(rest.popleft())
-            if sent:
-                rest[0] = rest[0][sent:]
         return list(rest)
+
+    def _send_some(self, rest: deque[memoryview]) -> None:
+        offered = list(islice(rest, _PIECES_MAX))
+        sent = self._send_pieces(offered)
+        for piece in offered:
+            if sent < len(piece):
+                rest[0] = piece[sent:]
+                return
+            sent -= len(piece)
+            rest.popleft()
 
     if hasattr(socket.socket, "sendmsg"):
 
-        def _send_some(self, rest: deque[memoryview]) -> int:
-            return self._sock.sendmsg([rest[index] for index in range(min(len(rest), _PIECES_MAX))])
+        def _send_pieces(self, pieces: list[memoryview]) -> int:
+            return self._sock.sendmsg(pieces)
 
     else:  # Windows
 
-        def _send_some(self, rest: deque[memoryview]) -> int:
-            return self._sock.send(rest[0])
+        def _send_pieces(self, pieces: list[memoryview]) -> int:
+            del pieces[1:]
+            return self._sock.send(pieces[0])
 
-    async def receive_into(self, buffer: memoryview) -> int:
+    async def receive_into(self, buffer: memoryview, least: int = 1) -> int:
         await trio.lowlevel.checkpoint_if_cancelled()
+        have = 0
         while True:
             try:
-                return self._sock.recv_into(buffer)
+                count = self._sock.recv_into(buffer[have:] if have else buffer)
             except BlockingIOError:
-                await self._wait(trio.lowlevel.wait_readable)
+                count = -1
             except OSError as error:
                 raise self._lost(error) from error
+            have += max(count, 0)
+            if have >= least or count == 0:
+                return have
+            self._wake_at(least - have)
+            await self._wait(trio.lowlevel.wait_readable)
+
+    def _wake_at(self, count: int) -> None:
+        """The system says that there is something to read once so many bytes are here, or the end. Linux honours it in
+        `poll`, and makes room for them."""
+        if _HAS_MARK and count != self._mark:
+            self._mark = count
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
 
     async def receive_exactly(self, count: int) -> bytes:
         data = bytearray(count)
@@ -183,7 +202,7 @@ class StreamCarrier:
     def send_now(self, pieces: list[memoryview]) -> list[memoryview]:
         return pieces
 
-    async def receive_into(self, buffer: memoryview) -> int:
+    async def receive_into(self, buffer: memoryview, least: int = 1) -> int:
         if not self._rest:
             self._rest = memoryview(await self._stream.receive_some(max(len(buffer), 1)))
         count = min(len(self._rest), len(buffer))

@@ -28,7 +28,7 @@ from p2p.identity import PeerId
 from p2p.links.carriers import Carrier
 from p2p.links.inbox import Inbox, Sink
 from p2p.links.keys import LinkKeys
-from p2p.links.meter import Meter
+from p2p.links.meter import Meter, Pace
 from p2p.links.outbox import BEGINNING, INLINE_BYTES_MAX, RECORDS_AHEAD_MAX, Outbox, cut
 from p2p.links.records import (
     ACK,
@@ -121,7 +121,7 @@ class Link:
         )
         self.outbox = Outbox(keys.outward, terms.record_bytes, terms.send_window_bytes)
         self._meter = meter
-        self._ack_every_bytes = min(terms.receive_window_bytes // 4, _ACK_BYTES_MAX)
+        self._ack_every_bytes = min(terms.receive_window_bytes // 2, _ACK_BYTES_MAX)
         self._unacked_bytes = 0
         self._acked_taken_bytes = 0
         self._acked_consumed = 0
@@ -132,7 +132,7 @@ class Link:
         self._echo_last_s = -_ECHO_EVERY_S
         self._ping_due = False
         self._control_seq = 0
-        self._unyielded_bytes = 0
+        self._unsealed: deque[memoryview] = deque()  # of the message that is being sent
         self._progress_s = 0.0
         self._sending = trio.StrictFIFOLock()
         self._room = trio.lowlevel.ParkingLot()
@@ -187,55 +187,69 @@ class Link:
             self._sending.release()
 
     async def _send_parts(self, pieces: list[memoryview]) -> bool:
-        done = waited = False
+        """Until all is sealed, by whoever finds that the path and the window take more. Whether it waited."""
+        self._unsealed.extend(cut(pieces, self.terms.record_bytes))
+        waited = False
         try:
-            for part in cut(pieces, self.terms.record_bytes):
-                waited = await self._wait_for_room(len(part)) or waited
-                self.outbox.part(part)
-                if self._unyielded_bytes >= _YIELD_BYTES:
-                    self._unyielded_bytes = 0
-                    await trio.lowlevel.checkpoint()
-            done = True
+            self._send_now()
+            while self._unsealed:
+                waited = True
+                await self._room.park()
+                self._check()
             return waited
         finally:
-            if not done and self.failure is None:
-                self.outbox.abort()
-                self._send_now()
+            if self._unsealed:
+                self._unsealed.clear()
+                if self.failure is None:
+                    self.outbox.abort()
+                    self._send_now()
 
     async def _wait_for_room(self, plain_bytes: int) -> bool:
         """Until the peer's window takes a record, and the path has not too much to send already. Whether it waited."""
-        outbox = self.outbox
-        waited = False
+        outbox, waited = self.outbox, False
         while True:
-            if outbox.unsent_bytes >= BATCH_BYTES:
-                self._send_now()
             if outbox.unsent_bytes < BATCH_BYTES and outbox.room(plain_bytes):
                 return waited
             self._send_now()
-            waited = True
-            await self._room.park()
-            self._check()
+            if outbox.unsent_bytes >= BATCH_BYTES or not outbox.room(plain_bytes):
+                waited = True
+                await self._room.park()
+                self._check()
+
+    def _seal_more(self) -> None:
+        """Pieces of the message that is being sent: what the window takes, and not far ahead of the path."""
+        pieces, outbox = self._unsealed, self.outbox
+        while pieces and outbox.unsent_bytes < BATCH_BYTES and outbox.room(len(pieces[0])):
+            outbox.part(pieces.popleft())
+            if not pieces:
+                self._room.unpark_all()
 
     def _send_now(self) -> None:
-        """What is sealed goes out from here, as far as the path takes it without waiting; a writer sees to the rest."""
+        """What there is goes out from here, as far as the path takes it without waiting; a writer sees to the rest."""
         path = self.path_now
         if path is None or path.rest:
             return
         if len(path.carriers) > 1:
             self._work.unpark_all()
             return
-        pieces = self._control()
-        pieces += self.outbox.take(_ALL)
-        if not pieces:
-            return
-        self._unyielded_bytes += sum(map(len, pieces))
-        try:
-            path.rest = path.carriers[0].send_now(pieces)
-        except PeerLost as lost:
-            path.end(str(lost))
-            return
-        if path.rest:
-            self._work.unpark_all()
+        while pieces := self._due(_ALL):
+            try:
+                path.rest = path.carriers[0].send_now(pieces)
+            except PeerLost as lost:
+                path.end(str(lost))
+                return
+            if path.rest:
+                self._work.unpark_all()
+                return
+
+    def _due(self, bytes_max: int) -> list[memoryview]:
+        self._seal_more()
+        return self._control() + self.outbox.take(bytes_max)
+
+    def _wake_senders(self) -> None:
+        """Not whoever has a message half sealed: its pieces are sealed where there is room for them."""
+        if not self._unsealed:
+            self._room.unpark_all()
 
     def _wants_echo(self) -> bool:
         now = trio.current_time()
@@ -278,9 +292,8 @@ class Link:
         self.inbox.divert()
 
     async def _receive(self, sink: Sink | None) -> tuple[bytes, memoryview]:
-        inbox = self.inbox
+        inbox, parked = self.inbox, False
         self._progress_s = trio.current_time()
-        parked = False
         await trio.lowlevel.checkpoint_if_cancelled()
         self._post(sink)
         while True:
@@ -413,41 +426,43 @@ class Link:
                 await carrier.send(path.rest)
                 path.rest = []
             self._send_now()
-            self._room.unpark_all()
+            self._wake_senders()
             if not path.rest:
                 await self._work.park()
 
     async def _write_stripe(self, path: Path, carrier: Carrier) -> None:
         """One of several carriers: whoever is free takes the next record."""
         while True:
-            pieces = self._control()
-            pieces += self.outbox.take(self.terms.record_bytes)
+            pieces = self._due(self.terms.record_bytes)
             if pieces:
-                self._room.unpark_all()
+                self._wake_senders()
                 await carrier.send(pieces)
             else:
                 await self._work.park()
 
     async def _read(self, path: Path, carrier: Carrier) -> None:
         """Take records off one carrier. A read asks for little more than the record that is coming, so that it is
-        decrypted while it is still in the processor's cache, and what is left over is cheap to move."""
+        decrypted while still in the processor's cache; where they come quickly it wakes up once for each."""
         record_bytes = self.terms.record_bytes
-        buffer = memoryview(bytearray(2 * (record_bytes + OVERHEAD_BYTES + _READ_SLACK_BYTES)))
-        have, wanted, unyielded_bytes = 0, record_bytes + OVERHEAD_BYTES, 0
+        buffer = memoryview(bytearray(record_bytes + OVERHEAD_BYTES + _READ_SLACK_BYTES))
+        have, wanted, unyielded_bytes, least = 0, record_bytes + OVERHEAD_BYTES, 0, 1
+        pace = Pace()
         while True:
-            count = await carrier.receive_into(buffer[have : wanted + _READ_SLACK_BYTES])
+            count = await carrier.receive_into(buffer[have : wanted + _READ_SLACK_BYTES], least)
             if not count:
                 raise PeerLost(self.peer, "the path was closed by the peer")
             path.heard_s = trio.current_time()
             self._meter.inward.add(count, path.heard_s)
+            pace.add(count, path.heard_s)
             have += count
             at = 0
-            wanted = record_bytes + OVERHEAD_BYTES
+            wanted, least = record_bytes + OVERHEAD_BYTES, 1
             while have - at >= HEAD_BYTES:
                 head = read_head(buffer, at, record_bytes)
                 end = at + HEAD_BYTES + head.length
                 if end > have:
                     wanted = end - at
+                    least = end - have if pace.quick else 1
                     break
                 self._on_record(head, buffer[at:end], path.heard_s)
                 at = end
@@ -494,6 +509,8 @@ class Link:
             self._acked_end = inbox.has_ended
             self._ack_due = True
             self._send_now()
+            if inbox.has_ended:
+                self._room.unpark_all()  # whoever sends learns of it
 
     def _on_control(self, head: Head, record: memoryview, now: float) -> None:
         if head.length - TAG_BYTES > _PAIR.size:
@@ -506,7 +523,8 @@ class Link:
                 self._meter.outward.add(count, now)
                 if self.outbox.next_seq - self.outbox.received < 2:  # the path ran dry: the pause is ours
                     self._meter.outward.pause()
-            self._room.unpark_all()
+            self._send_now()
+            self._wake_senders()
         elif head.kind == ECHO and len(plain) == _ONE.size:
             if self._echo is not None and self._echo[0] == _ONE.unpack(plain)[0]:
                 self._meter.add_rtt(now - self._echo[1])
@@ -520,7 +538,7 @@ class Link:
 
     def _control(self) -> list[memoryview]:
         """The control records that are due."""
-        due: list[memoryview] = []
+        due = []
         if self._ack_due:
             self._ack_due = False
             due.append(self._seal_control(ACK, _PAIR.pack(self.inbox.received, self.inbox.consumed)))

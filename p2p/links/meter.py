@@ -8,6 +8,8 @@ _RTT_RISE = 0.02
 _RATE_WEIGHT = 0.3
 _SAMPLE_BYTES = 1 << 20
 _IDLE_S = 0.1
+_PACE_BYTES = 256 << 10
+QUICK_BYTES_PER_S = 10e6
 
 
 class Rate:
@@ -37,6 +39,26 @@ class Rate:
     def pause(self) -> None:
         """There is nothing to send or receive: what follows is a new stretch."""
         self._last_s = -math.inf
+
+
+class Pace:
+    """Whether bytes come so quickly on a path that waiting for a whole record is no wait."""
+
+    __slots__ = ("_began_s", "_bytes", "quick")
+
+    def __init__(self) -> None:
+        self.quick = False
+        self._bytes = 0
+        self._began_s = math.inf
+
+    def add(self, count: int, now: float) -> None:
+        """What was taken before the first time is not counted: when it was sent is not known."""
+        self._bytes += count
+        if self._bytes >= _PACE_BYTES:
+            self.quick = self._bytes >= QUICK_BYTES_PER_S * (now - self._began_s) > 0
+            self._began_s, self._bytes = now, 0
+        elif self._began_s == math.inf:
+            self._began_s, self._bytes = now, 0
 
 
 class Meter:

@@ -10,6 +10,7 @@ import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from p2p.errors import LocalFault, ProtocolViolation
 from p2p.links.keys import Cipher
@@ -113,14 +114,16 @@ class Outbox:
     def take(self, bytes_max: int) -> list[memoryview]:
         """The next unsent records, one at least if there is any, for the path to send."""
         taken: list[memoryview] = []
-        index = self.cursor - self.first
-        while index < len(self._records) and (not taken or len(self._records[index].view) <= bytes_max):
-            view = self._records[index].view
-            taken.append(view)
-            bytes_max -= len(view)
-            self.unsent_bytes -= len(view)
-            index += 1
-        self.cursor = self.first + index
+        if self.cursor == self.next_seq:
+            return taken
+        for record in islice(self._records, self.cursor - self.first, None):
+            size = len(record.view)
+            if taken and size > bytes_max:
+                break
+            taken.append(record.view)
+            bytes_max -= size
+            self.unsent_bytes -= size
+        self.cursor += len(taken)
         return taken
 
     def rewind(self, position: int) -> None:

@@ -10,6 +10,7 @@ from p2p import LocalFault, ProtocolViolation
 from p2p.links.handshake import HELLO_SIZE, Hello, read_hello
 from p2p.links.inbox import Inbox
 from p2p.links.keys import Cipher, Exchange, LinkKeys, context_of
+from p2p.links.meter import Pace
 from p2p.links.outbox import RECORDS_AHEAD_MAX, Outbox, cut
 from p2p.links.records import (
     BEGIN,
@@ -421,3 +422,15 @@ def test_a_record_has_the_bytes_that_it_always_had():
     record = memoryview(bytearray(4 + OVERHEAD_BYTES))
     seal(cipher, Head(PART, 0, 3, 4 + TAG_BYTES, 9), b"data", record)
     assert bytes(record).hex() == GOLDEN
+
+
+def test_the_pace_of_a_path_is_known_from_what_came_since_the_first_bytes():
+    pace = Pace()
+    pace.add(64 << 20, 100.0)  # had waited, nobody knows for how long
+    assert not pace.quick
+    for step in range(1, 9):
+        pace.add(64 << 10, 100.0 + step * 0.001)
+    assert pace.quick
+    for step in range(1, 9):
+        pace.add(64 << 10, 101.0 + step * 0.1)
+    assert not pace.quick

@@ -251,19 +251,34 @@ class Collector:
 
     def _add(self, inputs: Sequence[Input], chunk: int, out: F32, total: float | None) -> bool:
         """out = sum of the inputs. With an exact codec in one go over all of them, else one after the other, so that
-        only one is decoded at a time."""
+        only one is decoded at a time. Where nobody is held to a length, one look at the sum shows that all inputs can
+        be used; only if it does not, each is looked at."""
         norms = [0.0] * len(inputs)
+        each = bool(self.norm_limits)
+        good = False
         try:
             if self._codec.relative_error == 0:
                 terms = [(weight, self._values(what, chunk)) for weight, what in inputs]
-                combine.add_up(terms, out, self._scratch, norms, total)
+                good = combine.add_up(terms, out, self._scratch, norms if each else None, total, not each)
             else:
                 for index, (weight, what) in enumerate(inputs):
                     values = self._values(what, chunk)
-                    norms[index] = combine.squares(values)
+                    if each:
+                        norms[index] = combine.squares(values)
                     before = [(1.0, out)] if index else []
-                    last = total if index == len(inputs) - 1 else None
-                    combine.add_up([*before, (weight, values)], out, self._scratch, None, last)
+                    last = index == len(inputs) - 1
+                    good = combine.add_up(
+                        [*before, (weight, values)],
+                        out,
+                        self._scratch,
+                        None,
+                        total if last else None,
+                        last and not each,
+                    )
+            if not each:
+                if good:
+                    return True
+                norms = [combine.squares(self._values(what, chunk)) for _, what in inputs]
         except CodecFault as fault:
             self.refused[fault.args[1]] = "mismatch"
             return False

@@ -28,10 +28,13 @@ def add_up(
     scratch: F32,
     norms: list[float] | None = None,
     total: float | None = None,
-) -> None:
+    check: bool = False,
+) -> bool:
     """out = sum of weight * values, divided by `total` if given. At least one term; `scratch` [SUM_SLAB, or as long as
     `out`]; `out` may be the first term, and overlaps no other. The sum of squares of each term's values is added to
-    `norms`."""
+    `norms`. With `check`, whether the sum is finite and no longer than may be: then all terms are finite, because
+    infinity and NaN stay what they are in every sum."""
+    good = True
     with np.errstate(over="ignore", invalid="ignore"):  # others' values: infinity and NaN show in `norms`
         for start in range(0, len(out), SUM_SLAB):
             acc = out[start : start + SUM_SLAB]
@@ -50,8 +53,11 @@ def add_up(
                 np.copyto(acc, parts[0])
             for (weight, _), part in zip(terms[begin:], parts[begin:], strict=True):
                 np.add(acc, part if weight == 1 else np.multiply(part, np.float32(weight), out=tmp), out=acc)
+            if check:
+                good = good and math.sqrt(_square(acc)) <= MAGNITUDE_MAX
             if total is not None:
                 divide(acc, total)
+    return good
 
 
 def divide(out: F32, total: float) -> None:

@@ -67,15 +67,18 @@ class Exchange:
         layout: Layout | None = None,
         out: Sequence[torch.Tensor] | None = None,
         feedback: Feedback | None = None,
+        beside_bytes: int = 0,
     ) -> None:
+        """`beside_bytes`: what links and others keep in memory for this reduction, of its allowance."""
         self.me = me
+        self._beside_bytes = beside_bytes
         self.settings = settings
         self.layout = layout if layout is not None else Layout.of(tensors)
         self.codec: Codec = codec(declaration.codec)
         self.result = Result(self.layout, tensors, out)
         self._chunk_bytes = self.codec.bytes_for(min(self.layout.chunk_elements, self.layout.elements))
-        many = self.layout.tensor_bytes >= 16 * SLAB_BYTES
-        pool = BufferPool(self._chunk_bytes, max(1, SLAB_BYTES // max(1, self._chunk_bytes)) if many else 1)
+        slab_bytes = SLAB_BYTES if self.layout.tensor_bytes >= 16 * SLAB_BYTES else 0
+        pool = BufferPool(self._chunk_bytes, max(1, slab_bytes // max(1, self._chunk_bytes)))
         self._hold = Hold(pool, self._budget(len(declaration.members)))
         self._own = Contribution(self.layout, tensors, self.codec, feedback)
         self._collector = Collector(self.layout, self.codec, self._hold, self._own, settings)
@@ -167,20 +170,15 @@ class Exchange:
 
     def wants_frames(self, peer: str) -> bool:
         """Whether to read from `peer` now: not from those who are ahead while memory is short."""
-        if self._hold.needed_bytes + self._chunk_bytes * len(self._boxes) <= self._hold.bytes_max:
-            return True
-        return self._collector.lags(peer)
+        return self._hold.has_room(peer) or self._collector.lags(peer)
 
     def waiting_for(self) -> frozenset[str]:
         """Whose contributions are lacking here, but for those who are not read from now; if none, those who owe
         results. Empty if done."""
         lacking = {peer for peer in self._collector.missing() if self.wants_frames(peer)}
         if not lacking:
-            lacking = {
-                self._members[self._giver(c)].peer
-                for c in range(self.layout.chunks)
-                if not self.result.has(c)
-            }
+            owed = [chunk for chunk in range(self.layout.chunks) if not self.result.has(chunk)]
+            lacking = {self._members[self._giver(chunk)].peer for chunk in owed}
         return frozenset(lacking - {self.me})
 
     # Frames.
@@ -228,6 +226,7 @@ class Exchange:
             place = self._place(peer, head.chunk)
             if place is not None:
                 return place
+        self._hold.arrives(peer, payload_bytes)
         return self._hold.pool.take(payload_bytes)
 
     def _place(self, peer: str, chunk: int) -> memoryview | None:
@@ -248,6 +247,7 @@ class Exchange:
 
     def arrived(self, peer: str, header: bytes | memoryview, payload: memoryview) -> None:
         """Takes a frame. FrameRefused if no honest member would send it."""
+        self._hold.arrives(peer, 0)
         head = header_of(peer, header)
         known = self._check(peer, head, payload.nbytes)
         if not known:
@@ -442,14 +442,13 @@ class Exchange:
             raise MisuseError(f"{self.me} is not in the new declaration with the values it has offered")
         self._past.add(self._key)
         self.result.begin()
-        self._encoded.clear()
-        self._given.clear()
-        self._later.clear()
-        self._placed.clear()
+        for chunks in (self._encoded, self._given, self._later, self._placed):
+            chunks.clear()
         self._adopt(declaration)
 
     def dropped(self, peer: str) -> None:
-        """The link to `peer` is gone; its last frame is not being sent any more."""
+        """The link to `peer` is gone; its last frame is not being sent any more, and none is coming."""
+        self._hold.arrives(peer, 0)
         box = self._boxes.get(peer)
         if box is not None:
             self._unpin(box)
@@ -505,6 +504,8 @@ class Exchange:
         self._strangers_ok |= set(before)
         others = [member.peer for member in plan.members if member.peer != self.me]
         self._boxes = {peer: before.get(peer) or Outbox() for peer in others}
+        for peer in before.keys() - self._boxes.keys():
+            self._hold.arrives(peer, 0)
         self._hold.bytes_max = self._budget(len(plan.members))
         ready = self._collector.adopt(plan, self._number)
         self._set_norms(plan)
@@ -582,13 +583,13 @@ class Exchange:
             self._want(other, lost, set(), set())
 
     def _budget(self, members: int) -> int:
-        """Bytes for others' contributions: what the result, the frames under way and scratch leave of the allowance,
-        and never less than a chunk of everybody, which is what it takes to go on. More than about 30 members with
-        tensors of less than some 100 MiB therefore need more than the allowance."""
+        """Bytes for others' contributions, those that are coming in included: what the result, links, encoded frames
+        and scratch leave of the allowance, and never less than a chunk of everybody, which is what it takes to go on.
+        More than about 30 members with tensors of less than some 100 MiB therefore need more than the allowance."""
         spare = int((self.settings.extra_ratio - 1) * self.layout.tensor_bytes)
-        under_way = (members + 2) * self._chunk_bytes
         scratch = 4 * (4 * self.layout.chunk_elements + min(SUM_SLAB, self.layout.chunk_elements))
-        return max(spare - under_way - scratch, members * self._chunk_bytes)
+        sent = (members - 1) * self._chunk_bytes if self.codec.relative_error else 0
+        return max(spare - self._beside_bytes - sent - scratch, members * self._chunk_bytes)
 
     def _pinned(self, chunk: int) -> bool:
         return any(box.pinned == chunk for box in self._boxes.values())

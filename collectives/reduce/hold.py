@@ -6,14 +6,12 @@ It counts bytes and recycles buffers; it does not know what the bytes mean.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-_HUGE_BYTES = 2 << 20
+from collectives.reduce.memory import fresh
 
 
 class Source(NamedTuple):
@@ -43,7 +41,7 @@ class BufferPool:
         if size > self.piece_bytes or size == 0:
             return memoryview(bytearray(size))
         if not self._spare:
-            slab = _memory(self.piece_bytes * self._pieces_a_slab)
+            slab = fresh(self.piece_bytes * self._pieces_a_slab)
             step = self.piece_bytes
             self._spare = [slab[start : start + step] for start in range(0, len(slab), step)]
         piece = self._spare.pop()
@@ -68,16 +66,6 @@ class BufferPool:
         self._lent.clear()
 
 
-def _memory(size: int) -> memoryview:
-    """Fresh memory, of huge pages where it is made of whole ones: the system clears those in a quarter of the time."""
-    if size % _HUGE_BYTES == 0 and hasattr(mmap, "MADV_HUGEPAGE"):
-        slab = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without them
-            slab.madvise(mmap.MADV_HUGEPAGE)
-        return memoryview(slab)
-    return np.empty(size, np.uint8).data
-
-
 def _address(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).ctypes.data)
 
@@ -89,12 +77,26 @@ class Hold:
         self.pool = pool
         self.bytes_max = bytes_max
         self.bytes = 0
+        self.arriving_bytes = 0
+        self._arriving: dict[str, int] = {}
         self.needed_bytes = 0
         self._needed: dict[Key, memoryview] = {}
         self._kept: dict[Key, memoryview] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._needed or key in self._kept
+
+    def arrives(self, peer: str, payload_bytes: int) -> None:
+        """So many bytes of a frame of `peer` are coming in, and need room too; 0 once they are here, or never will."""
+        self.arriving_bytes += payload_bytes - self._arriving.pop(peer, 0)
+        if payload_bytes:
+            self._arriving[peer] = payload_bytes
+            self._evict()
+
+    def has_room(self, peer: str) -> bool:
+        """For the rest of the frame of `peer` that is coming in, or for another one, by dropping what is not needed."""
+        more = self.needed_bytes + self.arriving_bytes + self.pool.piece_bytes
+        return peer in self._arriving or more <= self.bytes_max
 
     def get(self, key: Key) -> memoryview:
         """KeyError if it is not held."""
@@ -106,7 +108,7 @@ class Hold:
         if key in self:
             self.pool.give(payload)
             return True
-        if not needed and self.bytes + payload.nbytes > self.bytes_max:
+        if not needed and self.bytes + self.arriving_bytes + payload.nbytes > self.bytes_max:
             self.pool.give(payload)
             return False
         (self._needed if needed else self._kept)[key] = payload
@@ -123,7 +125,7 @@ class Hold:
             if payload is None:
                 continue
             self.needed_bytes -= payload.nbytes
-            if keep and self.bytes <= self.bytes_max:
+            if keep and self.bytes + self.arriving_bytes <= self.bytes_max:
                 self._kept[key] = payload
             else:
                 self.bytes -= payload.nbytes
@@ -154,7 +156,7 @@ class Hold:
         self._evict()
 
     def _evict(self) -> None:
-        while self.bytes > self.bytes_max and self._kept:
+        while self.bytes + self.arriving_bytes > self.bytes_max and self._kept:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, key: Key) -> None:

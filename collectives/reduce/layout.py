@@ -18,11 +18,14 @@ import torch
 
 from collectives.codecs.base import F32, SLAB
 from collectives.reduce.errors import LayoutError
+from collectives.reduce.memory import fresh
 
 CHUNK_ELEMENTS_MAX = 512 * 1024
 CHUNK_ELEMENTS_FINE = 256 * 1024
 CHUNK_ELEMENTS_MIN = 4096
+CHUNK_ELEMENTS_SMALL = 16 * 1024
 CHUNKS_WANTED = 64  # parts are made of whole chunks: enough of them that shares come out even
+CHUNKS_FEW = 16  # will do rather than chunks that cost more than their bytes
 CHUNKS_MAX = 16384
 ALIGN = 1024  # a multiple of every codec's block
 
@@ -32,10 +35,11 @@ _COMPLEX = {torch.complex64: torch.float32, torch.complex128: torch.float64, tor
 def chunk_elements_for(elements: int) -> int:
     """Elements a chunk, a multiple of 1024: 2 MiB of fp32, less where that would make too few chunks. What chunks cost
     beside their bytes was a third of a reduction's time with 1 MiB each, so where there are many bytes, half as many
-    chunks have to do."""
+    chunks have to do; and of 1 MiB in all, a round of four members took most of its time for 64 of them."""
     size = math.ceil(elements / CHUNKS_WANTED)
     if size >= CHUNK_ELEMENTS_FINE:
         size *= 2
+    size = max(size, min(CHUNK_ELEMENTS_SMALL, math.ceil(elements / CHUNKS_FEW)))
     size = min(max(size, CHUNK_ELEMENTS_MIN), CHUNK_ELEMENTS_MAX)
     size = max(size, math.ceil(elements / CHUNKS_MAX))
     return math.ceil(size / ALIGN) * ALIGN
@@ -157,7 +161,8 @@ class Vector:
         view = self.direct(start, end)
         if view is not None:
             return view
-        out = np.empty(end - start, np.float32) if scratch is None else scratch[: end - start]
+        own = np.frombuffer(fresh(4 * (end - start)), np.float32) if scratch is None else scratch
+        out: F32 = own[: end - start]
         target = torch.from_numpy(out)
         at = 0
         for index, first, last in self.layout.pieces(start, end):

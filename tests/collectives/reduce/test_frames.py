@@ -206,3 +206,14 @@ def test_a_payload_that_does_not_decode_names_its_sender(tools):
     mesh.run()
     assert "b" in mesh.nodes["a"].refused or "b" in mesh.nodes["c"].refused
     assert {why for node in mesh.nodes.values() for why in node.refused.values()} == {"mismatch"}
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_values_that_make_a_sum_too_long_are_named_though_each_is_finite(tools, codec):
+    tensors = {name: [torch.randn(17_000)] for name in "abc"}
+    tensors["b"][0][5] = 3e37
+    mesh = tools.Mesh(tensors, tools.declare(list("abc"), codec=codec), seed=1)
+    with pytest.raises(NonFinite):
+        mesh.run()  # at b, of its own chunk, or nobody meets it
+    assert all(mesh.nodes[name].refused in ({}, {"b": "norm"}) for name in "ac")
+    assert not all(mesh.nodes[name].done for name in "ac")

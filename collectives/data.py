@@ -19,11 +19,13 @@ import trio
 from collectives.agreement import Ballot, Declaration, Event, Held, Reduced, Stuck, Value
 from collectives.audit import Auditor
 from collectives.config import RunConfig
-from collectives.data_links import SERVICE, Purpose, introduce, window_for
+from collectives.data_links import SERVICE, Claim, Purpose, introduce, window_for
 from collectives.errors import CollectiveError, NonFinite, RemoteFault
 from collectives.given import Input
 from collectives.reduce import Exchange, FrameRefused, Result, Statement
 from collectives.reduce.frames import KEY_BYTES
+from collectives.reduce.layout import Layout
+from collectives.reduce.memory import fresh
 from collectives.reduce.outbox import Traffic
 from collectives.values import RETRY_S, fetch_value, value_digest
 from collectives.whole import Whole
@@ -76,6 +78,7 @@ class Plane:
         self._run_id = run.run_id
         self._tag = tag
         self._uplink = run.uplink
+        self._claim = Claim()
         self._input: Input | None = None
         self._exchange: Exchange | None = None
         self._epoch = 0
@@ -129,12 +132,11 @@ class Plane:
         return 0 if exchange is None or exchange.done else exchange.bytes_sent + exchange.bytes_received + 1
 
     def bandwidth_bps(self) -> float:
-        """What this node can send, by its limit or by what traffic showed; to the power of two, so that noise does
-        not move shares about; 0 where nothing is known."""
+        """What this node can send, by its limit or by what traffic showed; 0 where nothing is known."""
         if self._config.uplink_bps:
             return self._config.uplink_bps
         seen = [r.bandwidth_bps for r in self._service.links.report() if r.bandwidth_bps]
-        return 0.0 if not seen else float(2 ** round(math.log2(max(seen))))
+        return self._claim.of(max(seen, default=0.0))
 
     # ---- orders of the chain
 
@@ -211,6 +213,7 @@ class Plane:
             layout=given.layout,
             out=given.out,
             feedback=given.feedback,
+            beside_bytes=2 * (len(declaration.peers) - 1) * self._window_bytes(given.layout, declaration),
         )
         for peer in self._touched & set(exchange.peers):
             exchange.relinked(peer)
@@ -441,7 +444,7 @@ class Plane:
         pause_s = self._config.resend_link_s
         try:
             while self._exchange is not None and peer in self._exchange.peers:
-                window_bytes = window_for(self._exchange.layout.tensor_bytes, len(self._exchange.peers))
+                window_bytes = self._window_bytes(self._exchange.layout, self._exchange.declaration)
                 try:
                     async with self._service.links.open(
                         peer, SERVICE, deadline_s=_OPEN_WITHIN_S, window_bytes=window_bytes
@@ -456,6 +459,9 @@ class Plane:
         finally:
             line.keeper = False
 
+    def _window_bytes(self, layout: Layout, declaration: Declaration) -> int:
+        return window_for(layout.tensor_bytes, len(declaration.peers) - 1)
+
     async def use(self, peer: str, link: Link) -> None:
         """Carry frames over `link` until it ends; a newer link to the same peer takes its place."""
         line = self._lines.setdefault(peer, _Line())
@@ -469,6 +475,7 @@ class Plane:
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write, peer, line, link)
+                    nursery.start_soon(self._tell_gone, link)
                     await self._read(peer, line, link)
                     nursery.cancel_scope.cancel()
             except* P2pError as problems:
@@ -515,13 +522,13 @@ class Plane:
                 return exchange.buffer_for(peer, memoryview(header)[_EPOCH.size :], payload_bytes)
             if payload_bytes > UNSOLICITED_BYTES_MAX:
                 raise FrameRefused(peer, "size", f"{payload_bytes} bytes that nobody asked for")
-            return None
+            return fresh(payload_bytes)
 
         try:
             while True:
                 while not self._may_read(peer) and link.failure is None:
                     self._gated = True
-                    await self._wait(link)
+                    await self._changed.wait()
                 header, payload = await link.receive(sink)
                 await self._early(peer, header, link)
                 exchange = self._current(peer, header)
@@ -573,16 +580,9 @@ class Plane:
                         )  # a declaration that was never ours: waited for once, not for each frame
                     return
             with trio.move_on_at(until_s):
-                await self._wait(link)
+                await self._changed.wait()
 
-    async def _wait(self, link: Link) -> None:
-        """Until something changed here, or the link ended."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_then_cancel, link.gone, nursery.cancel_scope)
-            await self._changed.wait()
-            nursery.cancel_scope.cancel()
-
-
-async def _then_cancel(event: trio.Event, scope: trio.CancelScope) -> None:
-    await event.wait()
-    scope.cancel()
+    async def _tell_gone(self, link: Link) -> None:
+        """Whoever waits for a change looks at its link too."""
+        await link.gone.wait()
+        self._tell_changed()

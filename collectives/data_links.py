@@ -6,6 +6,7 @@ Of two members the one with the smaller peer id opens; the first message says wh
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ WINDOW_BYTES_MIN = 2 << 20
 WINDOW_BYTES_MAX = 8 << 20
 BURST_S = 0.02
 BURST_BYTES_MIN = 64 << 10
+CLAIM_BPS_MAX = 2.0**31  # whoever sends more than this is held up by its processor, not by its line
+CLAIMS_SEEN = 8
+CLAIM_KEPT = (0.7, 1.1)  # of it
 
 Accept = Callable[["Purpose", Link], Awaitable[None]]
 
@@ -85,3 +89,26 @@ class Uplink:
             self._filled_s = now_s
             if self._tokens < 0:
                 await trio.sleep(-self._tokens / self._bytes_per_s)
+
+
+class Claim:
+    """What a node says that it can send, which shares follow: the best that its links showed when it was asked the last
+    times, as a busy computer shows less; kept until that is clearly another.
+
+    Shares are sensitive: of four members the two with half the others' bandwidth own nothing. By the last sample alone,
+    four peers on one machine gave all the work to one of them, another one in each round.
+    """
+
+    def __init__(self) -> None:
+        self._seen: deque[float] = deque(maxlen=CLAIMS_SEEN)
+        self._claim_bps = 0.0
+
+    def of(self, seen_bps: float) -> float:
+        """The claim, `seen_bps` (0: nothing) taken into account; 0 where nothing is known."""
+        if seen_bps > 0:
+            self._seen.append(min(seen_bps, CLAIM_BPS_MAX))
+        best_bps = max(self._seen, default=0.0)
+        least, most = CLAIM_KEPT
+        if not least * self._claim_bps <= best_bps <= most * self._claim_bps:
+            self._claim_bps = best_bps
+        return self._claim_bps

@@ -1,9 +1,11 @@
-"""The limit on what a node sends is exact over time, whatever the sizes of messages."""
+"""The limit on what a node sends is exact over time, whatever the sizes of messages; what it claims is steady."""
+
+import random
 
 import pytest
 import trio
 
-from collectives.data_links import BURST_S, Uplink, window_for
+from collectives.data_links import BURST_S, CLAIM_BPS_MAX, CLAIMS_SEEN, Claim, Uplink, window_for
 
 
 @pytest.mark.parametrize("size", [1000, 64 << 10, 1 << 20])
@@ -63,3 +65,24 @@ async def test_no_limit_never_waits(autojump_clock):
 )
 def test_all_links_together_hold_little_beside_the_tensors(mib, links, window_mib):
     assert window_for(mib << 20, links) == pytest.approx(window_mib * (1 << 20), rel=0.01)
+
+
+def test_what_a_node_claims_stands_still_where_what_is_seen_does_not():
+    noise = random.Random(3)
+    for line_bps in (100e6, 1e9, 40e9):
+        claim, seen = Claim(), [line_bps * noise.uniform(0.2, 1.0) for _ in range(100)]
+        claimed = [claim.of(bps) for bps in seen][CLAIMS_SEEN:]
+        wanted_bps = min(line_bps, CLAIM_BPS_MAX)
+        assert all(0.6 * wanted_bps <= bps <= wanted_bps for bps in claimed)
+        assert len(set(claimed)) <= 10
+
+
+def test_a_line_that_became_another_one_is_claimed_as_it_is():
+    claim = Claim()
+    assert claim.of(0.0) == 0.0
+    assert claim.of(1e9) == 1e9
+    assert claim.of(0.0) == 1e9
+    for _ in range(CLAIMS_SEEN):
+        last = claim.of(100e6)
+    assert last == 100e6
+    assert claim.of(1e9) == 1e9

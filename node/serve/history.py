@@ -75,10 +75,13 @@ class History:
 
     def add(self, position: int, hidden: torch.Tensor) -> None:
         """The outputs of positions from `position` on, which must be the next ones."""
+        dtype, shape, view = tensor_to_bytes(hidden)
+        self.add_bytes(position, dtype, shape, bytes(view))
+
+    def add_bytes(self, position: int, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
+        """The same as bytes, of which no copy is made."""
         if position != self.end:
             self.begin(position)
-        dtype, shape, view = tensor_to_bytes(hidden)
-        data = bytes(view)
         self._dtype, self._width = dtype, shape[1]
         self._rows.append(_Rows(position, shape[0], len(data), data))
         self.end = position + shape[0]

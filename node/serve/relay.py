@@ -113,8 +113,10 @@ class Relay(Onward):
         if result.hidden is None:
             raise RpcRefusal("internal", "the engine gave no activations for the next stage")
         made = result.hidden.cpu()
-        self._keep(step, made)
-        rows = made.shape[0]
+        dtype, shape, view = tensor_to_bytes(made)
+        hidden = Tensor(dtype, shape, bytes(view))
+        self._keep(step, made, hidden)
+        rows = shape[0]
         skip = max(0, self._below - step.position)
         if skip >= rows:
             self._cut = rows
@@ -128,22 +130,23 @@ class Relay(Onward):
         self._cut, self._owed = skip, ()
         if len(parents) == 1:
             parents = ()
-        hidden = Tensor(*tensor_to_bytes(made[skip:]))
+        if skip:
+            hidden = Tensor(*tensor_to_bytes(made[skip:]))
         if tell:
             self._watch.sent(step.position + skip, trio.current_time())
         await self._say(Activations(step.position + skip, hidden, sample, tell, parents, kept))
 
-    def _keep(self, step: Step, hidden: torch.Tensor) -> None:
+    def _keep(self, step: Step, made: torch.Tensor, whole: Tensor) -> None:
         if self._loose is not None:
             position, rows = self._loose
             for number, row in enumerate(step.kept):
                 self._history.add(position + number, rows[row : row + 1])
             self._loose = None
         if step.window is None:
-            self._history.add(step.position, hidden)
+            self._history.add_bytes(step.position, whole.dtype, whole.shape, bytes(whole.data))
         else:
-            self._history.add(step.position, hidden[:1])
-            self._loose = step.position + 1, hidden
+            self._history.add(step.position, made[:1])
+            self._loose = step.position + 1, made
 
     async def _say(self, message: Activations) -> None:
         await self._channel.send(SessionInput(activations=message))

@@ -112,11 +112,12 @@ _LENGTHS = {
 
 
 class FrameParser:
-    """Feed it a stream's bytes, in any pieces. After a ProtocolViolation it must not be fed again."""
+    """Feed it a stream's bytes, in any pieces. `begun` counts frames. Not to be fed after a ProtocolViolation."""
 
-    __slots__ = ("_body", "_call", "_flags", "_header", "_kind", "_left")
+    __slots__ = ("_body", "_call", "_flags", "_header", "_kind", "_left", "begun")
 
     def __init__(self) -> None:
+        self.begun = 0
         self._header = bytearray()
         self._body = bytearray()
         self._kind = Kind.DATA
@@ -124,12 +125,21 @@ class FrameParser:
         self._call = 0
         self._left = 0
 
+    @property
+    def in_frame(self) -> bool:
+        """Whether a frame has begun that is not whole yet."""
+        return bool(self._header) or self._left > 0
+
     def feed(self, data: bytes | bytearray | memoryview) -> list[Event]:
         """All that `data` completes. Pieces are views of `data`. Raises ProtocolViolation."""
+        return self.feed_some(data, len(data) + 1)[0]
+
+    def feed_some(self, data: bytes | bytearray | memoryview, events_max: int) -> tuple[list[Event], int]:
+        """At most so many events, and how many bytes of `data` were read for them. Otherwise as `feed`."""
         view = memoryview(data)
         events: list[Event] = []
         at, end = 0, len(view)
-        while at < end:
+        while at < end and len(events) < events_max:
             if not self._left:
                 at = self._take_header(view, at, end)
                 if self._header:
@@ -148,7 +158,7 @@ class FrameParser:
             else:
                 events.append(self._whole(bytes(self._body) + bytes(piece) if self._body else bytes(piece)))
                 self._body.clear()
-        return events
+        return events, at
 
     def _take_header(self, view: memoryview, at: int, end: int) -> int:
         """Read a header, or keep what there is of one; returns where to go on."""
@@ -177,6 +187,7 @@ class FrameParser:
         if kind is Kind.DATA and not length and flags != END:
             raise ProtocolViolation("a DATA frame that says nothing")
         self._kind, self._flags, self._left, self._call = kind, flags, length, call
+        self.begun += 1
 
     def _piece(self, piece: memoryview) -> Piece:
         first = self._flags & FIRST != 0

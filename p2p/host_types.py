@@ -14,6 +14,7 @@ from p2p.identity import PeerId
 @dataclass(frozen=True, slots=True)
 class HostConfig:
     """Every limit of a host. Counts are per host unless the name says otherwise; all positive but `port_wanted`.
+    A subnet is an IPv4 /24 or an IPv6 /48; its limits are for what came from there.
 
     An address in `listen` with port 0 gets `port_wanted` (0: none) if that is free, else any, and its successors get
     the same: where peers remember this node, it should be found again. Of several addresses with port 0 those that this
@@ -24,7 +25,9 @@ class HostConfig:
     port_wanted: int = 0
     connections_max: int = 512
     connections_per_peer_max: int = 8
+    connections_per_subnet_max: int = 256
     handshakes_max: int = 64
+    handshakes_per_subnet_max: int = 32
     streams_per_connection_max: int = 256
     streams_per_peer_max: int = 512
     stream_window_bytes: int = 2 << 20
@@ -54,7 +57,9 @@ class HostConfig:
         return SwarmLimits(
             connections_max=self.connections_max,
             connections_per_peer_max=self.connections_per_peer_max,
+            connections_per_subnet_max=self.connections_per_subnet_max,
             handshakes_max=self.handshakes_max,
+            handshakes_per_subnet_max=self.handshakes_per_subnet_max,
             handshake_deadline_s=self.handshake_deadline_s,
             dial_deadline_s=self.dial_deadline_s,
             streams_per_peer_max=self.streams_per_peer_max,

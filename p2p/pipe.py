@@ -75,8 +75,8 @@ class PipeStream:
         flow.lot.unpark_all()
         return piece
 
-    def feed_to(self, sink: Callable[[bytes | memoryview], None]) -> bool:
-        return False
+    def feed_to(self, sink: Callable[[bytes | memoryview], int]) -> None:
+        pass
 
     async def aclose(self) -> None:
         self._out.ended = True

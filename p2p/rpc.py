@@ -31,7 +31,7 @@ from p2p.host import ByteStream, PeerEvent
 from p2p.identity import PeerId
 from p2p.messages import codec_of
 from p2p.pipe import PipeStream, stream_pair
-from p2p.rpc_core import Budget, CoreLimits, LaneCore
+from p2p.rpc_core import Budget, CoreLimits, Fed, LaneCore
 from p2p.rpc_lane import Channel, Lane, Port, decode_or_fail
 from p2p.rpc_serve import Served, answer
 from p2p.rpc_state import REQUEST_WINDOW_BYTES, CallState, MessageLimits
@@ -334,6 +334,8 @@ class Rpc:
         for lane in link.inbound:
             lane.core.expire(now)
             lane.flush()
+        for lane in list(link.lanes()):
+            lane.check_pace(now)
         if link.peer == self.host.peer_id:
             return
         for lane in [lane for lane in link.retiring if not lane.core.calls]:
@@ -358,13 +360,13 @@ class Rpc:
         lane.core.ping(token)
         lane.flush()
 
-    def _on_heard(self, lane: Lane, count: int, pongs: list[int], now: float) -> None:
+    def _on_heard(self, lane: Lane, fed: Fed, now: float) -> None:
         link = self._links.get(lane.peer)
         if link is None:
             return
         link.heard_s = now
-        link.rate.add(count, now)
-        for token in pongs:
+        link.rate.add(fed.read_bytes, now)
+        for token in fed.pongs:
             sent_s = link.pings.pop(token, None)
             if sent_s is not None:
                 took_s = now - sent_s
@@ -404,12 +406,13 @@ class Rpc:
 
     def _new_lane(self, link: _Link, name: LaneName, *, serves: bool) -> Lane:
         limits = CoreLimits(
-            calls_max=self.config.calls_per_lane_max, piece_bytes_max=self.config.lane_piece_bytes(name)
+            calls_max=self.config.calls_per_lane_max,
+            piece_bytes_max=self.config.lane_piece_bytes(name),
+            frame_deadline_s=self.config.frame_deadline_s,
         )
         core = LaneCore(serves=serves, limits=limits, budget=link.budget, lookup=self._lookup)
         return Lane(
-            link.peer, name, core, self.config.read_bytes_max, self._on_begun, self._on_heard, self._on_fault,
-            self._on_deadline,
+            link.peer, name, core, self._on_begun, self._on_heard, self._on_fault, self._on_deadline,
         )  # fmt: skip
 
     async def _run_out(self, link: _Link, lane: Lane) -> None:

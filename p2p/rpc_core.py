@@ -7,6 +7,7 @@ with the peer's bytes is a ProtocolViolation, after which the stream must be res
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,16 +38,19 @@ class CoreLimits:
     copy_bytes_max: int = 64 << 10
     control_frames_max: int = 8192
     busy_retry_after_s: float = 0.5
+    frame_deadline_s: float = 30.0
 
 
 @dataclass(slots=True)
 class Fed:
-    """What some bytes changed: `begun` calls have their request, `changed` ones are worth another look."""
+    """What some bytes changed: `begun` calls have their request, `changed` ones are worth another look; `read_bytes`
+    were acted on."""
 
     begun: list[CallState] = field(default_factory=list)
     changed: dict[CallState, None] = field(default_factory=dict)
     pongs: list[int] = field(default_factory=list)
     opened: list[CallState] = field(default_factory=list)
+    read_bytes: int = 0
 
 
 Lookup = Callable[[str], tuple[MessageLimits, int] | None]
@@ -68,6 +72,8 @@ class LaneCore:
         self._control: deque[bytes] = deque()
         self._turns: deque[CallState] = deque()
         self._dead = False
+        self._frame_since = math.inf
+        self._frame_number = 0
 
     @property
     def wants_write(self) -> bool:
@@ -217,10 +223,12 @@ class LaneCore:
 
     # ---- frames in
 
-    def feed(self, data: bytes | memoryview, now: float) -> Fed:
-        """Act on what came. Raises ProtocolViolation."""
+    def feed(self, data: bytes | memoryview, now: float, events_max: int = 1 << 30) -> Fed:
+        """Act on what came, on no more than so many frames of it. Raises ProtocolViolation."""
         fed = Fed()
-        for event in self._parser.feed(data):
+        events, fed.read_bytes = self._parser.feed_some(data, events_max)
+        self._time_frame(now)
+        for event in events:
             match event:
                 case frames.Piece():
                     self._on_piece(event, fed)
@@ -251,6 +259,19 @@ class LaneCore:
         if len(self._control) > self.limits.control_frames_max:
             raise ProtocolViolation("the peer asks for more answers than it reads")
         return fed
+
+    def _time_frame(self, now: float) -> None:
+        """Remember since when the frame that is arriving has been; its pieces do not count as progress."""
+        if not self._parser.in_frame:
+            self._frame_since = math.inf
+        elif self._frame_since == math.inf or self._parser.begun != self._frame_number:
+            self._frame_since = now
+        self._frame_number = self._parser.begun
+
+    def check_pace(self, now: float) -> None:
+        """Raises ProtocolViolation where a frame takes too long to arrive: nothing waits for a slow sender."""
+        if now - self._frame_since > self.limits.frame_deadline_s:
+            raise ProtocolViolation(f"a frame was not whole after {self.limits.frame_deadline_s:g} s")
 
     def _find(self, call_id: int) -> CallState | None:
         """None for a call that is over here while the peer did not know it yet."""

@@ -26,7 +26,7 @@ from p2p.errors import (
 from p2p.host import ByteStream
 from p2p.identity import PeerId
 from p2p.messages import Codec, Encoded
-from p2p.rpc_core import LaneCore
+from p2p.rpc_core import Fed, LaneCore
 from p2p.rpc_state import CallerLeft, CallState, MessageLimits, Received
 from p2p.rpc_types import LaneName
 
@@ -38,19 +38,20 @@ S = TypeVar("S")
 # A sender goes on without waiting for the writer while its call has no more than this queued.
 _QUEUE_BYTES_MAX = 128 << 10
 _BATCH_BYTES = 64 << 10
+_TURN_FRAMES = 6
+_TURN_BYTES = 128 << 10
 
 
 class Lane:
-    """`on_begun` starts a served call, `on_heard` learns how many bytes came and which pings were answered."""
+    """`on_begun` starts a served call, `on_heard` learns what came."""
 
     def __init__(
         self,
         peer: PeerId,
         name: LaneName,
         core: LaneCore,
-        read_bytes_max: int,
         on_begun: Callable[[Lane, CallState], None],
-        on_heard: Callable[[Lane, int, list[int], float], None],
+        on_heard: Callable[[Lane, Fed, float], None],
         on_fault: Callable[[PeerId, ProtocolViolation], None],
         on_deadline: Callable[[float], None],
     ) -> None:
@@ -68,7 +69,6 @@ class Lane:
         # Set while the writer has something to send: nobody else may write then.
         self._stuck: bytes | None = None
         self._work = trio.lowlevel.ParkingLot()
-        self._read_bytes_max = read_bytes_max
         self._on_begun = on_begun
         self._on_heard = on_heard
         self._on_fault = on_fault
@@ -163,6 +163,13 @@ class Lane:
                 if call.owner.scope is not None:
                     call.owner.scope.cancel()
 
+    def check_pace(self, now: float) -> None:
+        """Give the stream up where its sender is slower than any path."""
+        try:
+            self.core.check_pace(now)
+        except ProtocolViolation as violation:
+            self.fail(violation)
+
     def _wake(self, call: CallState) -> None:
         port: Port | None = call.owner
         if port is not None:
@@ -171,33 +178,41 @@ class Lane:
                 port.scope.cancel()
 
     async def _read(self, stream: ByteStream) -> None:
+        """What comes is acted on where it arrives, as long as it is little. Of more, a few frames are taken in a turn:
+        nobody shall wait for all that one peer has to say."""
         try:
-            if stream.feed_to(self._take):
-                await stream.receive_some(1)
-            else:
-                while data := await stream.receive_some(self._read_bytes_max):
-                    self._take(data)
+            while self.failure is None:
+                stream.feed_to(self._take)
+                data = await stream.receive_some(_TURN_BYTES)
+                if not data:
+                    return
+                view = memoryview(data)
+                while view and self.failure is None:
+                    view = view[self._take(view) :]
+                    if view:
+                        await trio.lowlevel.checkpoint()
         except RemoteFault as failure:
             self.fail(failure)
 
-    def _take(self, data: bytes | memoryview) -> None:
-        """Act on what came."""
+    def _take(self, data: bytes | memoryview) -> int:
+        """Act on the first frames of what came; how many bytes they were."""
         if self.failure is not None:
-            return
+            return len(data)
         core = self.core
         try:
             now = trio.current_time()
-            fed = core.feed(data, now)
+            fed = core.feed(data, now, _TURN_FRAMES)
         except RemoteFault as failure:
             self.fail(failure)
-            return
+            return len(data)
         for call in fed.begun:
             self._on_begun(self, call)
         for call in fed.changed:
             self._wake(call)
-        self._on_heard(self, len(data), fed.pongs, now)
+        self._on_heard(self, fed, now)
         self.make_room()
         self.flush()
+        return fed.read_bytes
 
     async def _write(self, stream: ByteStream) -> None:
         """What did not fit at once, and all that is queued meanwhile."""

@@ -66,7 +66,8 @@ class Method(Generic[Q, A]):
 class RpcConfig:
     """Every limit of calls. Windows are what one call may hold unread; `unread_per_peer_bytes_max` bounds their sum.
 
-    A peer from which nothing came for `silence_s` is disconnected; it is asked every `ping_s`.
+    A peer from which nothing came for `silence_s` is disconnected; it is asked every `ping_s`. A frame
+    that is not whole `frame_deadline_s` after it began ends its stream.
     """
 
     ping_s: float = 1.0
@@ -78,7 +79,7 @@ class RpcConfig:
     unread_per_peer_bytes_max: int = 256 << 20
     piece_bytes_max: int = 64 << 10
     bulk_piece_bytes_max: int = 256 << 10
-    read_bytes_max: int = 1 << 20
+    frame_deadline_s: float = 30.0
     inbound_lanes_per_peer_max: int = 8
     peers_remembered_max: int = 4096
 

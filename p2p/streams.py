@@ -35,9 +35,9 @@ class ByteStream(Protocol):
     async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:
         """At least one byte and at most `max_bytes`; b"" once the peer has ended its side."""
 
-    def feed_to(self, sink: Callable[[bytes | memoryview], None]) -> bool:
-        """Give `sink` at once what comes from now on, in pieces that it must not keep; `receive_some` then tells only
-        of the end. False where this cannot be, and nothing is changed."""
+    def feed_to(self, sink: Callable[[bytes | memoryview], int]) -> None:
+        """Where that is possible, have `sink` take at once what comes from now on, in pieces that it must not keep. It
+        returns how many bytes it took: from the first that it did not take on, `receive_some` gives them."""
 
     async def aclose(self) -> None:
         """End our side after what is queued, and stop reading."""
@@ -79,9 +79,8 @@ class MuxByteStream:
         except (MuxedStreamError, MuxedConnUnavailable) as error:
             raise self._lost(error) from error
 
-    def feed_to(self, sink: Callable[[bytes | memoryview], None]) -> bool:
+    def feed_to(self, sink: Callable[[bytes | memoryview], int]) -> None:
         self._stream.feed_to(sink)
-        return True
 
     async def send_eof(self) -> None:
         """End our side and go on reading."""

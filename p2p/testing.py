@@ -380,8 +380,8 @@ class MemoryStream:
             flow.lot.unpark_all()
         return True
 
-    def feed_to(self, sink: Callable[[bytes | memoryview], None]) -> bool:
-        return False
+    def feed_to(self, sink: Callable[[bytes | memoryview], int]) -> None:
+        pass
 
     async def receive_some(self, max_bytes: int = 1 << 20) -> bytes:
         if max_bytes < 1:

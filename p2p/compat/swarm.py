@@ -8,8 +8,11 @@ It knows connections and how they are made; who may use them is `p2p.membership`
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import logging
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -52,7 +55,9 @@ class SwarmLimits:
 
     connections_max: int = 512
     connections_per_peer_max: int = 8
+    connections_per_subnet_max: int = 256
     handshakes_max: int = 64
+    handshakes_per_subnet_max: int = 32
     handshake_deadline_s: float = 5.0
     dial_deadline_s: float = 5.0
     dial_stagger_s: float = 0.05
@@ -110,6 +115,8 @@ class MendedSwarm(Swarm):
     limits: SwarmLimits
     hooks: SwarmHooks
     handshaking: int = 0
+    handshaking_from: Counter[str]
+    connected_from: Counter[str]
 
     async def listen(self, *multiaddrs: Multiaddr) -> bool:
         """Mend: the library logs a failed bind and goes on without it. Here ListenError leaves.
@@ -134,13 +141,19 @@ class MendedSwarm(Swarm):
 
         Can go when Swarm._do_handle_inbound_connection waits for the connection, not the manager.
         """
-        if self.handshaking >= self.limits.handshakes_max:
+        subnet = subnet_of(_dialled_from(read_write_closer))
+        if (
+            self.handshaking >= self.limits.handshakes_max
+            or self.handshaking_from[subnet] >= self.limits.handshakes_per_subnet_max
+            or self.connected_from[subnet] >= self.limits.connections_per_subnet_max
+        ):
             await read_write_closer.close()
             return
         raw = RawConnection(read_write_closer, False)
         self.handshaking += 1
         try:
-            muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
+            with _counted(self.handshaking_from, subnet):
+                muxed = await self.upgrade_inbound_raw_conn(raw, maddr)
         except Exception as error:  # noqa: BLE001 - a stranger's bytes make the upgrade raise anything
             logger.debug("an inbound connection was not completed: %s: %s", type(error).__name__, error)
             await raw.close()
@@ -148,7 +161,8 @@ class MendedSwarm(Swarm):
         finally:
             self.handshaking -= 1
         if isinstance(muxed, MendedYamux):
-            await muxed.event_closed.wait()
+            with _counted(self.connected_from, subnet):
+                await muxed.event_closed.wait()
 
     async def dial_addr(
         self, addr: Multiaddr, peer_id: ID, source: tuple[str, int] | None = None
@@ -247,6 +261,35 @@ class MendedSwarm(Swarm):
 
     def _trim_connections(self, peer_id: ID) -> None:
         """As above: `connections_per_peer_max` is enforced on arrival."""
+
+
+def _dialled_from(stream: ReadWriteCloser) -> str:
+    """The IP address that dialled; "" of a relayed connection, whose relay has limits of its own."""
+    return stream.way.remote[0] if isinstance(stream, MendedTcpStream) and stream.way.remote else ""
+
+
+def subnet_of(ip: str) -> str:
+    """What one home or one small provider has: an IPv4 /24, an IPv6 /48. "" where there is no address."""
+    if not ip:
+        return ""
+    address = ipaddress.ip_address(ip)
+    mapped = getattr(address, "ipv4_mapped", None)
+    address = mapped or address
+    return str(ipaddress.ip_network((address, 24 if address.version == 4 else 48), strict=False))
+
+
+@contextlib.contextmanager
+def _counted(counts: Counter[str], subnet: str) -> Iterator[None]:
+    if not subnet:
+        yield
+        return
+    counts[subnet] += 1
+    try:
+        yield
+    finally:
+        counts[subnet] -= 1
+        if not counts[subnet]:
+            del counts[subnet]
 
 
 def split_circuit(address: str) -> tuple[str, str] | None:
@@ -373,6 +416,7 @@ def build_swarm(seed: bytes, limits: SwarmLimits, hooks: SwarmHooks) -> MendedSw
         connection_config=quiet_connection_config(limits),
     )
     swarm.limits = limits
+    swarm.handshaking_from, swarm.connected_from = Counter(), Counter()
     swarm.hooks = hooks
     swarm.auto_connector = IdleAutoConnector(swarm)
     swarm.set_resource_manager(plain_resource_manager(limits), enable_stream_semaphore=False)

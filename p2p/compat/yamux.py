@@ -497,8 +497,8 @@ class MendedYamux(IMuxedConn):
             return
         if stream.sink is not None:
             stream.drop_in(piece)
-            return
-        stream.put(piece)
+        else:
+            stream.put(piece)
         if self.unread_bytes > self.limits.unread_bytes_max:
             fullest = max(self.streams.values(), key=lambda one: one.unread_bytes)
             logger.info("yamux: %s fills unread streams; resetting the fullest", self.peer_id)

@@ -48,7 +48,7 @@ class MendedStream(IMuxedStream):
         self.was_reset = False
         self.discarding = False
         self.discard_deadline = math.inf
-        self.sink: Callable[[bytes | memoryview], None] | None = None
+        self.sink: Callable[[bytes | memoryview], int] | None = None
         self._changed = trio.lowlevel.ParkingLot()
 
     def wake(self) -> None:
@@ -70,23 +70,25 @@ class MendedStream(IMuxedStream):
             await self._changed.park()
         return self._take(n if n is not None and n >= 0 else self.unread_bytes)
 
-    def feed_to(self, sink: Callable[[bytes | memoryview], None]) -> None:
-        """Give `sink` what comes from now on, at once and instead of readers, who see the stream's end only. It must
-        not keep a view of what it is given. Should it raise, the stream is reset."""
-        self.sink = sink
-        if self.unread:
-            self.drop_in(self._take(self.unread_bytes), counted=True)
+    def feed_to(self, sink: Callable[[bytes | memoryview], int]) -> None:
+        """Have `sink` take what comes from now on, at once, until it takes less than it is given, which is how many
+        bytes it returns. The rest, and what follows, is read; readers also see the end. It must not keep a view of what
+        it is given. Should it raise, the stream is reset."""
+        self.sink = None if self.unread else sink
 
-    def drop_in(self, piece: bytes | memoryview, *, counted: bool = False) -> None:
+    def drop_in(self, piece: memoryview) -> None:
         """Hand a piece to the sink."""
+        taken = len(piece)
         try:
             if self.sink is not None:
-                self.sink(piece)
+                taken = self.sink(piece)
         except Exception:  # what a peer sends must never end more than its stream
             logger.exception("what came from %s could not be taken", self.conn.peer_id)
             self.abort()
-        if not counted:
-            self.conn.credit(self, len(piece))
+        if taken < len(piece) and not self.was_reset:
+            self.sink = None
+            self.put(piece[taken:])
+        self.conn.credit(self, taken)
 
     def put(self, piece: memoryview) -> None:
         """Take a piece from the reader. Small ones are joined, so that a byte never pins a packet."""

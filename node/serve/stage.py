@@ -110,7 +110,10 @@ class StageService:
         before = lodger.enter(stay)
         if self._nursery is None:
             raise RpcRefusal("unavailable", "this node ends its sessions")
-        self._nursery.start_soon(self._live, lodger, stay, before, prompt, queues_s)
+        try:
+            self._nursery.start_soon(self._live, lodger, stay, before, prompt, queues_s)
+        except RuntimeError:  # trio's for a nursery that is closing: this node ends
+            raise RpcRefusal("unavailable", "this node ends its sessions") from None
         try:
             await stay.finished.wait()
         finally:
@@ -210,6 +213,15 @@ class StageService:
                 if stay.why in ("lost", "superseded"):
                     with trio.move_on_after(self._keep_s):
                         await stay.release.wait()
+        except Exception as problem:  # noqa: BLE001 - a fault in one session that came as the session was cancelled
+            self._failed(lodger, stay, problem)
+        except BaseExceptionGroup as group:
+            # The same while this node ends: whoever cancelled must see the cancellation alone.
+            faults, cancelled = group.split(Exception)
+            if faults is not None:
+                self._failed(lodger, stay, faults)
+            if cancelled is not None:
+                raise cancelled from None
         finally:
             stay.stopped.set()
             stay.finished.set()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import trio
+import trio.testing
 from rings import CUTS, ring_of, tokens_of, wish
 
-from node.errors import StageLost
+from node.errors import GatewayError, StageLost
 from node.serve.config import ServeConfig
 from node.serve.failover import Patience
+from p2p import RpcRefusal
 
 WARM = {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "seed": 11}
 PENAL = {
@@ -285,3 +287,48 @@ async def test_what_was_handed_on_may_lie_on_the_disk_or_be_forgotten(model, alo
             assert await lose_after(ring, request, 5, (2,)) == alone(request)
             await ring.quiet()
         assert all(node.stages.kept_bytes == (0, 0) for node in ring.living)
+
+
+def faulty(begun, cancels):
+    """A stage's work of which a part raises when it is cancelled; `cancels`: at once, by the session's own end."""
+
+    async def fault_at_the_end():
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise RpcRefusal("invalid", "tokens that make no sense")
+
+    async def run(lodger, stay, asked, queues_s):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fault_at_the_end)
+            nursery.start_soon(trio.sleep_forever)
+            await trio.testing.wait_all_tasks_blocked()
+            begun.set()
+            if cancels:
+                stay.whole.cancel()
+
+    return run
+
+
+async def test_a_fault_that_comes_with_a_sessions_end_ends_that_session_alone(
+    model, alone, prompt, monkeypatch
+):
+    request = wish(prompt, max_tokens=6)
+    async with ring_of(model, CUTS["two"]) as ring:
+        stages = ring.nodes[1].stages
+        with monkeypatch.context() as patched:
+            patched.setattr(stages, "_run", faulty(trio.Event(), cancels=True))
+            with pytest.raises(GatewayError):
+                await tokens_of(ring, request)
+        assert stages.sessions == 0
+        assert [event.token for event in await tokens_of(ring, request)] == alone(request)
+
+
+async def test_a_fault_that_comes_with_a_nodes_end_is_not_its_error(model, prompt, monkeypatch):
+    begun = trio.Event()
+    async with trio.open_nursery() as nursery, ring_of(model, CUTS["two"]) as ring:
+        monkeypatch.setattr(ring.nodes[1].stages, "_run", faulty(begun, cancels=False))
+        nursery.start_soon(tokens_of, ring, wish(prompt, max_tokens=6))
+        await begun.wait()
+        nursery.cancel_scope.cancel()
+    assert begun.is_set()

@@ -62,6 +62,7 @@ def lose(mesh, tools, victim, step, how, **more):
     return "".join(texts), max(pauses[1:])
 
 
+@pytest.mark.slow  # nine daemons: the same over a network in memory is tests/node/test_failover.py
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize(("victim", "kind"), [(0, "greedy"), (2, "seeded")])
 def test_a_stream_goes_on_when_a_stage_is_killed_or_stopped(eight, tools, expected, how, victim, kind):

@@ -10,6 +10,10 @@ from shoal.errors import DaemonAbsent
 ASK = ("embedded", "def read_file(path):\n")
 
 
+def until_ready(tools, node):
+    tools.until(lambda: any(model.ready for model in Client(node.api).models()), "the model")
+
+
 @pytest.fixture(scope="module")
 def gateways(four, tools, tmp_path_factory):
     """Two members of the mesh of four that host nothing; starting them again is `.start().ready()`."""
@@ -20,7 +24,7 @@ def gateways(four, tools, tmp_path_factory):
             node.start("--join", four.nodes[0].invite())
         for node in nodes:
             node.ready()
-            tools.until(lambda api=node.api: any(m.ready for m in Client(api).models()), "the model")
+            until_ready(tools, node)
         yield nodes
     finally:
         for node in nodes:
@@ -28,7 +32,7 @@ def gateways(four, tools, tmp_path_factory):
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.8, "seed": 11}])
-def test_an_answer_survives_its_gateway(options, gateways, alone) -> None:
+def test_an_answer_survives_its_gateway(options, gateways, tools, alone) -> None:
     options |= {"max_tokens": 60, "ignore_eos": True}
     with Client(alone.api) as shoal:
         expected = shoal.complete(*ASK, **options)
@@ -42,6 +46,7 @@ def test_an_answer_survives_its_gateway(options, gateways, alone) -> None:
         shown += [piece.text for piece in pieces]
         answer = stream.answer()
     victim.start().ready()
+    until_ready(tools, victim)
     assert "".join(shown) == answer.text == expected.text
     assert answer.tokens == expected.tokens
     assert answer.gateways == (died, other.api)

@@ -43,7 +43,13 @@ class World:
             fetching=lambda: (), dropped=lambda: (),
         )  # fmt: skip
         self.stock = Stock(
-            ME.peer_id, blobs, library, lambda: self.atlas, lambda: self.held, self.dropped.__contains__
+            ME.peer_id,
+            blobs,
+            library,
+            lambda: self.atlas,
+            lambda: self.held,
+            self.dropped.__contains__,
+            tmp_path,
         )
 
     def kept(self):

@@ -228,14 +228,16 @@ async def test_a_slow_one_does_fewer_steps_and_holds_nobody_up(mates, monkeypatc
     monkeypatch.setattr(sessions, "Worker", UnevenWorker)
     mates = mates({**VALUES, "outer": {"inner_steps": 2, "budget_s": 0.3}, "members": {"minimum": 2}})
     fast, slow = await mates.found("a"), await mates.start("b")
-    await mates.until(lambda: slow.progress.rounds >= 8)
-    rounds = [entry for _, entry in sorted(mates.rounds("a").items())]
+
+    def together_of(rounds):
+        return [entry for _, entry in sorted(rounds.items()) if len(entry["members"]) == 2]
+
+    await mates.until(lambda: len(together_of(mates.rounds("a"))) >= 7)
+    together = together_of(mates.rounds("a"))
     fast.stop()
     slow.stop()
     await fast.finished.wait()
     await slow.finished.wait()
-    together = [entry for entry in rounds if len(entry["members"]) == 2]
-    assert len(together) >= 7
     assert fast.progress.tokens > 2 * slow.progress.tokens
     assert (
         together[-1]["computing"] > 0.5

@@ -75,6 +75,7 @@ def test_a_stream_goes_on_when_a_stage_is_killed_or_stopped(eight, tools, expect
     assert "shoal_failover_stall_seconds_count{" in told
 
 
+@pytest.mark.slow
 def test_an_answer_in_one_piece_outlives_a_stage_too(eight, tools, expected):
     eight.heal()
     found = []

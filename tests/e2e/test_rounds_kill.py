@@ -383,6 +383,7 @@ def test_members_that_are_killed_and_stopped_never_fork_a_run(oracle):
     assert found["latest_end_s"] < LATE_S
 
 
+@pytest.mark.slow
 def test_coordinators_that_wake_up_after_their_epoch_has_passed_commit_nothing(oracle):
     run = oracle(4, 1_000_000, deadline_s=20.0, seed=1)
     for member in run.members:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import pytest
 
 from shoal import Client
-from shoal.errors import DaemonAbsent
+from shoal.errors import DaemonAbsent, ShoalError
 
 ASK = ("embedded", "def read_file(path):\n")
 
 
 def until_ready(tools, node):
-    tools.until(lambda: any(model.ready for model in Client(node.api).models()), "the model")
+    """Until it answers by itself: who has just met the mesh may know of a model before it can reach its hosts."""
+
+    def answers():
+        try:
+            return Client(node.api).complete(*ASK, max_tokens=1, temperature=0).gateways == (node.api,)
+        except ShoalError:
+            return False
+
+    tools.until(answers, "an answer")
 
 
 @pytest.fixture(scope="module")

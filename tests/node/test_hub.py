@@ -120,13 +120,14 @@ def test_what_is_needed_first_comes_first_and_nothing_else_comes(hub, fetch, tmp
 def test_a_fetch_that_was_killed_goes_on_where_it_was(hub, fetch, tmp_path):
     doomed = Fetcher(hub, tmp_path / "home")
     doomed.order("hf:org/tiny", tmp_path / "hub")
-    while doomed.line()[0] < 2 * PIECE_BYTES:
+    while doomed.line()[0] < 4 * PIECE_BYTES:
         pass
     doomed.end()
     hub.asked.clear()
     said, name = fetch(), "model.safetensors"
     assert (Path(said) / name).read_bytes() == (embedded.path() / name).read_bytes()
     again = sum(end - start for file, start, end in hub.asked if file == name)
+    # A piece may have been on its way, and one that the dead asked for may be noted late.
     assert again <= (embedded.path() / name).stat().st_size - 2 * PIECE_BYTES
 
 
